@@ -1,0 +1,174 @@
+"""The one door to attention: `attend(q, k, v)`, answered by one of the kernels that lie beside this file.
+
+A kernel is a file here with two functions (`Kernel`); adding the file is all it takes. `reference` defines the answer,
+the others are held to it. q is (B, M, h, D), k and v are (B, N, h, D): xformers' BMHK layout, batch, tokens, heads,
+head size, so a projection packed as (B, M, 3, h, D) is used through views.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from cascade.errors import ConfigError
+
+__all__ = ["AUTO", "Kernel", "attend", "kernels", "record", "select", "use"]
+
+AUTO = "auto"
+
+_default: ContextVar[str] = ContextVar("attention", default=AUTO)
+_records: ContextVar[tuple[list[str], ...]] = ContextVar("attention_records", default=())
+
+
+class Kernel(Protocol):
+    """What a file in this folder provides."""
+
+    def available(self, q: Tensor, bias: Tensor | None = None) -> str | None:
+        """Why this kernel cannot run for these tensors here, None if it can."""
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """q (B, M, h, D), k and v (B, N, h, D) -> (B, M, h, D); bias has four dims, each full or 1, and q's dtype."""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, kernel: str | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D) + bias) v (Vaswani et al. 2017, eq. 1).
+
+    q (B, M, h, D), k and v (B, N, h, D) -> (B, M, h, D). Any strides whose last is 1: nothing is copied to get here.
+    bias broadcasts to (B, h, M, N), is added to the scores (-inf hides a key) and may require a gradient; leave
+    broadcast dims at 1, an expanded bias costs what a full one does. Every query must see a key: kernels disagree on a
+    row that is all -inf (zeros or NaN). This is checked on the CPU only, a GPU would have to wait for the answer.
+    kernel: a name of `kernels()`, "auto", or None for the one set with `use`.
+    Raises ValueError for tensors that do not fit together, ConfigError for a kernel that is unknown or cannot run.
+    """
+    _check(q, k, v)
+    if bias is not None:
+        bias = _four_dims(bias, q, k)
+    name = select(_default.get() if kernel is None else kernel, q, bias)
+    for names in _records.get():
+        names.append(name)
+    step = _launch_limit(q, k) if q.device.type == "cuda" else len(q)
+    return _in_launches(_load(name), step, q, k, v, bias)
+
+
+@contextmanager
+def use(kernel: str) -> Iterator[None]:
+    """Make `kernel` the default of `attend` inside, in this thread.
+
+    Autograd runs the backward of CUDA tensors in threads of its own, which do not see this: a block recomputed there
+    (activation checkpointing) has to pass `kernel` itself. Raises ConfigError for an unknown name.
+    """
+    _known(kernel)
+    token = _default.set(kernel)
+    try:
+        yield
+    finally:
+        _default.reset(token)
+
+
+@contextmanager
+def record() -> Iterator[list[str]]:
+    """Collect the name of the kernel that answers each `attend` inside, in order, in this thread."""
+    names: list[str] = []
+    token = _records.set((*_records.get(), names))
+    try:
+        yield names
+    finally:
+        _records.reset(token)
+
+
+@functools.cache
+def kernels() -> tuple[str, ...]:
+    """The kernels there are: the files of this folder."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+
+
+def select(kernel: str, q: Tensor, bias: Tensor | None = None) -> str:
+    """The kernel that answers: `kernel` itself, or for "auto" xformers on CUDA where it runs and sdpa elsewhere.
+
+    On the CPU even short sequences gain nothing from plain products (numbers in sdpa.py), and xformers, which takes
+    seconds to import, is not touched. Raises ConfigError for a kernel that is unknown or cannot run here.
+    """
+    _known(kernel)
+    if kernel == AUTO:
+        if q.device.type != "cuda":
+            return "sdpa"
+        if reason := _load("xformers").available(q, bias):
+            _say_once(f"attention=auto uses sdpa, not xformers: {reason}")
+            return "sdpa"
+        return "xformers"
+    if reason := _load(kernel).available(q, bias):
+        raise ConfigError(f"attention {kernel!r} cannot run here: {reason}", fix="attention=auto")
+    return kernel
+
+
+def _known(kernel: str) -> None:
+    if kernel != AUTO and kernel not in kernels():
+        names = ", ".join((AUTO, *kernels()))
+        raise ConfigError(f"attention is {kernel!r}, expected one of {names}", fix="attention=auto")
+
+
+@functools.cache
+def _load(name: str) -> Kernel:
+    return cast(Kernel, importlib.import_module(f"{__name__}.{name}"))
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logging.getLogger("cascade").warning(message)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.ndim != 4 or k.shape != (q.shape[0], k.shape[1], *q.shape[2:]) or v.shape != k.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
+        raise ValueError(f"attention of q, k, v {shapes}: expected (B, M, h, D), (B, N, h, D), (B, N, h, D)")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention of q, k, v {q.dtype}, {k.dtype}, {v.dtype}: expected one dtype")
+    # The fused CPU kernel reads past such a tensor instead of refusing it.
+    if any(x.stride(-1) != 1 and x.shape[-1] > 1 for x in (q, k, v)):
+        raise ValueError("attention: the last stride of q, k and v must be 1, call .contiguous() first")
+
+
+def _four_dims(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """bias as (B | 1, h | 1, M | 1, N | 1) in q's dtype."""
+    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    shape = (1,) * (4 - bias.ndim) + tuple(bias.shape)
+    if len(shape) != 4 or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
+        raise ValueError(f"attention bias {tuple(bias.shape)} does not broadcast to (B, h, M, N) = {full}")
+    if not bias.is_floating_point():
+        raise ValueError(f"attention bias is {bias.dtype}, expected numbers to add (0 and -inf, not True and False)")
+    # Subclasses (fake tensors) and graphs being traced have no values to look at.
+    readable = bias.device.type == "cpu" and type(bias) in (Tensor, Parameter) and not torch.compiler.is_compiling()
+    if readable and bias.detach().amax(-1).amin() == -torch.inf:
+        raise ValueError("attention bias hides every key from some query, which leaves it without an answer")
+    return bias.reshape(shape).to(q.dtype)
+
+
+def _launch_limit(q: Tensor, k: Tensor) -> int:
+    """How much batch one CUDA launch bears.
+
+    Flash and cutlass kernels put the batch in a grid dim of at most 65535 (xformers issue 845, pytorch issue 142228),
+    and flash's backward counts elements, padded to 128 tokens, in int32.
+    """
+    padded = -(-max(q.shape[1], k.shape[1]) // 128) * 128 * q.shape[2] * max(q.shape[3], 32)
+    return max(1, min(65535, 2**31 // padded))
+
+
+def _in_launches(kernel: Kernel, step: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """`kernel.run` on at most `step` of the batch at a time."""
+    if len(q) <= step:
+        return kernel.run(q, k, v, bias)
+
+    def part(i: slice) -> Tensor:
+        return kernel.run(q[i], k[i], v[i], bias if bias is None or len(bias) == 1 else bias[i])
+
+    return torch.cat([part(slice(i, i + step)) for i in range(0, len(q), step)])

@@ -1,0 +1,302 @@
+"""The command line: `cascade <verb> setting=value ...` and `python -m stages.<kind> ...`.
+
+Settings are Hydra's, free text is not: prompts leave the arguments before Hydra sees them. Nothing heavy is imported
+before the settings are known to be right.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from cascade import __version__
+from cascade.config import compose, fingerprint, package_root, parse, plain, split_prompts, suggest
+from cascade.errors import CascadeError, ConfigError, HostError, MemoryLimitError
+from cascade.request import Prompts, bars, jobs_of, take
+
+if TYPE_CHECKING:
+    from cascade.pipeline import Chain, Job, Runner
+
+HELP = """\
+cascade: cascaded text-to-video, stage by stage.
+
+  cascade generate prompt="..." [chain=tiny] [seed=0] [out=DIR] [base.sampler.steps=16 ...]
+  cascade generate prompts=FILE out=DIR           one prompt a line, every stage loaded once
+  cascade generate start=ssr1 input=clip.mp4      your own video through the rest of the chain
+  cascade plan [chain=tiny] [format=json]         check a chain; sizes, parameters, work and memory of its stages
+  cascade evaluate [chain=tiny] [n=64]            judge a chain by what its videos show
+  cascade embed prompts=FILE out=DIR              write text embeddings once, for text.store=DIR
+  cascade info                                    versions, device, attention kernels
+  cascade list                                    chains and stages that can be named
+
+  python -m stages.<kind> stage=tiny/base [task=sample|train|distill|evaluate]     one stage alone
+      kinds: base, tsr, ssr, interp
+
+Settings are `key=value` (see conf/). Everywhere: --cfg job (show the settings and stop), --config-dir DIR (your own
+YAML files), -m (one run for each combination of comma-separated values), --debug (tracebacks), --verbose.
+"""
+
+
+# verbs ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Generate(Prompts):
+    image: str | None = None
+    start: str | None = None
+    format: list[str] = field(default_factory=lambda: ["mp4"])
+    fps: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for suffix in self.format:
+            if suffix not in ("mp4", "gif", "webm"):
+                raise ValueError(f"format is {suffix!r}, expected mp4, gif or webm")
+        if self.fps is not None and not 0 < self.fps <= 1000:
+            raise ValueError(f"fps is {self.fps}, expected 0 to 1000")
+        if (self.start is None) != (self.input is None):
+            raise ValueError("start and input belong together: the stage to begin with and the video it gets")
+
+
+def generate(tree: dict[str, Any]) -> None:
+    """Prompt to video through a chain."""
+    from cascade.pipeline import Device, finish, first_frame, read_input
+
+    run, on = take(tree, Generate), take(tree, Device)
+    chain = chain_of(tree).since(run.start)
+    texts = run.texts()
+    out = Path(run.out) if run.out else Path("runs") / fingerprint(
+        [plain(stage) for stage in chain.stages] + [plain(run), plain(on), plain(chain.text)]
+    )[:16]  # fmt: skip
+    given = None
+    if run.input is not None:
+        takes = chain.rules[0].takes(chain.stages[0])
+        given = read_input(Path(run.input), (takes.height, takes.width))
+        chain.rules[0].output(given.shape, chain.stages[0])
+    if run.image is not None:
+        given = first_frame(Path(run.image), chain.stages[0])
+    check_weights(chain)
+    from cascade import store
+
+    jobs = jobs_of(texts, run.samples, out)
+    with store.lock(out), bars() as progress:
+        runner = runner_of(chain, on, run, progress)
+        videos = runner.run(jobs, given)
+        for job in jobs:
+            meta = {"seed": run.seed, "negative_prompt": run.negative_prompt, "stages": [s.name for s in chain.stages]}
+            finish(job, videos[job.directory], run.format, run.fps, {**meta, "cascade": __version__})
+    print(jobs[0].directory / f"video.{run.format[0]}" if len(jobs) == 1 else f"{out}: {len(jobs)} videos")
+
+
+def chain_of(tree: dict[str, Any]) -> Chain:
+    """The chain that the remaining settings describe; anything left over is unknown."""
+    from cascade.pipeline import Chain
+    from cascade.text import TextConfig
+
+    names = parse({"stages": tree.pop("stages", [])}, Names).stages
+    text = parse(tree.pop("text", {}), TextConfig, "text")
+    sections = {name: tree.pop(name) for name in names if name in tree}
+    for key in tree:
+        legal = [*names, "text", "stages", *(f.name for f in fields(Generate))]
+        raise ConfigError(f"unknown setting {key}", fix=suggest(key, legal))
+    return Chain.build(names, sections, text)
+
+
+@dataclass(kw_only=True)
+class Names:
+    stages: list[str]
+
+
+def check_weights(chain: Chain) -> None:
+    """Every stage's weights directory exists: said before anything heavy loads."""
+    from cascade import store
+    from cascade.config import locate
+
+    for stage in chain.stages:
+        if stage.weights is None:
+            raise ConfigError(f"{stage.name} has no weights", fix=f"{stage.name}.weights=DIRECTORY")
+        store.manifest(locate(stage.weights), "weights")
+
+
+def runner_of(chain: Chain, on: Any, run: Any, progress: Any) -> Runner:
+    from cascade.pipeline import Runner
+    from cascade.text import check_prompt, text_source
+
+    on.torch  # noqa: B018  no such device: before anything loads
+    negative = None if run.negative_prompt is None else check_prompt(run.negative_prompt)
+    return Runner(chain, text_source(chain.text), on, run.seed, negative, progress)
+
+
+def embed(tree: dict[str, Any]) -> None:
+    """Text embeddings of a file of prompts, written once."""
+    from cascade.text import EmbeddingStore, T5Text, TextConfig
+
+    text = parse(tree.pop("text", {}), TextConfig, "text")
+    run = take(tree, Prompts)
+    texts = run.texts()
+    if run.out is None:
+        raise ConfigError("out is missing", fix="out=DIRECTORY")
+    encoder = T5Text(text)
+    store = EmbeddingStore.create(Path(run.out), encoder)
+    print(f"{run.out}: {store.put(texts, encoder)} prompts embedded")
+
+
+def info(tree: dict[str, Any]) -> None:
+    """Versions, device and attention kernels."""
+    import torch
+
+    from cascade import attention
+
+    print(f"cascade {__version__}, python {sys.version.split()[0]}, torch {torch.__version__}")
+    print(f"cuda: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}, threads {torch.get_num_threads()}")
+    q = torch.zeros(1, 1, 1, 8, device="cuda" if torch.cuda.is_available() else "cpu")
+    print(f"attention: {', '.join(attention.kernels())}; auto is {attention.select('auto', q)}")
+
+
+def list_(tree: dict[str, Any]) -> None:
+    """Chains and stages that can be named."""
+    conf = package_root() / "conf"
+    for group in ("chain", "stage"):
+        names = sorted(str(path.relative_to(conf / group).with_suffix("")) for path in (conf / group).rglob("*.yaml"))
+        print(f"{group}: {', '.join(names)}")
+
+
+VERBS: dict[str, tuple[str | None, Callable[[dict[str, Any]], None]]] = {
+    "generate": ("generate", generate),
+    "embed": ("embed", embed),
+    "info": (None, info),
+    "list": (None, list_),
+}
+
+
+# one stage -----------------------------------------------------------------------------------------------------------
+
+
+def stage_main(kind: str) -> None:
+    """Entry of `python -m stages.<kind>`."""
+    run_main(sys.argv[1:], lambda argv: stage_command(kind, argv), f"python -m stages.{kind}")
+
+
+def stage_command(kind: str, argv: Sequence[str]) -> None:
+    from cascade import tasks
+
+    tree = settings("stage", argv)
+    if tree is None:
+        return
+    if tree.get("kind") != kind:
+        raise ConfigError(f"stage is of kind {tree.get('kind')}, this is stages.{kind}", fix=f"python -m stages.{tree.get('kind')}")
+    tasks.run(kind, tree)
+
+
+# entry ---------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Entry of the `cascade` command."""
+    run_main(sys.argv[1:], command, "cascade")
+
+
+def command(argv: Sequence[str]) -> None:
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return
+    if argv[0] == "--version":
+        print(__version__)
+        return
+    verb, rest = argv[0], list(argv[1:])
+    if verb not in VERBS:
+        raise ConfigError(f"unknown verb {verb!r}", fix=f"cascade {suggest(verb, VERBS)}")
+    primary, run = VERBS[verb]
+    if {"-h", "--help"} & set(rest):
+        print(HELP, end="")
+        return
+    if primary is None:
+        if rest:
+            raise ConfigError(f"cascade {verb} takes no settings, not {rest[0]!r}", fix=f"cascade {verb}")
+        run({})
+        return
+    for tree in trees(primary, rest):
+        run(tree)
+
+
+def trees(primary: str, argv: Sequence[str]) -> list[dict[str, Any]]:
+    tree = settings(primary, argv)
+    return [] if tree is None else [tree]
+
+
+def settings(primary: str, argv: Sequence[str]) -> dict[str, Any] | None:
+    """The composed settings of a command; None if they were only to be shown."""
+    import yaml
+
+    texts, rest = split_prompts(argv)
+    config_dir, show, overrides = None, False, []
+    words = iter(rest)
+    for word in words:
+        if word == "--cfg":
+            if next(words, None) != "job":
+                raise ConfigError("--cfg takes `job`", fix="--cfg job")
+            show = True
+        elif word == "--config-dir":
+            config_dir = Path(next(words, ""))
+        elif word.startswith("-"):
+            raise ConfigError(f"unknown option {word}", fix="cascade --help")
+        else:
+            overrides.append(word)
+    tree = compose(primary, overrides, config_dir)
+    tree.update(texts)
+    if show:
+        print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
+        return None
+    return tree
+
+
+def run_main(argv: Sequence[str], body: Callable[[Sequence[str]], None], name: str) -> NoReturn:
+    """Runs a command; every expected fault is one `error:` line and its exit code."""
+    debug = "--debug" in argv
+    verbose = "--verbose" in argv
+    argv = [word for word in argv if word not in ("--debug", "--verbose")]
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("cascade").setLevel(logging.DEBUG if verbose else logging.INFO)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        body(argv)
+        sys.stdout.flush()
+        code = 0
+    except CascadeError as error:
+        code = report(error, debug)
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except MemoryError as error:
+        code = report(MemoryLimitError(f"out of memory {error}".strip(), "micro_batch=1, or smaller shapes"), debug)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        code = report(HostError(f"{error.filename or name}: {error.strerror}", "free the disk or choose another out="), debug)
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        code = report(MemoryLimitError(str(error).splitlines()[0], "micro_batch=1, or smaller shapes"), debug)
+    sys.exit(code)
+
+
+def report(error: CascadeError, debug: bool) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    print(f"error: {error}", file=sys.stderr)
+    return error.code
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    sys.exit(143)

@@ -1,0 +1,1 @@
+"""Training data: clips with captions, drawn by key, so that any of them can be made again."""

@@ -1,0 +1,48 @@
+"""Where training clips come from: the procedural world, or a folder of the user's own videos."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from cascade.data.clips import ClipsConfig, ingest
+from cascade.data.shapes import ShapesConfig, sample
+from cascade.noise import Key
+from cascade.video import Shape
+
+
+class Source(Protocol):
+    """Captioned clips, any of which can be made again."""
+
+    def sample(self, shape: Shape, fps: float, *key: Key) -> tuple[Tensor, str]:
+        """A clip (3, F, H, W) in [-1, 1] and its caption, chosen by `key`."""
+        ...
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """`clips` names a folder of videos; without it the world of shapes is drawn."""
+
+    shapes: ShapesConfig = field(default_factory=ShapesConfig)
+    clips: ClipsConfig | None = None
+
+
+@dataclass(frozen=True)
+class World:
+    """The procedural world as a `Source`."""
+
+    cfg: ShapesConfig
+
+    def sample(self, shape: Shape, fps: float, *key: Key) -> tuple[Tensor, str]:
+        clip, caption, _ = sample(self.cfg, shape, fps, *key)
+        return clip, caption
+
+
+def open_source(cfg: DataConfig, shape: Shape, fps: float, cache: Path) -> Source:
+    """The source that `cfg` names; videos are decoded once, into `cache`. Raises InputError."""
+    if cfg.clips is None:
+        return World(cfg.shapes)
+    return ingest(cfg.clips, shape, fps, cache)

@@ -1,0 +1,197 @@
+"""Building blocks of the denoisers.
+
+One activation layout everywhere: (B*F, C, H, W) in channels-last memory, which is also tokens (B*F, H*W, C), the
+video (B, F, H*W, C) and, for a convolution along time, the channels-last image (B, C, F, H*W). All are views. Norms see
+one frame at a time, so nothing but a temporal mixer ever crosses frames. `segments` (B, F) numbers the clips within a
+batch entry: temporal mixers never cross its borders.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cascade.attention import attend
+from cascade.text import Text
+
+
+@dataclass
+class Clip:
+    """What every block needs to know about the batch beside its activations."""
+
+    batch: int
+    frames: int
+    embedding: Tensor  # (B*F, E): time, scalars, pooled text, frame position
+    segments: Tensor | None  # (B, F) or None = one clip per entry
+
+    def linked(self, offset: int) -> Tensor | None:
+        """1 where frame f and frame f + offset belong to one segment, (B, F, 1, 1); None = no borders inside."""
+        if self.segments is None:
+            return None
+        other = torch.roll(self.segments, -offset, 1)
+        return (self.segments == other).view(self.batch, self.frames, 1, 1)
+
+
+def zero(module: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
+    """Zero-initialised: a residual branch that ends in it is the identity at the start."""
+    nn.init.zeros_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+    return module
+
+
+def sinusoid(position: Tensor, width: int, longest: float) -> Tensor:
+    """(N,) -> (N, width): sines and cosines with wavelengths 2 pi to 2 pi `longest` (Vaswani et al. 2017)."""
+    half = width // 2
+    frequency = torch.exp(-math.log(longest) * torch.arange(half, device=position.device) / max(half - 1, 1))
+    angle = position.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], -1)
+
+
+class Norm(nn.GroupNorm):
+    """Per-frame group norm in groups of at most 32 channels."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(max(1, math.gcd(channels, 8)), channels)
+
+
+class FiLM(nn.Module):
+    """norm(h) (1 + scale) + shift with scale and shift read from the embedding (Perez et al. 2018)."""
+
+    def __init__(self, channels: int, embedding: int) -> None:
+        super().__init__()
+        self.norm = Norm(channels)
+        self.affine = zero(nn.Linear(embedding, 2 * channels))
+
+    def forward(self, h: Tensor, clip: Clip) -> Tensor:
+        scale, shift = self.affine(clip.embedding)[:, :, None, None].chunk(2, 1)
+        return torch.addcmul(shift, self.norm(h), scale + 1)
+
+
+class TemporalConv(nn.Module):
+    """Residual convolution along time, kernel 3; zero-initialised, so at first a video is its frames."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = Norm(channels)
+        self.conv = zero(nn.Conv2d(channels, channels, (3, 1), padding=(1, 0)))
+
+    def forward(self, h: Tensor, clip: Clip) -> Tensor:
+        _, channels, height, width = h.shape
+        x = as_video(F.silu(self.norm(h)), clip)  # (B, F, HW, C)
+        if clip.frames == 1 or (clip.segments is not None):
+            out = self._taps(x, clip)
+        else:
+            out = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return h + from_video(out, height, width)
+
+    def _taps(self, x: Tensor, clip: Clip) -> Tensor:
+        """The same convolution where a neighbour of another segment counts as padding."""
+        before, centre, after = self.conv.weight[:, :, :, 0].unbind(2)
+        out = F.linear(x, centre, self.conv.bias)
+        back, ahead = clip.linked(-1), clip.linked(1)
+        if clip.frames > 1 and back is not None and ahead is not None:
+            previous = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1) * back
+            following = torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1) * ahead
+            out = out + F.linear(previous, before) + F.linear(following, after)
+        return out
+
+
+class TemporalAttention(nn.Module):
+    """Residual self-attention of each position over the frames, with a learned bias per head and frame distance.
+
+    Distances beyond `reach` share the last entry, so that more frames than in training are legal (Ho et al. 2022, VDM).
+    """
+
+    def __init__(self, channels: int, head: int, reach: int = 32) -> None:
+        super().__init__()
+        self.heads, self.reach = max(1, channels // head), reach
+        self.norm = Norm(channels)
+        self.q, self.k, self.v = (nn.Linear(channels, channels, bias=False) for _ in range(3))
+        self.out = zero(nn.Linear(channels, channels))
+        self.distance = nn.Parameter(torch.zeros(self.heads, 2 * reach + 1))
+
+    def bias(self, clip: Clip, positions: int) -> Tensor:
+        """(1 or B, heads or positions * heads, F, F): relative distance, minus infinity across segments."""
+        frame = torch.arange(clip.frames, device=self.distance.device)
+        distance = (frame[None, :] - frame[:, None]).clamp(-self.reach, self.reach) + self.reach
+        bias = self.distance[:, distance][None]  # (1, h, F, F)
+        if clip.segments is not None:
+            other = clip.segments[:, :, None] != clip.segments[:, None, :]
+            bias = bias.masked_fill(other[:, None], -math.inf)
+        if self.heads > 1:
+            bias = bias[:, None].expand(-1, positions, -1, -1, -1).flatten(1, 2)
+        return bias
+
+    def forward(self, h: Tensor, clip: Clip) -> Tensor:
+        _, channels, height, width = h.shape
+        x = as_video(self.norm(h), clip)
+        # Position x head stand as heads: (B, F, HW, C) is (B, F, HW * heads, D) without a copy.
+        q, k, v = (f(x).view(clip.batch, clip.frames, -1, channels // self.heads) for f in (self.q, self.k, self.v))
+        out = attend(q, k, v, bias=self.bias(clip, height * width).to(q.dtype))
+        return h + from_video(self.out(out.reshape(x.shape)), height, width)
+
+
+class SpatialAttention(nn.Module):
+    """Residual self-attention over the positions of one frame."""
+
+    def __init__(self, channels: int, head: int) -> None:
+        super().__init__()
+        self.heads = max(1, channels // head)
+        self.norm = Norm(channels)
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+        self.out = zero(nn.Linear(channels, channels))
+
+    def forward(self, h: Tensor, clip: Clip) -> Tensor:
+        x = tokens(self.norm(h))  # (B*F, HW, C)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        return h + untokens(self.out(attend(q, k, v).flatten(2)), h)
+
+
+class TextAttention(nn.Module):
+    """Residual cross-attention to the prompt; a learned null token stands first, so dropped text is legal.
+
+    All frames ask together: the keys and values of a prompt are projected once per clip.
+    """
+
+    def __init__(self, channels: int, head: int, text: int) -> None:
+        super().__init__()
+        self.heads = max(1, channels // head)
+        self.norm = Norm(channels)
+        self.q = nn.Linear(channels, channels, bias=False)
+        self.kv = nn.Linear(text, 2 * channels, bias=False)
+        self.null = nn.Parameter(torch.randn(1, 1, text) * 0.02)
+        self.out = zero(nn.Linear(channels, channels))
+
+    def forward(self, h: Tensor, clip: Clip, text: Text) -> Tensor:
+        context = torch.cat([self.null.expand(clip.batch, -1, -1), text.tokens.to(h.dtype)], 1)
+        k, v = self.kv(context).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        legal = F.pad(text.mask, (1, 0), value=True)
+        bias = torch.zeros(legal.shape, dtype=h.dtype, device=h.device).masked_fill(~legal, -math.inf)
+        q = self.q(tokens(self.norm(h))).reshape(clip.batch, -1, self.heads, h.shape[1] // self.heads)
+        out = attend(q, k, v, bias=bias[:, None, None])  # (B, F*HW, h, D)
+        return h + untokens(self.out(out.reshape(h.shape[0], -1, h.shape[1])), h)
+
+
+def tokens(h: Tensor) -> Tensor:
+    """(N, C, H, W) channels-last -> (N, H*W, C), a view."""
+    return h.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def untokens(x: Tensor, like: Tensor) -> Tensor:
+    """(N, H*W, C) -> (N, C, H, W) channels-last, a view."""
+    return x.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+
+
+def as_video(h: Tensor, clip: Clip) -> Tensor:
+    """(B*F, C, H, W) channels-last -> (B, F, H*W, C), a view."""
+    return tokens(h).unflatten(0, (clip.batch, clip.frames))
+
+
+def from_video(x: Tensor, height: int, width: int) -> Tensor:
+    """(B, F, H*W, C) -> (B*F, C, H, W) channels-last, a view."""
+    return x.flatten(0, 1).unflatten(1, (height, width)).permute(0, 3, 1, 2)

@@ -1,0 +1,1 @@
+"""What is measured of generated clips, one file per measure."""

@@ -1,0 +1,58 @@
+"""Randomness keyed by what it is for, never by the order of calls.
+
+Noise depends on (seed, stage, sample, frame, step, purpose) alone, so batch size, prompt order, windows, offload and
+resuming cannot change it. It is always drawn on the CPU and then moved, so it is equal on every device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Key = int | str
+
+
+def generator(*key: Key) -> torch.Generator:
+    """A CPU generator seeded by the first 63 bits of the SHA-256 of `key`."""
+    digest = hashlib.sha256("|".join(f"{type(part).__name__}:{part}" for part in key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def sample_id(prompt: str, copy: int = 0) -> str:
+    """Identity of a sample: the `copy`-th video of `prompt`, wherever it stands in a list of prompts."""
+    return f"{hashlib.sha256(prompt.encode()).hexdigest()[:16]}-{copy}"
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Standard normal noise for one stage: call it with a shape, the step and what the noise is for.
+
+    `samples` names the batch entries (see `sample_id`); `start` is the index of the first frame within the whole
+    video, so that overlapping windows see the same noise; `shared` gives every frame the same noise.
+    """
+
+    seed: int
+    stage: str
+    samples: tuple[str, ...]
+    start: int = 0
+    shared: bool = False
+
+    def __call__(self, shape: Sequence[int], step: int, purpose: str) -> Tensor:
+        """N(0, 1) of `shape` (B, C, F, H, W), B = len(samples)."""
+        batch, channels, frames, height, width = shape
+        assert batch == len(self.samples), f"{batch} samples, {len(self.samples)} names"
+        out = torch.empty(batch, frames, channels, height, width)
+        for b, sample in enumerate(self.samples):
+            for f in range(frames):
+                frame = 0 if self.shared else self.start + f
+                rng = generator(self.seed, self.stage, sample, frame, step, purpose)
+                torch.randn((channels, height, width), generator=rng, out=out[b, f])
+        return out.transpose(1, 2)
+
+    def window(self, start: int) -> Noise:
+        """The same noise seen from frame `start` of the whole video."""
+        return Noise(self.seed, self.stage, self.samples, self.start + start, self.shared)

@@ -1,0 +1,312 @@
+"""Runs a chain: one stage in memory at a time, every stage's output an artefact, and whatever is done is not done again.
+
+DIR = {video.mp4, sheet.png, manifest.json, stages/<name>/{video.safetensors, manifest.json}}; many samples stand in
+DIR/0000, DIR/0001, ... A stage's artefact carries a key: the hash of all that decides its content (its settings and
+weights, prompt, seed, input, device). On the next run a stage whose key is the same is read, any other is replaced.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cascade import attention, checkpoint, media, store
+from cascade.config import fingerprint, locate, parse, plain, plugin
+from cascade.errors import CascadeError, ConfigError, HostError, InputError, NumericError
+from cascade.noise import Noise
+from cascade.request import Job
+from cascade.stage import Rule, Stage, StageConfig
+from cascade.text import Text, TextConfig, TextSource
+from cascade.video import Shape, Video
+
+VIDEO = "video.safetensors"
+FORMATS = ("mp4", "gif", "webm")
+log = logging.getLogger("cascade")
+Progress = Callable[[str, int, int], None]  # stage name, steps done, steps in all
+
+
+@dataclass(kw_only=True)
+class Device:
+    """Where and how precisely the networks run."""
+
+    device: str = "auto"
+    dtype: str = "float32"
+    micro_batch: int = 1
+    attention: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype is {self.dtype!r}, expected float32, bfloat16 or float16")
+        if self.micro_batch < 1:
+            raise ValueError(f"micro_batch is {self.micro_batch}, expected at least 1")
+
+    @property
+    def torch(self) -> torch.device:
+        """The device itself; HostError if there is none of that name."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            found = torch.device(self.device)
+            torch.zeros(1, device=found)
+        except (RuntimeError, AssertionError) as error:
+            raise HostError(f"device {self.device!r}: {str(error).splitlines()[0]}", fix="device=auto") from error
+        return found
+
+
+@dataclass
+class Chain:
+    """Named stages in order, and the text encoder that all of them share."""
+
+    stages: list[StageConfig]
+    rules: list[Rule]
+    text: TextConfig
+
+    @staticmethod
+    def build(names: Sequence[str], trees: Mapping[str, Mapping[str, Any]], text: TextConfig) -> Chain:
+        """Typed stages from their settings, checked against each other before any weights are read."""
+        stages, rules = [], []
+        for name in names:
+            if name not in trees:
+                raise ConfigError(f"stages names {name!r}, which has no settings", fix=f"a section {name}: in the chain")
+            tree = trees[name]
+            rule = plugin(str(tree.get("kind")))
+            cfg = parse(tree, rule.Config, name)
+            stages.append(replace(cfg, name=name))
+            rules.append(rule)  # type: ignore[arg-type]
+        chain = Chain(stages, rules, text)
+        chain.check()
+        return chain
+
+    def check(self) -> None:
+        """Every stage's output is the next one's input. Raises ConfigError naming the first pair that does not fit."""
+        if not self.stages:
+            raise ConfigError("stages is empty", fix="stages=[base]")
+        if len({stage.name for stage in self.stages}) < len(self.stages):
+            raise ConfigError("two stages have one name, which keys their noise", fix="different names in `stages`")
+        for before, (after, rule) in zip(self.stages, list(zip(self.stages, self.rules, strict=True))[1:], strict=False):
+            takes, rate = rule.takes(after), rule.rate(after)
+            if before.shape != takes:
+                raise ConfigError(
+                    f"{after.name} takes {takes}, but {before.name} gives {before.shape} (frames x height x width)",
+                    fix=f"{after.name}.shape or {before.name}.shape",
+                )
+            if abs(before.fps * rate - after.fps) > 1e-6:
+                raise ConfigError(
+                    f"{after.name}: fps is {after.fps:g}, but {rate} x {before.name}'s {before.fps:g} is "
+                    f"{before.fps * rate:g}",
+                    fix=f"{after.name}.fps={before.fps * rate:g}",
+                )
+
+    def since(self, start: str | None) -> Chain:
+        """The chain from stage `start` on."""
+        names = [stage.name for stage in self.stages]
+        if start is None:
+            return self
+        if start not in names:
+            raise ConfigError(f"start is {start!r}, expected one of {', '.join(names)}", fix=f"start={names[0]}")
+        at = names.index(start)
+        return Chain(self.stages[at:], self.rules[at:], self.text)
+
+
+def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
+    """The stage with its verified weights, ready to sample, and the weights' hash."""
+    if cfg.weights is None:
+        raise ConfigError(f"{cfg.name} has no weights", fix=f"{cfg.name}.weights=DIRECTORY")
+    weights = checkpoint.load(locate(cfg.weights))
+    saved = weights.config
+    checkpoint.compatible(saved["net"], plain(cfg.net), f"{cfg.name}.net in {cfg.weights}")
+    if "kind" in saved and saved["kind"] != cfg.kind:
+        raise InputError(
+            f"{cfg.name}: weights {cfg.weights} are of a stage of kind {saved['kind']}, not {cfg.kind}",
+            fix=f"{cfg.name}.weights=DIRECTORY",
+        )
+    cfg = replace(cfg, w_range=saved.get("w_range"))
+    with torch.device("meta"):
+        stage = Stage(cfg, rule)
+    checkpoint.apply(stage.net, weights.state, f"{cfg.name}: {cfg.weights}")
+    stage.net.to(device, torch.float32).eval().requires_grad_(False)
+    stage.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return stage, weights.hash
+
+
+def stage_key(stage: Stage, weights: str, text: str, negative: str, job: Job, seed: int, source: str, on: Device) -> str:
+    """Hash of everything that decides a stage's output."""
+    settings = plain(stage.cfg)
+    for name in ("train", "weights"):
+        settings.pop(name)
+    return fingerprint(
+        {
+            "format": 1,
+            "settings": settings,
+            "weights": weights,
+            "text": [text, job.prompt, negative],
+            "sample": [job.sample, seed],
+            "input": source,
+            "device": [on.torch.type, on.dtype, on.micro_batch, on.attention],
+        }
+    )
+
+
+def video_bytes(video: Video) -> bytes:
+    """A lossless clip: float32 (C, F, H, W) in [-1, 1] and its fps."""
+    frames = video.frames[0].to("cpu", torch.float32).contiguous()
+    return store.tensors_to_bytes({"video": frames}, metadata=("fps", repr(float(video.fps))))
+
+
+def read_clip(data: bytes, where: str) -> Video:
+    """The inverse of `video_bytes`."""
+    frames = store.bytes_to_tensors(data, where).get("video")
+    fps = store.metadata(data).get("fps")
+    if frames is None or frames.ndim != 4 or fps is None:
+        raise InputError(f"{where}: is not a clip (a tensor `video` (C, F, H, W) with its fps)", fix="a file `out` made")
+    if not torch.isfinite(frames).all():
+        raise NumericError(f"{where}: not all values are finite", fix="make it again")
+    return Video(frames[None].float(), float(fps))
+
+
+def read_input(path: Path, size: tuple[int, int]) -> Video:
+    """The user's own clip, lossless or any video file, at the height and width that a stage takes."""
+    if not path.is_file():
+        raise InputError(f"input {path}: no such file", fix="input=FILE")
+    if path.suffix == ".safetensors":
+        return read_clip(path.read_bytes(), str(path)).resize(*size)
+    video = media.read_video(path)
+    return Video(media.fit(video.frames[0].transpose(0, 1), *size).transpose(0, 1)[None], video.fps)
+
+
+def first_frame(path: Path, cfg: StageConfig) -> Video:
+    """An image as the known first frame of a clip."""
+    if not path.is_file():
+        raise InputError(f"image {path}: no such file", fix="image=FILE")
+    image = media.fit(media.read_image(path)[None], cfg.shape.height, cfg.shape.width)[0]
+    frames = image[None, :, None].repeat(1, 1, cfg.shape.frames, 1, 1)
+    known = torch.zeros(1, cfg.shape.frames, dtype=torch.bool)
+    known[:, 0] = True
+    return Video(frames, cfg.fps, known)
+
+
+@dataclass
+class Runner:
+    """Makes the videos of many jobs, stage by stage, each stage loaded once."""
+
+    chain: Chain
+    source: TextSource
+    on: Device
+    seed: int = 0
+    negative: str | None = None
+    progress: Progress | None = None
+    _texts: dict[str, Text] = field(default_factory=dict)
+
+    def run(self, jobs: Sequence[Job], given: Video | None) -> dict[Path, Video]:
+        """Every stage of every job, as artefacts under job.directory/stages; returns the last stage's videos."""
+        inputs: dict[Path, tuple[Video | None, str]] = {job.directory: (given, digest(given)) for job in jobs}
+        for i, (cfg, rule) in enumerate(zip(self.chain.stages, self.chain.rules, strict=True)):
+            stage, weights = load_stage(cfg, rule, self.on.torch)
+            todo = []
+            for job in jobs:
+                key = self.key(stage, weights, job, inputs[job.directory][1])
+                folder = job.directory / "stages" / cfg.name
+                done = finished(folder, key)
+                if done is None:
+                    todo.append((job, key))
+                else:
+                    inputs[job.directory] = done
+            total, counter = len(todo) * cfg.sampler.steps, 0
+            for part in range(0, len(todo), self.on.micro_batch):
+                group = todo[part : part + self.on.micro_batch]
+
+                def tick(step: int, base: int = counter, size: int = len(group), name: str = cfg.name, of: int = total) -> None:
+                    if self.progress is not None:
+                        self.progress(name, base + step * size, of)
+
+                videos = self.sample(stage, [job for job, _ in group], [inputs[job.directory][0] for job, _ in group], tick)
+                for (job, key), video in zip(group, videos, strict=True):
+                    inputs[job.directory] = (video, commit_stage(job.directory / "stages" / cfg.name, video, key, preview=i == 0))
+                counter += len(group) * cfg.sampler.steps
+            del stage
+        return {path: video for path, (video, _) in inputs.items() if video is not None}
+
+    def key(self, stage: Stage, weights: str, job: Job, source: str) -> str:
+        return stage_key(
+            stage, weights, self.source.fingerprint, self.negative or "", job, self.seed, source, self.on
+        )
+
+    def text(self, prompts: Sequence[str]) -> Text:
+        for prompt in prompts:
+            if prompt not in self._texts:
+                self._texts[prompt] = self.source.encode([prompt])
+        return Text.cat([self._texts[prompt] for prompt in prompts])
+
+    def sample(self, stage: Stage, jobs: Sequence[Job], lows: Sequence[Video | None], tick: Callable[[int], None]) -> list[Video]:
+        """The stage's videos for a few jobs at once."""
+        low = None
+        if lows[0] is not None:
+            clips = [clip for clip in lows if clip is not None]
+            known = None if clips[0].known is None else torch.cat([c.known for c in clips if c.known is not None])
+            low = Video(torch.cat([clip.frames for clip in clips]), clips[0].fps, known)
+        text = self.text([job.prompt for job in jobs])
+        negative = None if self.negative is None else self.text([self.negative] * len(jobs))
+        noise = Noise(self.seed, stage.cfg.name, tuple(job.sample for job in jobs))
+        try:
+            with attention.use(self.on.attention), precision(self.on):
+                video = stage.sample(low, text, negative, noise, tick)
+        except CascadeError as error:
+            raise type(error)(f"{stage.cfg.name}: {error.message}", error.fix) from error
+        return [Video(video.frames[i : i + 1], video.fps) for i in range(len(jobs))]
+
+
+@contextmanager
+def precision(on: Device) -> Iterator[None]:
+    if on.dtype == "float32":
+        yield
+        return
+    with torch.autocast(on.torch.type, getattr(torch, on.dtype)):
+        yield
+
+
+def finished(folder: Path, key: str) -> tuple[Video, str] | None:
+    """The clip in `folder` and its hash, if it is the one of `key` and whole."""
+    if not folder.is_dir() or store.problems(folder, "stage"):
+        return None
+    artefact = store.read(folder, "stage")
+    if artefact.meta.get("key") != key:
+        return None
+    data = artefact.files[VIDEO]
+    return read_clip(data, str(folder / VIDEO)), hashlib.sha256(data).hexdigest()
+
+
+def commit_stage(folder: Path, video: Video, key: str, preview: bool) -> str:
+    """Writes a stage's clip (and a small mp4 to look at, if asked); returns its hash."""
+    data = video_bytes(video)
+    files = {VIDEO: data}
+    if preview:
+        files["preview.mp4"] = media.encoded(video.frames[0], video.fps, ".mp4")
+    store.commit(folder, files, kind="stage", meta={"key": key, "shape": str(video.shape), "fps": video.fps}, replace=True)
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest(video: Video | None) -> str:
+    """Hash of a clip; of none: the empty string."""
+    if video is None:
+        return ""
+    known = "" if video.known is None else str(video.known.int().tolist())
+    return hashlib.sha256(video_bytes(video) + known.encode()).hexdigest()
+
+
+def finish(job: Job, video: Video, formats: Sequence[str], fps: float | None, meta: dict[str, Any]) -> None:
+    """video.mp4 (gif, webm), sheet.png and manifest.json of a job from its last stage's clip."""
+    rate = fps or video.fps
+    outputs = {f"video.{suffix}": media.encoded(video.frames[0], rate, f".{suffix}") for suffix in formats}
+    outputs["sheet.png"] = media.sheet(video.frames, [job.prompt])
+    for name, data in outputs.items():
+        store.write_file(job.directory / name, data)
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in outputs.items()}
+    tree = {"prompt": job.prompt, "copy": job.copy, "fps": rate, "shape": str(video.shape), "files": hashes, **meta}
+    store.write_file(job.directory / "manifest.json", store.canonical(tree))

@@ -1,0 +1,122 @@
+"""What a command asks for: prompts, how many videos of each, where they go; and the progress it shows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from cascade.config import parse
+from cascade.errors import ConfigError, InputError
+
+MAX_FILE = 64 << 20  # bytes of a prompt file
+
+
+@dataclass(kw_only=True)
+class Prompts:
+    """What to make and how often; shared by the chain and the single stage."""
+
+    prompt: str | None = None
+    prompts: str | None = None
+    negative_prompt: str | None = None
+    seed: int = 0
+    samples: int = 1
+    out: str | None = None
+    input: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples is {self.samples}, expected at least 1")
+        if self.prompt is not None and self.prompts is not None:
+            raise ValueError("prompt and prompts are both set, expected one of them")
+
+    def texts(self) -> list[str]:
+        """The prompts, checked. ConfigError without any, InputError for an unreadable file."""
+        from cascade.text import check_prompt
+
+        if self.prompts is None:
+            if self.prompt is None:
+                raise ConfigError("prompt is missing", fix='prompt="a large red circle moves left on a black background"')
+            return [check_prompt(self.prompt)]
+        return read_prompts(Path(self.prompts))
+
+
+def read_prompts(path: Path) -> list[str]:
+    """One prompt a line; blank lines are skipped, faults named with their line."""
+    from cascade.text import check_prompt
+
+    try:
+        if path.stat().st_size > MAX_FILE:
+            raise InputError(f"prompts {path}: larger than 64 MB", fix="several smaller files")
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"prompts {path}: {error}", fix="prompts=FILE, UTF-8, one prompt a line") from error
+    found = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                found.append(check_prompt(line))
+            except ConfigError as error:
+                raise ConfigError(f"{path}, line {number}: {error.message}", fix=error.fix) from error
+    if not found:
+        raise ConfigError(f"prompts {path}: holds no prompt", fix="one prompt a line")
+    return found
+
+
+def take(tree: dict[str, Any], cls: type[Any]) -> Any:
+    """The settings of `tree` that belong to `cls`, typed; they leave `tree`."""
+    names = [f.name for f in fields(cls)]
+    return parse({name: tree.pop(name) for name in names if name in tree}, cls)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One video to make: the `copy`-th of `prompt`, in `directory`."""
+
+    prompt: str
+    copy: int
+    directory: Path
+
+    @property
+    def sample(self) -> str:
+        """What keys this video's noise."""
+        from cascade.noise import sample_id
+
+        return sample_id(self.prompt, self.copy)
+
+
+def jobs_of(texts: Sequence[str], samples: int, out: Path) -> list[Job]:
+    """One directory for each prompt and copy; a prompt that stands twice in a file counts on as further copies."""
+    seen: dict[str, int] = {}
+    jobs = []
+    for text in texts:
+        for _ in range(samples):
+            copy = seen.get(text, 0)
+            seen[text] = copy + 1
+            jobs.append(Job(text, copy, out / f"{len(jobs):04d}"))
+    return [Job(jobs[0].prompt, 0, out)] if len(jobs) == 1 else jobs
+
+
+class bars:
+    """A progress bar a stage on stderr, as `progress(stage, done, total)`."""
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        self.bar: Any = None
+        return self.show
+
+    def show(self, name: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if self.bar is None or self.bar.desc != f"{name:>8}":
+            self.close()
+            self.bar = tqdm(total=total, desc=f"{name:>8}", unit="step", file=sys.stderr, ncols=80)
+        self.bar.update(done - self.bar.n)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

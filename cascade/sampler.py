@@ -1,0 +1,335 @@
+"""From noise to video: one loop, small step rules, guidance around the denoiser, hooks on its x_hat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cascade.diffusion import Diffusion
+from cascade.errors import NumericError
+
+Denoise = Callable[[Tensor, Tensor], Tensor]  # z (B, C, F, H, W), t (B,) -> x_hat
+StepDenoise = Callable[[Tensor, Tensor, int], Tensor]  # z, t, step -> x_hat, guidance of that step applied
+Hook = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_hat, z, t -> x_hat
+Draw = Callable[[Sequence[int], int, str], Tensor]  # shape, step, purpose -> N(0, 1); cascade.noise.Noise is one
+
+
+class Rule(Enum):
+    """How a step uses x_hat; each is a function below."""
+
+    DDIM = "ddim"
+    ANCESTRAL = "ancestral"
+    STOCHASTIC = "stochastic"
+    DPMPP_2M = "dpmpp_2m"
+    HEUN = "heun"
+
+
+class Threshold(Enum):
+    """How x_hat is brought into [-1, 1] (Saharia et al. 2022, sec. 2.3)."""
+
+    NONE = "none"
+    STATIC = "static"
+    DYNAMIC = "dynamic"
+
+
+class Per(Enum):
+    """What shares one dynamic threshold."""
+
+    CLIP = "clip"
+    FRAME = "frame"
+
+
+@dataclass(kw_only=True)
+class Sampler:
+    """Settings of one sampling run.
+
+    `guidance` is the papers' w (diffusers' guidance_scale is 1 + w; 0 is off). With `guidance_low` it oscillates:
+    the first `guidance_constant` steps at `guidance`, then `guidance`, `guidance_low`, `guidance`, ... (Ho et al. 2022,
+    Imagen Video, "Large guidance weights"). `gamma` belongs to the ancestral rule, `percentile` and `per` to the
+    dynamic threshold. `strength` is the time at which a given video starts (SDEdit, Meng et al. 2022); 1 is pure noise.
+    """
+
+    steps: int
+    rule: Rule = Rule.DDIM
+    gamma: float = 0.0
+    guidance: float = 0.0
+    guidance_low: float | None = None
+    guidance_constant: int = 0
+    threshold: Threshold = Threshold.NONE
+    percentile: float = 0.995
+    per: Per = Per.CLIP
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        low = 0.0 if self.guidance_low is None else self.guidance_low
+        for name, valid, expected in (
+            ("steps", self.steps >= 1, "at least 1"),
+            ("gamma", 0 <= self.gamma <= 1, "a number from 0 to 1"),
+            ("guidance", 0 <= self.guidance < math.inf, "a number of at least 0"),
+            ("guidance_low", 0 <= low <= self.guidance, f"a number from 0 to guidance, which is {self.guidance}"),
+            ("guidance_constant", self.guidance_constant >= 0, "at least 0"),
+            ("percentile", 0 < self.percentile <= 1, "a number above 0, at most 1"),
+            ("strength", 0 < self.strength <= 1, "a number above 0, at most 1"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
+
+    def weight(self, step: int) -> float:
+        """Guidance weight w of a step, counted from 0."""
+        past = step - self.guidance_constant
+        return self.guidance if self.guidance_low is None or past < 0 or past % 2 == 0 else self.guidance_low
+
+    def evaluations(self) -> int:
+        """Network calls of one guidance branch in a whole run."""
+        return 2 * self.steps - 1 if self.rule is Rule.HEUN else self.steps
+
+    def limit(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        """The threshold as a hook."""
+        if self.threshold is Threshold.NONE:
+            return x
+        if self.threshold is Threshold.STATIC:
+            return x.clamp(-1, 1)
+        return dynamic_threshold(x, self.percentile, self.per)
+
+
+def times(steps: int, start: float = 1.0) -> Tensor:
+    """start, ..., 0: steps + 1 float64 points uniform in t.
+
+    The first call of the network is at `start` itself and the last step lands on 0 ("trailing" in Lin et al. 2023,
+    sec. 3.3). A "leading" grid would begin below t = 1, where the network expects a trace of the video that pure noise
+    does not hold: its mean brightness then comes out wrong, the more the fewer the steps.
+    """
+    return torch.linspace(start, 0, steps + 1, dtype=torch.float64)
+
+
+def quantile(a: Tensor, q: float) -> Tensor:
+    """The q-quantile of every row, interpolated linearly as in torch.quantile but without its limit of 2^24 elements.
+
+    a (N, M) -> (N,) float32.
+    """
+    a = a.float()
+    position = q * (a.shape[1] - 1)
+    low = math.floor(position)
+    high = min(low + 1, a.shape[1] - 1)
+    # on the CPU kthvalue takes ten times as long, and an int64 index for every element
+    select = _select_numpy if a.device.type == "cpu" else _select_torch
+    return torch.lerp(*select(a, low, high), position - low)
+
+
+def dynamic_threshold(x: Tensor, percentile: float, per: Per) -> Tensor:
+    """Clip x to [-s, s] and divide by s, with s = max(1, percentile of abs(x)) (Saharia et al. 2022, sec. 2.3).
+
+    x (B, C, F, H, W); one s for a whole clip or for every frame. Leaves an x within [-1, 1] as it is, bit for bit.
+    """
+    rows = x.abs().flatten(1) if per is Per.CLIP else x.abs().transpose(1, 2).flatten(0, 1).flatten(1)
+    s = quantile(rows, percentile).clamp(min=1).to(x.dtype)
+    s = s.view(x.shape[0], 1, -1, 1, 1)
+    return torch.maximum(torch.minimum(x, s), -s) / s
+
+
+def guided(conditional: Denoise, unconditional: Denoise, w: float) -> Denoise:
+    """x_hat = (1 + w) x_c - w x_u (Ho & Salimans 2022, eq. 6). At w = 0 the unconditional one is never called."""
+    if w == 0:
+        return conditional
+
+    def denoise(z: Tensor, t: Tensor) -> Tensor:
+        x = conditional(z, t)
+        return x + w * (x - unconditional(z, t))
+
+    return denoise
+
+
+def keep_known(known: Tensor, mask: Tensor) -> Hook:
+    """Hook that puts the known part into x_hat, so that it comes out of the sampler exactly.
+
+    known (B, C, F, H, W); mask, bool or float, above 0 where known, of a shape that broadcasts to it.
+    """
+
+    def hook(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        return torch.where(mask > 0, known.to(x), x)
+
+    return hook
+
+
+def reconstruction(
+    diffusion: Diffusion, denoise: Denoise, observe: Callable[[Tensor], Tensor], target: Tensor, weight: float
+) -> Denoise:
+    """x_hat - (weight alpha_t / 2) grad_z |target - observe(x_hat)|^2 (Ho et al. 2022, Video Diffusion, sec. 3.1).
+
+    `observe` selects known frames, or is any differentiable map such as a downsampling. Every part of x_hat moves:
+    add `keep_known` to hold the known one. The gradient runs through the denoiser: about three evaluations' cost, and
+    the memory of its graph.
+    """
+
+    def denoise_towards(z: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            x = denoise(z, t)
+            (gradient,) = torch.autograd.grad((target - observe(x)).square().sum(), z)
+        alpha, _ = diffusion.alpha_sigma(t, z.dtype)
+        return x.detach() - (0.5 * weight) * alpha * gradient
+
+    return denoise_towards
+
+
+def ddim(diffusion: Diffusion, z: Tensor, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+    """z_s = alpha_s x_hat + sigma_s eps_hat, for s < t, both (B,) (Song et al. 2021, eq. 12).
+
+    That is z_s = cos(d) z - sin(d) v_hat with d = phi_t - phi_s (Salimans & Ho 2022, app. D); at s = 0 it is x_hat.
+    """
+    alpha, sigma = diffusion.alpha_sigma(t, torch.float64)
+    alpha_s, sigma_s = diffusion.alpha_sigma(s, torch.float64)
+    return _mix(sigma_s / sigma, z, alpha_s - alpha * sigma_s / sigma, x)
+
+
+def ancestral(diffusion: Diffusion, z: Tensor, x: Tensor, t: Tensor, s: Tensor, gamma: float, eps: Tensor) -> Tensor:
+    """Draw from q(z_s | z_t, x_hat), its variance moved towards that of q(z_t | z_s) by gamma.
+
+    Variance lower^(1 - gamma) upper^gamma (Ho et al. 2022, Video Diffusion Models, sec. 2), s > 0.
+    """
+    alpha, sigma = diffusion.alpha_sigma(t, torch.float64)
+    alpha_s, sigma_s = diffusion.alpha_sigma(s, torch.float64)
+    ratio = alpha / alpha_s
+    upper = sigma**2 - (ratio * sigma_s) ** 2
+    lower = upper * (sigma_s / sigma) ** 2
+    mean = _mix(ratio * (sigma_s / sigma) ** 2, z, alpha_s * upper / sigma**2, x)
+    return mean + (lower ** (1 - gamma) * upper**gamma).sqrt().to(z.dtype) * eps
+
+
+def renoised(diffusion: Diffusion, z: Tensor, s: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+    """Draw from q(z_t | z_s) for s <= t: the forward process from s on."""
+    alpha, sigma = diffusion.alpha_sigma(t, torch.float64)
+    alpha_s, sigma_s = diffusion.alpha_sigma(s, torch.float64)
+    ratio = alpha / alpha_s
+    return _mix(ratio, z, (sigma**2 - (ratio * sigma_s) ** 2).clamp(min=0).sqrt(), eps)
+
+
+def stochastic(diffusion: Diffusion, z: Tensor, x: Tensor, t: Tensor, s: Tensor, after: Tensor, eps: Tensor) -> Tensor:
+    """DDIM over two steps, to the time `after` s, then noise for one step back (Ho et al. 2022, Imagen Video)."""
+    return renoised(diffusion, ddim(diffusion, z, x, t, after), after, s, eps)
+
+
+def dpmpp_2m(
+    diffusion: Diffusion, z: Tensor, x: Tensor, t: Tensor, s: Tensor, before: tuple[Tensor, Tensor] | None
+) -> Tensor:
+    """DPM-Solver++(2M), data prediction, midpoint (Lu et al. 2022b, algorithm 2); s > 0.
+
+    `before` is x_hat and t of the step before, None on the first step, which is then DDIM's. A step from t = 1 is
+    infinitely long in log-SNR, so the correction after it weighs 1 / (2 r) = 0.
+    """
+    if before is None:
+        return ddim(diffusion, z, x, t, s)
+    x_before, t_before = before
+    here, there, past = (_half_log_snr(diffusion, time) for time in (t, s, t_before))
+    weight = (there - here) / (2 * (here - past))
+    return ddim(diffusion, z, x + weight.to(x.dtype) * (x - x_before), t, s)
+
+
+def heun(diffusion: Diffusion, z: Tensor, x: Tensor, t: Tensor, s: Tensor, predict: Denoise) -> Tensor:
+    """Second order: a DDIM step, then the mean of both ends' slopes (Karras et al. 2022, algorithm 1); s > 0.
+
+    The slope is dz / dphi = v_hat, finite at t = 1 too. Beyond the rotation that DDIM already takes exactly, v_hat
+    changes by (x_hat_t - x_hat_s) / sigma_s, so the step is exact where x_hat stays.
+    """
+    alpha, sigma = diffusion.alpha_sigma(t, torch.float64)
+    alpha_s, sigma_s = diffusion.alpha_sigma(s, torch.float64)
+    ahead = ddim(diffusion, z, x, t, s)
+    weight = (sigma * alpha_s - alpha * sigma_s) / (2 * sigma_s)  # sin(phi_t - phi_s) / (2 sin(phi_s))
+    return ahead + weight.to(z.dtype) * (predict(ahead, s) - x)
+
+
+@torch.no_grad()
+def sample(
+    diffusion: Diffusion,
+    denoise: StepDenoise,
+    sampler: Sampler,
+    noise: Draw,
+    shape: Sequence[int],
+    *,
+    start: Tensor | None = None,
+    hooks: Sequence[Hook] = (),
+    progress: Callable[[int], None] | None = None,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """A video of `shape` (B, C, F, H, W): x_hat of the last step.
+
+    `noise` is asked for ("start", step 0) and, by the rules that need it, for ("step", step i). `start` (B, C, F, H, W)
+    is noised to sampler.strength and sampling goes on from there. `hooks` run in order on every x_hat, after the
+    sampler's threshold. `progress` gets the number of steps done. t (B,) comes in the dtype of the noise, and so do
+    all results.
+
+    Raises ValueError for a strength below 1 without a video to start from or for a start of another shape, NumericError
+    naming the step if x_hat is not finite.
+    """
+    if start is None and sampler.strength < 1:
+        raise ValueError(f"strength is {sampler.strength}, expected 1 where no video is given to start from")
+    if start is not None and tuple(start.shape) != tuple(shape):
+        raise ValueError(f"the start video has shape {tuple(start.shape)}, expected {tuple(shape)}")
+    z = noise(shape, 0, "start").to(device)
+    grid = [torch.full_like(z[:, 0, 0, 0, 0], t) for t in times(sampler.steps, sampler.strength).tolist()]
+    if start is not None:
+        z = diffusion.noised(start.to(z), z, grid[0])
+
+    def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
+        x = _finite(denoise(z, t, step).to(z.dtype), step, sampler.steps)
+        for hook in (sampler.limit, *hooks):
+            x = hook(x, z, t)
+        return _finite(x, step, sampler.steps)
+
+    before: tuple[Tensor, Tensor] | None = None
+    for step, (t, s) in enumerate(pairwise(grid)):
+        x = predict(z, t, step)
+        if step == sampler.steps - 1:
+            z = x
+        elif sampler.rule is Rule.DDIM:
+            z = ddim(diffusion, z, x, t, s)
+        elif sampler.rule is Rule.ANCESTRAL:
+            z = ancestral(diffusion, z, x, t, s, sampler.gamma, noise(shape, step, "step").to(z))
+        elif sampler.rule is Rule.STOCHASTIC:
+            z = stochastic(diffusion, z, x, t, s, grid[step + 2], noise(shape, step, "step").to(z))
+        elif sampler.rule is Rule.DPMPP_2M:
+            z = dpmpp_2m(diffusion, z, x, t, s, before)
+        else:
+            z = heun(diffusion, z, x, t, s, partial(predict, step=step))
+        before = x, t
+        if progress is not None:
+            progress(step + 1)
+    return z
+
+
+def _select_numpy(a: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    """Elements of rank `low` and `high`, counted from 0, of every row."""
+    ranked = torch.from_numpy(np.partition(a.detach().numpy(), (low, high), axis=1))
+    return ranked[:, low], ranked[:, high]
+
+
+def _select_torch(a: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
+    return a.kthvalue(low + 1, dim=1).values, a.kthvalue(high + 1, dim=1).values
+
+
+def _mix(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """a x + b y, the float64 weights rounded to the dtype of x once."""
+    return a.to(x.dtype) * x + b.to(x.dtype) * y
+
+
+def _half_log_snr(diffusion: Diffusion, t: Tensor) -> Tensor:
+    alpha, sigma = diffusion.alpha_sigma(t, torch.float64)
+    return torch.log(alpha / sigma)
+
+
+def _finite(x: Tensor, step: int, steps: int) -> Tensor:
+    if not torch.isfinite(x).all():
+        bad = int((~torch.isfinite(x)).sum())
+        raise NumericError(
+            f"sampling step {step + 1} of {steps}: {bad} of {x.numel()} values of x_hat are not finite",
+            "dtype=float32, or other weights if that is what ran",
+        )
+    return x

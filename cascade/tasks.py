@@ -1,0 +1,170 @@
+"""What one stage can do alone: `python -m stages.<kind> task=sample|train|distill|evaluate`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cascade import checkpoint, media, store
+from cascade.config import fingerprint, locate, parse, plain, plugin, suggest
+from cascade.data.source import DataConfig, Source, open_source
+from cascade.errors import ConfigError
+from cascade.noise import Noise, generator, sample_id
+from cascade.pipeline import Chain, Device, Runner, digest, first_frame, load_stage, read_input, stage_key, video_bytes
+from cascade.request import Job, Prompts, bars, jobs_of, take
+from cascade.stage import Rule, Stage, StageConfig, TrainConfig
+from cascade.text import Text, TextConfig, TextSource, text_source
+from cascade.train import fit
+from cascade.video import Shape, Video
+
+
+@dataclass
+class Request:
+    """A command on one stage, typed. `own` holds the sections that a single task reads: distill, evaluate."""
+
+    cfg: StageConfig
+    rule: Rule
+    run: Prompts
+    on: Device
+    text: TextConfig
+    data: DataConfig
+    own: dict[str, Any]
+
+    @property
+    def training(self) -> TrainConfig:
+        if self.cfg.train is None:
+            raise ConfigError(f"{self.cfg.name}: train is missing", fix="train.steps=... train.batch=... train.lr=...")
+        return self.cfg.train
+
+    def out(self, task: str) -> Path:
+        """`out`, or a directory named by the hash of all settings."""
+        if self.run.out is not None:
+            return Path(self.run.out)
+        settings = [plain(part) for part in (self.cfg, self.run, self.text, self.data)]
+        return Path("runs") / f"{task}-{self.cfg.name}-{fingerprint([settings, self.own])[:12]}"
+
+
+def request(kind: str, tree: dict[str, Any]) -> Request:
+    """The typed command; settings that belong to nothing are refused."""
+    rule = plugin(kind)
+    run, on = take(tree, Prompts), take(tree, Device)
+    text = parse(tree.pop("text", {}), TextConfig, "text")
+    data = parse(tree.pop("data", {}), DataConfig, "data")
+    own = {name: tree.pop(name) for name in ("distill", "evaluate") if name in tree}
+    return Request(parse(tree, rule.Config), rule, run, on, text, data, own)  # type: ignore[arg-type]
+
+
+def sample(ask: Request) -> None:
+    """Videos of the stage for the prompts, from the file `input` (base: nothing, or an image)."""
+    texts = ask.run.texts()
+    out = Path(ask.run.out) if ask.run.out else ask.out("sample") / "video.safetensors"
+    given = incoming(ask)
+    ask.rule.output(None if given is None else given.shape, ask.cfg)
+    stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
+    chain = Chain([ask.cfg], [ask.rule], ask.text)
+    jobs = jobs_of(texts, ask.run.samples, out)
+    suffix = out.suffix if len(jobs) == 1 else ".safetensors"
+    with bars() as progress:
+        runner = Runner(chain, text_source(ask.text), ask.on, ask.run.seed, ask.run.negative_prompt)
+        for number, job in enumerate(jobs):
+
+            def tick(step: int, done: int = number * stage.cfg.sampler.steps) -> None:
+                progress(stage.cfg.name, done + step, len(jobs) * stage.cfg.sampler.steps)
+
+            (video,) = runner.sample(stage, [job], [given], tick)
+            key = runner.key(stage, weights, job, digest(given))
+            write(job.directory.with_suffix(suffix), video, {"key": key, "prompt": job.prompt})
+    print(out)
+
+
+def incoming(ask: Request) -> Video | None:
+    """The clip that the stage is given."""
+    if ask.run.input is None:
+        return None
+    path = Path(ask.run.input)
+    if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
+        return first_frame(path, ask.cfg)
+    takes = ask.rule.takes(ask.cfg)
+    return read_input(path, (takes.height, takes.width))
+
+
+def write(path: Path, video: Video, meta: dict[str, Any]) -> None:
+    """One clip as a file: lossless, or a video file by its suffix."""
+    if path.suffix == ".safetensors":
+        store.commit_file(path, video_bytes(video), kind="stage", meta=meta)
+    else:
+        store.commit_file(path, media.encoded(video.frames[0], video.fps, path.suffix), kind="stage", meta=meta)
+
+
+def train(ask: Request) -> None:
+    """Trains the stage and writes its averaged weights to <out>/weights."""
+    cfg, out = ask.training, ask.out("train")
+    stage = new_stage(ask.cfg, ask.rule, cfg).to(ask.on.torch)
+    source = open_source(ask.data, ask.cfg.shape, ask.cfg.fps, out / "clips")
+    encoder = text_source(ask.text)
+    average = fit(stage, source, encoder.encode, cfg, out, preview=Preview(stage, source, encoder.encode, cfg))
+    save(out / "weights", stage.cfg, average, f"Trained for {cfg.steps} steps of {cfg.batch} clips.")
+    print(out / "weights")
+
+
+def new_stage(cfg: StageConfig, rule: Rule, train: TrainConfig) -> Stage:
+    """The stage with the weights of `train.init`, or new ones drawn from `train.seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(train.seed)
+        stage = Stage(cfg, rule)
+    if train.init is not None:
+        weights = checkpoint.load(locate(train.init))
+        checkpoint.compatible(weights.config["net"], plain(cfg.net), f"{cfg.name}.net in {train.init}")
+        checkpoint.apply(stage.net, weights.state, train.init)
+    return stage
+
+
+def save(directory: Path, cfg: StageConfig, state: dict[str, Tensor], recipe: str, **extra: Any) -> None:
+    """Weights with the architecture they belong to and a model card."""
+    config = {"kind": cfg.kind, "net": plain(cfg.net), "diffusion": plain(cfg.diffusion), **extra}
+    card = (
+        f"# {cfg.name}\n\n{cfg.kind} stage of Cascade: {cfg.shape} (frames x height x width) at {cfg.fps:g} fps, "
+        f"{sum(value.numel() for value in state.values()) / 1e6:.2f} M parameters.\n\n{recipe}\n\nLicence: Apache-2.0.\n"
+    )
+    checkpoint.save(directory, state, config, card=card)
+
+
+@dataclass
+class Preview:
+    """Contact sheet of a training: truth, input and samples of the averaged weights, for clips never trained on."""
+
+    stage: Stage
+    source: Source
+    encode: Callable[[list[str]], Text]
+    cfg: TrainConfig
+    clips: int = 4
+
+    def __call__(self, average: dict[str, Tensor], step: int) -> bytes:
+        net = copy.deepcopy(self.stage.net).eval()
+        checkpoint.apply(net, average, "the average")
+        stage = Stage(self.stage.cfg, self.stage.rule, net)
+        rows, captions = [], []
+        for i in range(self.clips):
+            clip, caption = self.source.sample(stage.cfg.shape, stage.cfg.fps, self.cfg.seed, "preview", i)
+            low = stage.rule.degrade(Video(clip[None], stage.cfg.fps), stage.cfg, generator(self.cfg.seed, "preview", i))
+            noise = Noise(self.cfg.seed, stage.cfg.name, (sample_id(caption, i),))
+            rows += [clip[None], stage.sample(low, self.encode([caption]), None, noise).frames]
+            captions += [f"truth: {caption}", "sample"]
+        return media.sheet(torch.cat(rows), captions)
+
+
+TASKS = {"sample": sample, "train": train}
+
+
+def run(kind: str, tree: dict[str, Any]) -> None:
+    """The task that the settings ask for."""
+    name = tree.pop("task", "sample")
+    if name not in TASKS:
+        raise ConfigError(f"task is {name!r}, expected one of {', '.join(TASKS)}", fix=suggest(str(name), TASKS))
+    TASKS[name](request(kind, tree))

@@ -1,0 +1,285 @@
+"""`VideoUNet`, the space-time denoiser that all stages share.
+
+It never knows which stage it serves: a stage is what stands in `Cond`. Time and space are factorised (Ho et al. 2022):
+every block works on single frames, and what mixes frames starts as the identity, so that at initialisation the video
+model equals its image model frame by frame.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cascade.layers import (
+    Clip,
+    FiLM,
+    Norm,
+    SpatialAttention,
+    TemporalAttention,
+    TemporalConv,
+    TextAttention,
+    sinusoid,
+    zero,
+)
+from cascade.text import Text
+
+
+class Mixer(Enum):
+    """What mixes frames at a level of the U-Net."""
+
+    NONE = "none"
+    CONV = "conv"
+    ATTN = "attn"
+    BOTH = "conv+attn"
+
+
+@dataclass(kw_only=True)
+class LevelSpec:
+    """One resolution of the U-Net; each level below the first halves height and width."""
+
+    channels: int
+    blocks: int = 1
+    mixer: Mixer = Mixer.CONV
+    spatial_attention: bool = False
+    text_attention: bool = False
+
+    def __post_init__(self) -> None:
+        if self.channels < 8 or self.channels % 8:
+            raise ValueError(f"channels is {self.channels}, expected a multiple of 8")
+        if self.blocks < 1:
+            raise ValueError(f"blocks is {self.blocks}, expected at least 1")
+
+
+@dataclass(kw_only=True)
+class UNetConfig:
+    """Architecture of a `VideoUNet`."""
+
+    levels: list[LevelSpec]
+    patch: int = 1  # side of the square of pixels that is one position inside
+    embedding: int = 256  # width of the embedding of time, scalars and pooled text
+    text: int = 128  # width of the text encoder's embeddings
+    head: int = 64  # channels per attention head
+    frame_position: bool = False  # tells every block which frame it sees: fixed-length stages only
+    channels: int = 3
+
+    def __post_init__(self) -> None:
+        if not self.levels:
+            raise ValueError("levels is empty, expected at least one level")
+        if self.patch < 1:
+            raise ValueError(f"patch is {self.patch}, expected at least 1")
+
+    @property
+    def multiple(self) -> int:
+        """Height and width must be multiples of this."""
+        return int(self.patch * 2 ** (len(self.levels) - 1))
+
+    @property
+    def fully_convolutional(self) -> bool:
+        """Without spatial attention it can be trained on crops and run at any size."""
+        return not any(level.spatial_attention for level in self.levels)
+
+
+@dataclass
+class Cond:
+    """Everything a denoiser is told beside z_t and t: the ports of the design, shared by all stages.
+
+    `concat` (B, C, F, H, W) holds known or low-resolution video and `mask` (B, 1, F, H, W) is 1 where it says
+    something; `level` (B,) is the noise added to it (conditioning augmentation, Ho et al. 2021); `fps` (B,);
+    `segments` (B, F) numbers independent clips within an entry (None: one).
+    """
+
+    concat: Tensor
+    mask: Tensor
+    level: Tensor
+    fps: Tensor
+    text: Text
+    segments: Tensor | None = None
+
+    def without_text(self) -> Cond:
+        """The unconditional branch of classifier-free guidance: the text is dropped, the video stays."""
+        return self.with_text(Text.empty(*self.text.tokens.shape).to(self.concat.device))
+
+    def with_text(self, text: Text) -> Cond:
+        return replace(self, text=text)
+
+    def to(self, device: torch.device | str) -> Cond:
+        segments = None if self.segments is None else self.segments.to(device)
+        moved = (part.to(device) for part in (self.concat, self.mask, self.level, self.fps))
+        return Cond(*moved, self.text.to(device), segments)
+
+    def frames(self, start: int, stop: int) -> Cond:
+        """The part of a longer video that a window sees."""
+        segments = None if self.segments is None else self.segments[:, start:stop]
+        concat, mask = self.concat[:, :, start:stop], self.mask[:, :, start:stop]
+        return replace(self, concat=concat, mask=mask, segments=segments)
+
+    def __getitem__(self, index: slice) -> Cond:
+        segments = None if self.segments is None else self.segments[index]
+        return Cond(
+            self.concat[index], self.mask[index], self.level[index], self.fps[index], self.text[index], segments
+        )
+
+    @staticmethod
+    def cat(parts: list[Cond]) -> Cond:
+        """Joins batches; entries without segments are one clip each."""
+        segments = None
+        if any(part.segments is not None for part in parts):
+            frames = parts[0].concat.shape[2]
+            segments = torch.cat(
+                [
+                    part.segments
+                    if part.segments is not None
+                    else torch.zeros(len(part.level), frames, dtype=torch.long, device=part.level.device)
+                    for part in parts
+                ]
+            )
+        return Cond(
+            torch.cat([part.concat for part in parts]),
+            torch.cat([part.mask for part in parts]),
+            torch.cat([part.level for part in parts]),
+            torch.cat([part.fps for part in parts]),
+            Text.cat([part.text for part in parts]),
+            segments,
+        )
+
+
+class Block(nn.Module):
+    """Residual block with FiLM, then the level's mixers: space, text, time."""
+
+    def __init__(self, cin: int, level: LevelSpec, cfg: UNetConfig) -> None:
+        super().__init__()
+        c = level.channels
+        self.norm = Norm(cin)
+        self.conv1 = nn.Conv2d(cin, c, 3, padding=1)
+        self.film = FiLM(c, cfg.embedding)
+        self.conv2 = zero(nn.Conv2d(c, c, 3, padding=1))
+        self.skip = nn.Conv2d(cin, c, 1) if cin != c else nn.Identity()
+        self.time_conv = TemporalConv(c) if level.mixer in (Mixer.CONV, Mixer.BOTH) else None
+        self.space = SpatialAttention(c, cfg.head) if level.spatial_attention else None
+        self.text = TextAttention(c, cfg.head, cfg.text) if level.text_attention else None
+        self.time_attention = TemporalAttention(c, cfg.head) if level.mixer in (Mixer.ATTN, Mixer.BOTH) else None
+
+    def forward(self, h: Tensor, clip: Clip, text: Text) -> Tensor:
+        out = self.conv1(F.silu(self.norm(h)))
+        out = self.conv2(F.silu(self.film(out, clip)))
+        h = self.skip(h) + out
+        if self.time_conv is not None:
+            h = self.time_conv(h, clip)
+        if self.space is not None:
+            h = self.space(h, clip)
+        if self.text is not None:
+            h = self.text(h, clip, text)
+        if self.time_attention is not None:
+            h = self.time_attention(h, clip)
+        return h
+
+
+class VideoUNet(nn.Module):
+    """Denoiser: (z_t, t, cond) -> v, eps or x as the stage's `Diffusion` says."""
+
+    def __init__(self, cfg: UNetConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        c, e, pixels = cfg.levels[0].channels, cfg.embedding, cfg.patch**2
+        self.conv_in = nn.Conv2d((2 * cfg.channels + 1) * pixels, c, 3, padding=1)
+        self.embed = Embedding(cfg)
+        self.down = nn.ModuleList()
+        self.up = nn.ModuleList()
+        self.shrink = nn.ModuleList()
+        self.grow = nn.ModuleList()
+        for i, level in enumerate(cfg.levels):
+            if i:
+                self.shrink.append(nn.Conv2d(c, level.channels, 3, stride=2, padding=1))
+                c = level.channels
+            stack = nn.ModuleList()
+            for _ in range(level.blocks):
+                stack.append(Block(c, level, cfg))
+                c = level.channels
+            self.down.append(stack)
+        self.middle = Block(c, cfg.levels[-1], cfg)
+        for i, level in reversed(list(enumerate(cfg.levels))):
+            stack = nn.ModuleList()
+            for _ in range(level.blocks):
+                stack.append(Block(2 * c, level, cfg))
+            self.up.append(stack)
+            if i:
+                self.grow.append(nn.Conv2d(c, cfg.levels[i - 1].channels, 3, padding=1))
+                c = cfg.levels[i - 1].channels
+        self.norm_out = FiLM(c, e)
+        self.conv_out = zero(nn.Conv2d(c, cfg.channels * pixels, 3, padding=1))
+        self.through = zero(nn.Linear(e, 2 * cfg.channels))
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def forward(self, z: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
+        """z (B, C, F, H, W), t (B,) in [0, 1], w (B,) the guidance weight of a guidance-distilled model."""
+        batch, _, frames, height, width = z.shape
+        embedding = self.embed(t, cond, w, frames)
+        clip = Clip(batch, frames, embedding, cond.segments)
+        seen = torch.cat([z, cond.concat, cond.mask.expand(-1, -1, -1, height, width)], 1)
+        seen = seen.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        h = self.conv_in(F.pixel_unshuffle(seen, self.cfg.patch).contiguous(memory_format=torch.channels_last))
+        skips = []
+        for i, stack in enumerate(self.down):
+            if i:
+                h = self.shrink[i - 1](h)
+            for block in stack:  # type: ignore[attr-defined]
+                h = block(h, clip, cond.text)
+                skips.append(h)
+        h = self.middle(h, clip, cond.text)
+        for i, stack in enumerate(self.up):
+            for block in stack:  # type: ignore[attr-defined]
+                h = block(torch.cat([h, skips.pop()], 1), clip, cond.text)
+            if i < len(self.grow):
+                h = self.grow[i](F.interpolate(h, scale_factor=2, mode="nearest"))
+        out = self.conv_out(F.silu(self.norm_out(h, clip)))
+        out = F.pixel_shuffle(out, self.cfg.patch)
+        # Pixels also pass straight through, weighted by the embedding: noise need not squeeze through the patches.
+        gain_z, gain_low = self.through(embedding)[:, :, None, None].chunk(2, 1)
+        c = self.cfg.channels
+        out = out + gain_z * seen[:, :c] + gain_low * seen[:, c : 2 * c]
+        return out.unflatten(0, (batch, frames)).transpose(1, 2)
+
+
+class Embedding(nn.Module):
+    """Time, augmentation level, frame rate, guidance weight, pooled text and frame position, one vector per frame."""
+
+    def __init__(self, cfg: UNetConfig) -> None:
+        super().__init__()
+        e = cfg.embedding
+        self.cfg = cfg
+        self.time = nn.Linear(e, e)
+        self.level = nn.Linear(e, e)
+        self.fps = zero(nn.Linear(e, e))
+        self.guidance = zero(nn.Linear(e, e))
+        self.text = nn.Linear(cfg.text, e)
+        self.frame = zero(nn.Linear(e, e)) if cfg.frame_position else None
+        self.out = nn.Sequential(nn.SiLU(), nn.Linear(e, e), nn.SiLU())
+
+    def forward(self, t: Tensor, cond: Cond, w: Tensor | None, frames: int) -> Tensor:
+        """(B*F, E)."""
+        e = self.cfg.embedding
+
+        def waves(value: Tensor) -> Tensor:
+            return sinusoid(value.float(), e, 1e4)
+
+        dtype = self.time.weight.dtype
+        out = self.time(waves(1000 * t).to(dtype)) + self.level(waves(1000 * cond.level).to(dtype))
+        out = out + self.fps(waves(10 * cond.fps).to(dtype)) + self.text(cond.text.pooled().to(dtype))
+        if w is not None:
+            out = out + self.guidance(waves(10 * w).to(dtype))
+        out = out[:, None].expand(-1, frames, -1)  # (B, F, E)
+        if self.frame is not None:
+            out = out + self.frame(waves(10 * self._position(cond, frames)).to(dtype)).view(len(t), frames, e)
+        return self.out(out).flatten(0, 1)
+
+    def _position(self, cond: Cond, frames: int) -> Tensor:
+        """Seconds since the first frame of the segment, (B*F,)."""
+        index = torch.arange(frames, device=cond.fps.device).expand(len(cond.fps), -1)
+        if cond.segments is not None:
+            same = cond.segments[:, :, None] == cond.segments[:, None, :]
+            index = (same & (index[:, None, :] < index[:, :, None])).sum(-1)
+        return (index / cond.fps[:, None]).flatten()

@@ -1,0 +1,60 @@
+"""Temporal super-resolution: k times as many frames, F -> kF (Imagen Video, sec. 2.3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cascade.errors import ConfigError
+from cascade.stage import StageConfig
+from cascade.video import Shape, Video, spread
+
+KEEPS_KNOWN = True
+METRICS = ("fidelity", "known", "motion")
+
+
+@dataclass(kw_only=True)
+class Config(StageConfig):
+    factor: int  # k, output frames / input frames
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.factor < 2 or self.shape.frames % self.factor:
+            raise ValueError(f"factor is {self.factor}, expected a divisor of {self.shape.frames} frames above 1")
+
+
+def takes(cfg: Config) -> Shape:
+    return Shape(frames=cfg.shape.frames // cfg.factor, height=cfg.shape.height, width=cfg.shape.width)
+
+
+def output(low: Shape | None, cfg: Config) -> Shape:
+    """k times the frames that come in."""
+    if low is None:
+        raise ConfigError(f"{cfg.name} needs a video to add frames to", fix="input=FILE")
+    if (low.height, low.width) != (cfg.shape.height, cfg.shape.width):
+        raise ConfigError(
+            f"{cfg.name}: the input is {low.height}x{low.width} pixels, expected {cfg.shape.height}x{cfg.shape.width}"
+        )
+    return Shape(frames=low.frames * cfg.factor, height=low.height, width=low.width)
+
+
+def rate(cfg: Config) -> int:
+    return cfg.factor
+
+
+def degrade(video: Video, cfg: Config, rng: torch.Generator) -> Video | None:
+    """Every k-th frame."""
+    return video.every(cfg.factor)
+
+
+def condition(low: Video, cfg: Config, shape: Shape) -> tuple[Tensor, Tensor]:
+    """The incoming frames at 0, k, 2k, ..., their blend between them; the mask marks the incoming ones."""
+    return spread(low.frames, cfg.factor, shape.frames)
+
+
+if __name__ == "__main__":
+    from cascade.cli import stage_main
+
+    stage_main("tsr")
