@@ -16,7 +16,7 @@ UV_TOOL := uv==0.13.9
 export P := $(value PROMPT)
 unexport PROMPT
 unexport ARGS
-export TORCH
+export TORCH_SPEC := $(TORCH)
 
 CASCADE = .venv/bin/cascade
 PIP := .venv/bin/python -m pip --disable-pip-version-check --no-input
@@ -88,7 +88,7 @@ $(READY): $(LOCKED) pyproject.toml
 
 # torch comes first and by itself: its builds differ (CUDA, CPU), so no lock can hold its hash. --no-deps keeps what follows
 # from replacing it, and pip.conf does the same for whatever is installed into .venv by hand.
-# Bytecode is compiled at the end, by all cores: half the time of pip's own, one file after the other.
+# Bytecode is compiled at the end, by all cores and without what is not used: a third of the time pip takes for it.
 $(LOCKED): requirements.lock
 	@found=; for p in $(PYTHON); do \
 		if "$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null; then found=$$p; break; fi; done; \
@@ -99,12 +99,12 @@ $(LOCKED): requirements.lock
 	"$$found" -m venv $(CLEAR) .venv
 	@rm -f .venv/pip.conf
 	@$(PIP) install -qq --no-compile $(PIP_TOOL)
-	@echo "set-up 1/3: $$TORCH" >&2
-	@set -f; $(PIP) install --no-compile $$TORCH
+	@echo "set-up 1/3: $$TORCH_SPEC" >&2
+	@set -f; $(PIP) install --no-compile $$TORCH_SPEC
 	@echo 'set-up 2/3: requirements.lock' >&2
 	@$(PIP) install -qq --no-compile --no-deps --require-hashes --no-build-isolation -r requirements.lock
 	@.venv/bin/python -c "$$PIN_TORCH"
 	@echo 'set-up 3/3: bytecode' >&2
-	@.venv/bin/python -m compileall -qq -j 0 .venv/lib || :
-	@printf '%s' "$$TORCH" > .venv/.torch
+	@.venv/bin/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/(?!auto/|t5/)|/diffusers/pipelines/' .venv/lib || :
+	@printf '%s' "$$TORCH_SPEC" > .venv/.torch
 	@touch $@

@@ -6,6 +6,7 @@ before the settings are known to be right.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import signal
@@ -22,7 +23,7 @@ from cascade.errors import CascadeError, ConfigError, HostError, MemoryLimitErro
 from cascade.request import Prompts, bars, jobs_of, take
 
 if TYPE_CHECKING:
-    from cascade.pipeline import Chain, Job, Runner
+    from cascade.pipeline import Chain, Runner
 
 HELP = """\
 cascade: cascaded text-to-video, stage by stage.
@@ -98,20 +99,8 @@ def generate(tree: dict[str, Any]) -> None:
 def chain_of(tree: dict[str, Any]) -> Chain:
     """The chain that the remaining settings describe; anything left over is unknown."""
     from cascade.pipeline import Chain
-    from cascade.text import TextConfig
 
-    names = parse({"stages": tree.pop("stages", [])}, Names).stages
-    text = parse(tree.pop("text", {}), TextConfig, "text")
-    sections = {name: tree.pop(name) for name in names if name in tree}
-    for key in tree:
-        legal = [*names, "text", "stages", *(f.name for f in fields(Generate))]
-        raise ConfigError(f"unknown setting {key}", fix=suggest(key, legal))
-    return Chain.build(names, sections, text)
-
-
-@dataclass(kw_only=True)
-class Names:
-    stages: list[str]
+    return Chain.read(tree, [f.name for f in fields(Generate)])
 
 
 def check_weights(chain: Chain) -> None:
@@ -123,6 +112,7 @@ def check_weights(chain: Chain) -> None:
         if stage.weights is None:
             raise ConfigError(f"{stage.name} has no weights", fix=f"{stage.name}.weights=DIRECTORY")
         store.manifest(locate(stage.weights), "weights")
+        stage.codec.folder()
 
 
 def runner_of(chain: Chain, on: Any, run: Any, progress: Any) -> Runner:
@@ -132,6 +122,20 @@ def runner_of(chain: Chain, on: Any, run: Any, progress: Any) -> Runner:
     on.torch  # noqa: B018  no such device: before anything loads
     negative = None if run.negative_prompt is None else check_prompt(run.negative_prompt)
     return Runner(chain, text_source(chain.text), on, run.seed, negative, progress)
+
+
+def plan(tree: dict[str, Any]) -> None:
+    """A chain checked, with the size, work and memory of its stages."""
+    from cascade.plan import verb
+
+    verb(tree)
+
+
+def evaluate(tree: dict[str, Any]) -> None:
+    """A chain judged by what its videos show."""
+    from cascade.evaluate import chain_verb
+
+    chain_verb(tree)
 
 
 def embed(tree: dict[str, Any]) -> None:
@@ -155,7 +159,9 @@ def info(tree: dict[str, Any]) -> None:
     from cascade import attention
 
     print(f"cascade {__version__}, python {sys.version.split()[0]}, torch {torch.__version__}")
-    print(f"cuda: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}, threads {torch.get_num_threads()}")
+    print(
+        f"cuda: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}, threads {torch.get_num_threads()}"
+    )
     q = torch.zeros(1, 1, 1, 8, device="cuda" if torch.cuda.is_available() else "cpu")
     print(f"attention: {', '.join(attention.kernels())}; auto is {attention.select('auto', q)}")
 
@@ -170,6 +176,8 @@ def list_(tree: dict[str, Any]) -> None:
 
 VERBS: dict[str, tuple[str | None, Callable[[dict[str, Any]], None]]] = {
     "generate": ("generate", generate),
+    "plan": ("plan", plan),
+    "evaluate": ("evaluate", evaluate),
     "embed": ("embed", embed),
     "info": (None, info),
     "list": (None, list_),
@@ -187,12 +195,13 @@ def stage_main(kind: str) -> None:
 def stage_command(kind: str, argv: Sequence[str]) -> None:
     from cascade import tasks
 
-    tree = settings("stage", argv)
-    if tree is None:
-        return
-    if tree.get("kind") != kind:
-        raise ConfigError(f"stage is of kind {tree.get('kind')}, this is stages.{kind}", fix=f"python -m stages.{tree.get('kind')}")
-    tasks.run(kind, tree)
+    for tree in settings("stage", argv):
+        if tree.get("kind") != kind:
+            raise ConfigError(
+                f"the stage is of kind {tree.get('kind')}, this is stages.{kind}",
+                fix=f"python -m stages.{tree.get('kind')}",
+            )
+        tasks.run(kind, tree)
 
 
 # entry ---------------------------------------------------------------------------------------------------------------
@@ -222,21 +231,14 @@ def command(argv: Sequence[str]) -> None:
             raise ConfigError(f"cascade {verb} takes no settings, not {rest[0]!r}", fix=f"cascade {verb}")
         run({})
         return
-    for tree in trees(primary, rest):
+    for tree in settings(primary, rest):
         run(tree)
 
 
-def trees(primary: str, argv: Sequence[str]) -> list[dict[str, Any]]:
-    tree = settings(primary, argv)
-    return [] if tree is None else [tree]
-
-
-def settings(primary: str, argv: Sequence[str]) -> dict[str, Any] | None:
-    """The composed settings of a command; None if they were only to be shown."""
-    import yaml
-
+def settings(primary: str, argv: Sequence[str]) -> list[dict[str, Any]]:
+    """The composed settings of a command, several with -m; none if they were only to be shown."""
     texts, rest = split_prompts(argv)
-    config_dir, show, overrides = None, False, []
+    config_dir, show, many, overrides = None, False, False, []
     words = iter(rest)
     for word in words:
         if word == "--cfg":
@@ -245,16 +247,42 @@ def settings(primary: str, argv: Sequence[str]) -> dict[str, Any] | None:
             show = True
         elif word == "--config-dir":
             config_dir = Path(next(words, ""))
+        elif word in ("-m", "--multirun"):
+            many = True
         elif word.startswith("-"):
             raise ConfigError(f"unknown option {word}", fix="cascade --help")
         else:
             overrides.append(word)
-    tree = compose(primary, overrides, config_dir)
-    tree.update(texts)
+    combinations = sweep(overrides) if many else [overrides]
+    trees = [{**compose(primary, combination, config_dir), **texts} for combination in combinations]
+    if many:
+        for number, tree in enumerate(trees):
+            if tree.get("out") is not None:
+                tree["out"] = str(Path(tree["out"]) / str(number))
     if show:
-        print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
-        return None
-    return tree
+        import yaml  # type: ignore[import-untyped]
+
+        print(yaml.safe_dump_all(trees, sort_keys=False, allow_unicode=True), end="")
+        return []
+    return trees
+
+
+def sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """Every combination of the comma-separated values, as Hydra's basic sweeper has it."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        parsed = OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise ConfigError(f"-m: {str(error).splitlines()[0]}", fix="key=a,b,c") from error
+    choices = []
+    for override in parsed:
+        if override.is_sweep_override():
+            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
+        else:
+            choices.append([str(override.input_line)])
+    return [list(combination) for combination in itertools.product(*choices)]
 
 
 def run_main(argv: Sequence[str], body: Callable[[Sequence[str]], None], name: str) -> NoReturn:
@@ -281,7 +309,9 @@ def run_main(argv: Sequence[str], body: Callable[[Sequence[str]], None], name: s
     except OSError as error:
         if error.errno is None:
             raise
-        code = report(HostError(f"{error.filename or name}: {error.strerror}", "free the disk or choose another out="), debug)
+        code = report(
+            HostError(f"{error.filename or name}: {error.strerror}", "free the disk or choose another out="), debug
+        )
     except RuntimeError as error:
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
             raise

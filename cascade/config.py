@@ -153,7 +153,13 @@ def _dataclass(tree: Any, cls: type, where: str) -> Any:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error.message}" if where else error.message, error.fix) from error
     except ValueError as error:
-        raise ConfigError(f"{where}: {error}" if where else str(error)) from error
+        raise ConfigError(f"{where}: {error}" if where else str(error), _mend(str(error), where)) from error
+
+
+def _mend(message: str, where: str) -> str:
+    """The fix in `name is value, expected ...`, as our own checks say it."""
+    found = re.match(r"([\w.]+) (?:and .*)?(?:is|are) .*expected (.+)", message, re.DOTALL)
+    return f"{_join(where, found[1])}={found[2]}" if found else f"another value in {where or 'the settings'}"
 
 
 def _value(value: Any, hint: Any, where: str) -> Any:
@@ -307,7 +313,7 @@ def _composed(name: str, overrides: list[str], roots: list[Path]) -> dict[str, A
     try:
         groups = _groups(name, roots)
     except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise _refusal(error, name, []) from error
+        raise _refusal(error, name, [], roots) from error
     _check_syntax(overrides, groups, roots)
     # A group's name that this configuration does not use as a group (`weights=DIR` of one stage) is a plain setting.
     values = [item for item in overrides if not _is_group(item, groups, roots)]
@@ -324,7 +330,7 @@ def _composed(name: str, overrides: list[str], roots: list[Path]) -> dict[str, A
             _refuse_interpolation(text, path)
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise _refusal(error, name, overrides) from error
+        raise _refusal(error, name, overrides, roots) from error
     assert isinstance(tree, dict)
     _refuse_targets(tree, "")
     return {str(key): value for key, value in tree.items()}
@@ -409,17 +415,18 @@ def _refuse_interpolation(text: str, where: str) -> None:
         )
 
 
-def _refusal(error: Exception, name: str, overrides: list[str]) -> ConfigError:
+def _refusal(error: Exception, name: str, overrides: list[str], roots: list[Path]) -> ConfigError:
     """Hydra's many lines as one, naming the override at fault where Hydra's message tells it."""
     from hydra.errors import MissingConfigException
 
     reason = " ".join(re.split("Config search path|full_key:", str(error))[0].split())
     guilty = [item for item in overrides if _key(item).lstrip("+~").partition("@")[0] in re.split(r"[^\w.]", reason)]
     which = f"override {', '.join(map(_show, guilty or overrides))}" if overrides else f"configuration {name}"
-    if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
-        group, _, option = error.missing_cfg_file.rpartition("/")
-        return ConfigError(
-            f"{which}: there is no conf/{error.missing_cfg_file}.yaml",
-            fix=suggest(option, error.options, f"{group}="),
-        )
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        missing = error.missing_cfg_file
+        group = _key(guilty[0]).lstrip("+~").partition("@")[0] if guilty else missing.rpartition("/")[0]
+        files = [(file, root / group) for root in roots for file in (root / group).rglob("*.yaml")]
+        options = {file.relative_to(folder).with_suffix("").as_posix() for file, folder in files}
+        fix = suggest(missing.removeprefix(f"{group}/"), options, f"{group}=")
+        return ConfigError(f"{which}: there is no conf/{missing}.yaml", fix=fix)
     return ConfigError(f"{which}: {reason}", fix=f"see conf/{name}.yaml")

@@ -39,6 +39,13 @@ class Diffusion:
         half = t.double() * (math.pi / 2)
         return torch.where(t >= 1, math.pi / 2, torch.atan2(half.sin(), self.shift * half.cos()))
 
+    def level(self, t: Tensor) -> Tensor:
+        """phi(t) in units of a right angle, (B,) float32: the time that a network is told.
+
+        It names the noise itself, so a network keeps its meaning when `shift` changes, in training or after it.
+        """
+        return (self.angle(t) * (2 / math.pi)).float()
+
     def alpha_sigma(self, t: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t, (B,) -> two (B, 1, 1, 1, 1); exact 0 and 1 at both ends."""
         phi = self.angle(t)

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +31,12 @@ from cascade.pipeline import load_stage
 from cascade.sampler import Denoise, Rule, ddim, keep_known
 from cascade.stage import Batch, Stage, StageConfig, TrainConfig
 from cascade.text import Text, text_source
-from cascade.train import LOGISTIC, fit, without
+from cascade.train import Preview, fit, settings
 from cascade.unet import Cond
 
 if TYPE_CHECKING:
     from cascade.tasks import Request
 
-Preview = Callable[[dict[str, Tensor], int], bytes]  # (averaged weights, step) -> PNG
 log = logging.getLogger("cascade")
 
 
@@ -103,6 +102,13 @@ def uniform(batch: Batch, *key: int | str) -> Tensor:
     return torch.stack(drawn).to(batch.eps)
 
 
+def predict(
+    diffusion: Diffusion, net: Callable[..., Tensor], z: Tensor, t: Tensor, cond: Cond, w: Tensor | None
+) -> Tensor:
+    """x_hat (B, C, F, H, W) of a network, told w (B,) if it knows guidance weights."""
+    return diffusion.split(z, net(z, diffusion.level(t), cond, w), t)[0]
+
+
 @dataclass(frozen=True)
 class Lesson:
     """The loss of one round, as `cascade.train.fit` takes it: (batch, student's network) -> (B,).
@@ -127,7 +133,7 @@ class Lesson:
         t = self.times(batch)[0]
         z = diffusion.noised(batch.x, batch.eps, t)
         target = self.target(batch)
-        x = diffusion.split(z, net(z, t, cond, w), t)[0]
+        x = predict(diffusion, net, z, t, cond, w)
         weight = diffusion.log_snr(t).exp().clamp(1, 1e4).to(x.dtype)
         return weight * (x - target).square().mean((1, 2, 3, 4))
 
@@ -153,13 +159,12 @@ class Lesson:
         z = diffusion.noised(batch.x, batch.eps, t)
 
         def denoise(z: Tensor, t: Tensor) -> Tensor:
-            def one(cond: Cond, w: Tensor | None) -> Tensor:
-                return diffusion.split(z, self.teacher(z, t, cond, w), t)[0]
-
+            told_w = None if self.branches else w
+            x = predict(diffusion, self.teacher, z, t, batch.cond, told_w)
             if not self.branches or w is None:
-                return one(batch.cond, w)
-            x = one(batch.cond, None)
-            return x + w.view(-1, 1, 1, 1, 1) * (x - one(batch.cond.without_text(), None))
+                return x
+            dropped = predict(diffusion, self.teacher, z, t, batch.cond.without_text(), None)
+            return x + w.view(-1, 1, 1, 1, 1) * (x - dropped)
 
         def as_sampled(z: Tensor, t: Tensor) -> Tensor:
             x = self.student.cfg.sampler.limit(denoise(z, t), z, t)
@@ -214,35 +219,37 @@ def progressive(
     *,
     preview: Callable[[Stage], Preview] | None = None,
     progress: bool = True,
+    inputs: Any = None,
 ) -> Path:
     """Runs every round that is not yet done and returns the last student's weights, a directory.
 
-    `key` names the teacher's weights (their hash); `preview(student)` makes the contact sheets of a round. Raises
-    ConfigError if `out` holds a distillation with other settings, and what `fit` raises.
+    `key` names the teacher's weights (their hash), `inputs` what else decides the result (see `fit`);
+    `preview(student)` makes the contact sheets of a round. Raises ConfigError if `out` holds a distillation with other
+    settings, LockedError while another one works there, and what `fit` raises.
     """
     from accelerate import PartialState
 
     everyone = PartialState(cpu=teacher.device.type == "cpu")
+    device = teacher.device if everyone.num_processes == 1 else everyone.device
     w_range, branches = told(teacher.cfg, cfg)
-    blank = copy.deepcopy(teacher.net)  # `fit` may wrap a network's forward: every round gets a new one
+    blank = copy.deepcopy(teacher.net).to(device)
     state, directory = teacher.net.state_dict(), out
     with store.lock(out) if everyone.is_main_process else nullcontext():
         for step in rounds(cfg, train, branches):
             directory = out / step.name / "weights"
             student = Stage(student_config(teacher.cfg, w_range, step.steps), teacher.rule, network(blank, state))
-            settings = replace(step.train, init=key)
-            identity = fingerprint({"stage": plain(student.cfg), "train": without(plain(settings), LOGISTIC)})
+            own = replace(step.train, init=key)
+            identity = fingerprint(settings(student, own, own=False) | {"inputs": inputs})
             done = finished(directory, identity)
             everyone.wait_for_everyone()  # nobody writes what another has yet to look for
             if not done:
                 log.info("%s: %s", student.cfg.name, recipe(step, w_range))
                 lesson = Lesson(student, network(blank, state).eval().requires_grad_(False), branches, step.steps)
-                shown = None if preview is None else preview(student)
                 average = fit(
-                    student, source, encode, settings, directory.parent, loss=lesson, preview=shown, progress=progress
-                )
+                    student, source, encode, own, directory.parent, loss=lesson, progress=progress, inputs=inputs,
+                    preview=None if preview is None else preview(student),
+                )  # fmt: skip
                 if everyone.is_main_process:
-                    store.sweep(directory.parent)
                     save(directory, student.cfg, average, step, key, identity)
                 everyone.wait_for_everyone()
             weights = checkpoint.load(directory)
@@ -355,5 +362,6 @@ def stage_task(ask: Request) -> None:
         METHODS[cfg.method](
             teacher, key, source, encoder.encode, cfg, train, out,
             preview=lambda student: Sheet(student, source, encoder.encode, train),
+            inputs=[plain(ask.data), encoder.fingerprint],
         )
     )  # fmt: skip

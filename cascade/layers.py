@@ -53,7 +53,7 @@ def sinusoid(position: Tensor, width: int, longest: float) -> Tensor:
 
 
 class Norm(nn.GroupNorm):
-    """Per-frame group norm in groups of at most 32 channels."""
+    """Group norm of every frame alone, in at most 8 groups of equal size."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(max(1, math.gcd(channels, 8)), channels)
@@ -81,9 +81,9 @@ class TemporalConv(nn.Module):
         self.conv = zero(nn.Conv2d(channels, channels, (3, 1), padding=(1, 0)))
 
     def forward(self, h: Tensor, clip: Clip) -> Tensor:
-        _, channels, height, width = h.shape
+        height, width = h.shape[2:]
         x = as_video(F.silu(self.norm(h)), clip)  # (B, F, HW, C)
-        if clip.frames == 1 or (clip.segments is not None):
+        if clip.frames == 1 or clip.segments is not None:
             out = self._taps(x, clip)
         else:
             out = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -184,14 +184,14 @@ def tokens(h: Tensor) -> Tensor:
 
 def untokens(x: Tensor, like: Tensor) -> Tensor:
     """(N, H*W, C) -> (N, C, H, W) channels-last, a view."""
-    return x.unflatten(1, like.shape[2:]).permute(0, 3, 1, 2)
+    return torch.unflatten(x, 1, like.shape[2:]).permute(0, 3, 1, 2)
 
 
 def as_video(h: Tensor, clip: Clip) -> Tensor:
     """(B*F, C, H, W) channels-last -> (B, F, H*W, C), a view."""
-    return tokens(h).unflatten(0, (clip.batch, clip.frames))
+    return torch.unflatten(tokens(h), 0, (clip.batch, clip.frames))
 
 
 def from_video(x: Tensor, height: int, width: int) -> Tensor:
     """(B, F, H*W, C) -> (B*F, C, H, W) channels-last, a view."""
-    return x.flatten(0, 1).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    return torch.unflatten(x.flatten(0, 1), 1, (height, width)).permute(0, 3, 1, 2)

@@ -117,8 +117,8 @@ def to_float(pixels: Tensor) -> Tensor:
 
 def _command(shape: Sequence[int], rate: Fraction, path: Path) -> list[str]:
     """The argv that reads raw rgb24 frames of `shape` (F, H, W, 3) from stdin and writes `path`."""
-    import ffmpeg  # type: ignore[import-untyped]
-    import imageio_ffmpeg  # type: ignore[import-untyped]
+    import ffmpeg
+    import imageio_ffmpeg
 
     try:
         exe = imageio_ffmpeg.get_ffmpeg_exe()
@@ -230,8 +230,8 @@ def read_video(path: Path, *, fps: float | None = None, size: tuple[int, int] | 
     if any(abs(time - clip.times[0] - k / clip.fps) > 0.5 / clip.fps for k, time in enumerate(clip.times)):
         keep = [k for _, k in resampled(zip(clip.times, range(len(frames)), strict=True), clip.fps)]
         frames = frames[keep]
-    out = fit(frames, *size) if size else to_float(frames)
-    return Video(out[None], clip.fps)
+    out = to_float(frames)
+    return Video((fit(out, *size) if size else out)[None], clip.fps)
 
 
 def read_image(path: Path) -> Tensor:
@@ -269,14 +269,14 @@ def at_times(clip: Clip, times: Sequence[float]) -> Tensor:
 
 
 def fit(frames: Tensor, height: int, width: int, at: tuple[float, float] = (0.5, 0.5)) -> Tensor:
-    """(F, H, W, 3) uint8 -> (3, F, height, width) in [-1, 1]: resized to cover (anti-aliased), then cropped.
+    """(A, B, H, W) in [-1, 1] -> (A, B, height, width): resized to cover (anti-aliased), then cropped.
 
     `at` places the crop: (0, 0) at the upper left, (0.5, 0.5) in the centre, (1, 1) at the lower right.
     """
     from cascade.video import resize
 
-    tall, wide = covering(frames.shape[1], frames.shape[2], height, width)
-    out = resize(to_float(frames)[None], tall, wide)[0]
+    tall, wide = covering(frames.shape[2], frames.shape[3], height, width)
+    out = resize(frames[None], tall, wide)[0]
     top, left = round((tall - height) * at[0]), round((wide - width) * at[1])
     return out[:, :, top : top + height, left : left + width].contiguous()
 

@@ -17,7 +17,8 @@ Key = int | str
 
 
 def generator(*key: Key) -> torch.Generator:
-    """A CPU generator seeded by the first 63 bits of the SHA-256 of `key`."""
+    """A CPU generator seeded by the first 63 bits of the SHA-256 of `key`, whose texts have no "|"."""
+    assert not any("|" in part for part in key if isinstance(part, str)), f"{key}: a | would join two parts of a key"
     digest = hashlib.sha256("|".join(f"{type(part).__name__}:{part}" for part in key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 

@@ -1,4 +1,4 @@
-"""Runs a chain: one stage in memory at a time, every stage's output an artefact, and whatever is done is not done again.
+"""Runs a chain: one stage in memory at a time, every stage's output an artefact, and nothing is done twice.
 
 DIR = {video.mp4, sheet.png, manifest.json, stages/<name>/{video.safetensors, manifest.json}}; many samples stand in
 DIR/0000, DIR/0001, ... A stage's artefact carries a key: the hash of all that decides its content (its settings and
@@ -13,18 +13,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from cascade import attention, checkpoint, media, store
-from cascade.config import fingerprint, locate, parse, plain, plugin
+from cascade.config import fingerprint, locate, parse, plain, plugin, suggest
 from cascade.errors import CascadeError, ConfigError, HostError, InputError, NumericError
 from cascade.noise import Noise
-from cascade.request import Job
+from cascade.request import Job, take
 from cascade.stage import Rule, Stage, StageConfig
-from cascade.text import Text, TextConfig, TextSource
-from cascade.video import Shape, Video
+from cascade.text import Text, TextConfig, TextSource, known_width
+from cascade.video import Video
 
 VIDEO = "video.safetensors"
 FORMATS = ("mp4", "gif", "webm")
@@ -60,6 +60,11 @@ class Device:
         return found
 
 
+@dataclass(kw_only=True)
+class _Names:
+    stages: list[str] = field(default_factory=list)
+
+
 @dataclass
 class Chain:
     """Named stages in order, and the text encoder that all of them share."""
@@ -69,40 +74,63 @@ class Chain:
     text: TextConfig
 
     @staticmethod
+    def read(tree: dict[str, Any], others: Sequence[str] = ()) -> Chain:
+        """The chain that the remaining settings describe.
+
+        Stages that `stages` does not name are left out (`stages=[base, tsr]` is a chain's beginning); whatever else is
+        left over is unknown, and `others` names what would have been legal.
+        """
+        names = take(tree, _Names).stages
+        text = parse(tree.pop("text", {}), TextConfig, "text")
+        sections = {name: tree.pop(name) for name in names if name in tree}
+        for key in (key for key, value in tree.items() if not (isinstance(value, Mapping) and "kind" in value)):
+            raise ConfigError(f"unknown setting {key}", fix=suggest(key, [*names, "stages", "text", *others]))
+        return Chain.build(names, sections, text)
+
+    @staticmethod
     def build(names: Sequence[str], trees: Mapping[str, Mapping[str, Any]], text: TextConfig) -> Chain:
         """Typed stages from their settings, checked against each other before any weights are read."""
-        stages, rules = [], []
+        stages: list[StageConfig] = []
+        rules: list[Rule] = []
         for name in names:
             if name not in trees:
-                raise ConfigError(f"stages names {name!r}, which has no settings", fix=f"a section {name}: in the chain")
+                raise ConfigError(
+                    f"stages names {name!r}, which has no settings", fix=f"a section {name}: in the chain"
+                )
             tree = trees[name]
+            if not isinstance(tree, Mapping):
+                raise ConfigError(f"{name} is {tree!r}, expected the settings of a stage", fix=f"{name}.kind=base")
+            if "kind" not in tree:
+                raise ConfigError(f"{name}: kind is missing", fix=f"{name}.kind=base")
             rule = plugin(str(tree.get("kind")))
             cfg = parse(tree, rule.Config, name)
             stages.append(replace(cfg, name=name))
-            rules.append(rule)  # type: ignore[arg-type]
+            rules.append(cast(Rule, rule))
         chain = Chain(stages, rules, text)
         chain.check()
         return chain
 
     def check(self) -> None:
-        """Every stage's output is the next one's input. Raises ConfigError naming the first pair that does not fit."""
+        """Raises ConfigError for the first thing that cannot work, as far as it shows without weights.
+
+        Every stage's output must be the next one's input, a window a clip that the stage could make, and all must read
+        embeddings as wide as the encoder's (if that is on this machine).
+        """
         if not self.stages:
             raise ConfigError("stages is empty", fix="stages=[base]")
         if len({stage.name for stage in self.stages}) < len(self.stages):
             raise ConfigError("two stages have one name, which keys their noise", fix="different names in `stages`")
-        for before, (after, rule) in zip(self.stages, list(zip(self.stages, self.rules, strict=True))[1:], strict=False):
-            takes, rate = rule.takes(after), rule.rate(after)
-            if before.shape != takes:
+        width = known_width(self.text)
+        for stage, rule in zip(self.stages, self.rules, strict=True):
+            _check_windows(stage, rule.rate(stage))
+            if width is not None and stage.net.text != width:
                 raise ConfigError(
-                    f"{after.name} takes {takes}, but {before.name} gives {before.shape} (frames x height x width)",
-                    fix=f"{after.name}.shape or {before.name}.shape",
+                    f"{stage.name}: net.text is {stage.net.text}, but the embeddings of "
+                    f"{self.text.store or self.text.encoder} are {width} wide",
+                    fix=f"{stage.name}.net.text={width}",
                 )
-            if abs(before.fps * rate - after.fps) > 1e-6:
-                raise ConfigError(
-                    f"{after.name}: fps is {after.fps:g}, but {rate} x {before.name}'s {before.fps:g} is "
-                    f"{before.fps * rate:g}",
-                    fix=f"{after.name}.fps={before.fps * rate:g}",
-                )
+        for before, after, rule in zip(self.stages, self.stages[1:], self.rules[1:], strict=False):
+            _check_pair(before, after, rule)
 
     def since(self, start: str | None) -> Chain:
         """The chain from stage `start` on."""
@@ -115,10 +143,43 @@ class Chain:
         return Chain(self.stages[at:], self.rules[at:], self.text)
 
 
+def _check_windows(stage: StageConfig, rate: int) -> None:
+    """A window holds whole groups of frames: from one known frame to the next, as the clip itself does."""
+    frames, extra = stage.windows.frames, stage.shape.frames % rate
+    if frames and (frames < rate or frames % rate != extra):
+        near = max(1, round((frames - extra) / rate)) * rate + extra
+        raise ConfigError(
+            f"{stage.name}: windows.frames is {frames}, expected {f'{extra} more than ' if extra else ''}a multiple of "
+            f"{rate}, as many as the stage makes of one frame",
+            fix=f"{stage.name}.windows.frames={near}",
+        )
+
+
+def _check_pair(before: StageConfig, after: StageConfig, rule: Rule) -> None:
+    takes, rate = rule.takes(after), rule.rate(after)
+    wrong = [side for side in ("frames", "height", "width") if getattr(before.shape, side) != getattr(takes, side)]
+    if wrong:
+        raise ConfigError(
+            f"{after.name} takes {takes}, but {before.name} gives {before.shape} (frames x height x width)",
+            fix=" ".join(f"{before.name}.shape.{side}={getattr(takes, side)}" for side in wrong),
+        )
+    if abs(before.fps * rate - after.fps) > 1e-6:
+        raise ConfigError(
+            f"{after.name}: fps is {after.fps:g}, but {rate} x {before.name}'s {before.fps:g} is {before.fps * rate:g}",
+            fix=f"{after.name}.fps={before.fps * rate:g}",
+        )
+    if before.colours != after.colours:
+        raise ConfigError(
+            f"{after.name} takes videos of {after.colours} channels, but {before.name} gives {before.colours}",
+            fix=f"{after.name}.net.channels={before.colours}",
+        )
+
+
 def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
     """The stage with its verified weights, ready to sample, and the weights' hash."""
     if cfg.weights is None:
         raise ConfigError(f"{cfg.name} has no weights", fix=f"{cfg.name}.weights=DIRECTORY")
+    cfg.codec.folder()
     weights = checkpoint.load(locate(cfg.weights))
     saved = weights.config
     checkpoint.compatible(saved["net"], plain(cfg.net), f"{cfg.name}.net in {cfg.weights}")
@@ -136,7 +197,9 @@ def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stag
     return stage, weights.hash
 
 
-def stage_key(stage: Stage, weights: str, text: str, negative: str, job: Job, seed: int, source: str, on: Device) -> str:
+def stage_key(
+    stage: Stage, weights: str, text: str, negative: str, job: Job, seed: int, source: str, on: Device
+) -> str:
     """Hash of everything that decides a stage's output."""
     settings = plain(stage.cfg)
     for name in ("train", "weights"):
@@ -145,7 +208,7 @@ def stage_key(stage: Stage, weights: str, text: str, negative: str, job: Job, se
         {
             "format": 1,
             "settings": settings,
-            "weights": weights,
+            "weights": [weights, stage.coder.hash],
             "text": [text, job.prompt, negative],
             "sample": [job.sample, seed],
             "input": source,
@@ -165,7 +228,9 @@ def read_clip(data: bytes, where: str) -> Video:
     frames = store.bytes_to_tensors(data, where).get("video")
     fps = store.metadata(data).get("fps")
     if frames is None or frames.ndim != 4 or fps is None:
-        raise InputError(f"{where}: is not a clip (a tensor `video` (C, F, H, W) with its fps)", fix="a file `out` made")
+        raise InputError(
+            f"{where}: is not a clip (a tensor `video` (C, F, H, W) with its fps)", fix="a file `out` made"
+        )
     if not torch.isfinite(frames).all():
         raise NumericError(f"{where}: not all values are finite", fix="make it again")
     return Video(frames[None].float(), float(fps))
@@ -219,24 +284,31 @@ class Runner:
                 else:
                     inputs[job.directory] = done
             total, counter = len(todo) * cfg.sampler.steps, 0
+            if todo and self.progress is not None:
+                self.progress(cfg.name, 0, total)
             for part in range(0, len(todo), self.on.micro_batch):
                 group = todo[part : part + self.on.micro_batch]
 
-                def tick(step: int, base: int = counter, size: int = len(group), name: str = cfg.name, of: int = total) -> None:
+                def tick(
+                    step: int, base: int = counter, size: int = len(group), name: str = cfg.name, of: int = total
+                ) -> None:
                     if self.progress is not None:
                         self.progress(name, base + step * size, of)
 
-                videos = self.sample(stage, [job for job, _ in group], [inputs[job.directory][0] for job, _ in group], tick)
+                videos = self.sample(
+                    stage, [job for job, _ in group], [inputs[job.directory][0] for job, _ in group], tick
+                )
                 for (job, key), video in zip(group, videos, strict=True):
-                    inputs[job.directory] = (video, commit_stage(job.directory / "stages" / cfg.name, video, key, preview=i == 0))
+                    inputs[job.directory] = (
+                        video,
+                        commit_stage(job.directory / "stages" / cfg.name, video, key, preview=i == 0),
+                    )
                 counter += len(group) * cfg.sampler.steps
             del stage
         return {path: video for path, (video, _) in inputs.items() if video is not None}
 
     def key(self, stage: Stage, weights: str, job: Job, source: str) -> str:
-        return stage_key(
-            stage, weights, self.source.fingerprint, self.negative or "", job, self.seed, source, self.on
-        )
+        return stage_key(stage, weights, self.source.fingerprint, self.negative or "", job, self.seed, source, self.on)
 
     def text(self, prompts: Sequence[str]) -> Text:
         for prompt in prompts:
@@ -244,7 +316,9 @@ class Runner:
                 self._texts[prompt] = self.source.encode([prompt])
         return Text.cat([self._texts[prompt] for prompt in prompts])
 
-    def sample(self, stage: Stage, jobs: Sequence[Job], lows: Sequence[Video | None], tick: Callable[[int], None]) -> list[Video]:
+    def sample(
+        self, stage: Stage, jobs: Sequence[Job], lows: Sequence[Video | None], tick: Callable[[int], None]
+    ) -> list[Video]:
         """The stage's videos for a few jobs at once."""
         low = None
         if lows[0] is not None:
@@ -288,7 +362,9 @@ def commit_stage(folder: Path, video: Video, key: str, preview: bool) -> str:
     files = {VIDEO: data}
     if preview:
         files["preview.mp4"] = media.encoded(video.frames[0], video.fps, ".mp4")
-    store.commit(folder, files, kind="stage", meta={"key": key, "shape": str(video.shape), "fps": video.fps}, replace=True)
+    store.commit(
+        folder, files, kind="stage", meta={"key": key, "shape": str(video.shape), "fps": video.fps}, replace=True
+    )
     return hashlib.sha256(data).hexdigest()
 
 

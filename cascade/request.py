@@ -38,7 +38,9 @@ class Prompts:
 
         if self.prompts is None:
             if self.prompt is None:
-                raise ConfigError("prompt is missing", fix='prompt="a large red circle moves left on a black background"')
+                raise ConfigError(
+                    "prompt is missing", fix='prompt="a large red circle moves left on a black background"'
+                )
             return [check_prompt(self.prompt)]
         return read_prompts(Path(self.prompts))
 
@@ -90,7 +92,7 @@ class Job:
 def jobs_of(texts: Sequence[str], samples: int, out: Path) -> list[Job]:
     """One directory for each prompt and copy; a prompt that stands twice in a file counts on as further copies."""
     seen: dict[str, int] = {}
-    jobs = []
+    jobs: list[Job] = []
     for text in texts:
         for _ in range(samples):
             copy = seen.get(text, 0)

@@ -87,9 +87,10 @@ class Sampler:
         past = step - self.guidance_constant
         return self.guidance if self.guidance_low is None or past < 0 or past % 2 == 0 else self.guidance_low
 
-    def evaluations(self) -> int:
-        """Network calls of one guidance branch in a whole run."""
-        return 2 * self.steps - 1 if self.rule is Rule.HEUN else self.steps
+    def evaluations(self, guided: bool = False) -> int:
+        """Network calls in a whole run; `guided`: a step whose weight is not 0 needs two for one x_hat."""
+        calls = [2 if self.rule is Rule.HEUN else 1] * (self.steps - 1) + [1]
+        return sum(n * (2 if guided and self.weight(step) else 1) for step, n in enumerate(calls))
 
     def limit(self, x: Tensor, z: Tensor, t: Tensor) -> Tensor:
         """The threshold as a hook."""

@@ -7,16 +7,19 @@ that the two cannot drift apart and every stage trains alone, from clean video.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from cascade.codec import COLOURS, Codec, Coder, Kind
 from cascade.diffusion import Diffusion, Prediction
 from cascade.noise import Noise
-from cascade.sampler import Hook, Sampler, keep_known, sample
+from cascade.sampler import Hook, Sampler, Threshold, keep_known, sample
 from cascade.text import Text
 from cascade.unet import Cond, UNetConfig, VideoUNet
 from cascade.video import Shape, Video
@@ -38,6 +41,7 @@ class TrainConfig:
     drop_text: float = 0.0  # fraction of clips trained without their caption (classifier-free guidance)
     images: float = 0.0  # fraction of clips whose frames are trained as images, each a segment of its own
     crop: Shape | None = None  # train on random crops of this size (fully convolutional stages)
+    crop_tries: int = 1  # of so many random crops the one with the most contrast is taken
     init: str | None = None  # weights to start from
     seed: int = 0
     checkpoint_every: int = 500
@@ -50,12 +54,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, low, high in (
             ("steps", 1, 10**9), ("batch", 1, 10**6), ("lr", 0, 1), ("warmup", 0, 10**9), ("ema", 0, 0.99999999),
-            ("drop_text", 0, 1), ("images", 0, 1), ("clip", 1e-9, 1e9), ("checkpoint_every", 1, 10**9), ("keep", 1, 10**6),
-            ("workers", 0, 1024), ("sample_every", 0, 10**9), ("weight_decay", 0, 10), ("seed", 0, 2**62),
+            ("drop_text", 0, 1), ("images", 0, 1), ("clip", 1e-9, 1e9), ("weight_decay", 0, 10), ("seed", 0, 2**62),
+            ("checkpoint_every", 1, 10**9), ("sample_every", 0, 10**9), ("keep", 1, 10**6), ("workers", 0, 1024),
+            ("crop_tries", 1, 100),
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {low} to {high}")
-        if self.batch % (self.micro_batch or self.batch):
+        if self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch):
             raise ValueError(f"micro_batch is {self.micro_batch}, expected a divisor of batch ({self.batch})")
         if self.precision not in ("no", "bf16", "fp16"):
             raise ValueError(f"precision is {self.precision!r}, expected no, bf16 or fp16")
@@ -72,26 +77,54 @@ class StageConfig:
     net: UNetConfig
     diffusion: Diffusion
     sampler: Sampler
+    codec: Codec = field(default_factory=Codec)
     windows: Windows = field(default_factory=Windows)
     augment: float = 0.0  # noise level t in [0, 1] added to the incoming video when sampling
-    augment_max: float = 0.0  # training draws that level from [0, augment_max]
+    augment_max: float = 0.0  # training draws that level from [0, augment_max], or, half of the time, 0
     weights: str | None = None
     w_range: list[float] | None = None  # a guidance-distilled network takes w within this range as an input
     train: TrainConfig | None = None
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.-]*", self.name):
+            raise ValueError(f"name is {self.name!r}, expected letters, digits, _ - and . (it becomes a folder's name)")
         if not 0 < self.fps <= 1000:
             raise ValueError(f"fps is {self.fps}, expected 0 to 1000")
         if not 0 <= self.augment <= 1 or not 0 <= self.augment_max <= 1:
             raise ValueError(f"augment and augment_max are {self.augment} and {self.augment_max}, expected 0 to 1")
-        for side in ("height", "width"):
-            size = getattr(self.shape, side)
-            if size % self.net.multiple:
-                near = max(1, round(size / self.net.multiple)) * self.net.multiple
-                raise ValueError(
-                    f"shape.{side} is {size}, expected a multiple of {self.net.multiple} "
-                    f"(patch {self.net.patch}, {len(self.net.levels)} levels), such as {near}"
-                )
+        if self.codec.kind is Kind.LATENT:
+            self._check_latent()
+        multiple = self.net.multiple * self.codec.stride
+        for setting, shape in self.shapes().items():
+            for side in ("frames", "height", "width"):
+                size, whole = getattr(shape, side), getattr(self.shape, side)
+                if size > whole:
+                    raise ValueError(f"{setting}.{side} is {size}, expected at most shape.{side}, {whole}")
+                if side != "frames" and size % multiple:
+                    near = max(1, round(size / multiple)) * multiple
+                    stride = "" if self.codec.stride == 1 else f", codec stride {self.codec.stride}"
+                    raise ValueError(
+                        f"{setting}.{side} is {size}, expected a multiple of {multiple} "
+                        f"(patch {self.net.patch}, {len(self.net.levels)} levels{stride}), such as {near}"
+                    )
+
+    def _check_latent(self) -> None:
+        if self.net.channels != self.codec.channels:
+            raise ValueError(f"net.channels is {self.net.channels}, expected codec.channels, {self.codec.channels}")
+        if self.sampler.threshold is not Threshold.NONE:
+            raise ValueError(
+                f"sampler.threshold is {self.sampler.threshold.value}, expected none: latents do not end at -1 and 1"
+            )
+
+    @property
+    def colours(self) -> int:
+        """Channels of the videos it takes and gives."""
+        return COLOURS if self.codec.kind is Kind.LATENT else self.net.channels
+
+    def shapes(self) -> dict[str, Shape]:
+        """The sizes of clips that the network is made for, by setting: the output, and the crops it trains on."""
+        crop = None if self.train is None else self.train.crop
+        return {"shape": self.shape} | ({} if crop is None else {"train.crop": crop})
 
 
 class Rule(Protocol):
@@ -155,40 +188,52 @@ class Stage:
 
     @property
     def device(self) -> torch.device:
-        return next(self.net.parameters()).device
+        parameter = next(self.net.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
 
     def to(self, device: torch.device) -> Stage:
         self.net.to(device)
         return self
 
+    @cached_property
+    def coder(self) -> Coder:
+        """From pixels to what the denoiser works on; loaded when it is first asked for."""
+        return self.cfg.codec.open()
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Pixels (B, C, F, H, W) as the denoiser sees them."""
+        return self.coder.to(self.device).encode(x)
+
     def condition(self, low: Video | None, shape: Shape, text: Text, fps: float, level: Tensor, eps: Tensor) -> Cond:
-        """What the denoiser is told: `low` at size `shape`, noised to `level` (B,) with `eps` (B, C, F, H, W)."""
+        """What the denoiser is told: `low` at size `shape`, encoded, noised to `level` (B,) with `eps` of its size."""
         batch, c = len(text.mask), self.cfg.net.channels
         rate = torch.full((batch,), fps)
         if low is None:
-            blank = torch.zeros(batch, c, shape.frames, shape.height, shape.width)
+            blank = torch.zeros(batch, c, *self.cfg.codec.inside(shape))
             return Cond(blank, blank[:, :1, :, :1, :1], torch.zeros(batch), rate, text)
         concat, mask = self.rule.condition(low, self.cfg, shape)
+        concat, mask = self.encode(concat), self.cfg.codec.mask(mask)
         if bool((level > 0).any()):
             concat = torch.where(level.view(-1, 1, 1, 1, 1) > 0, AUGMENTATION.noised(concat, eps, level), concat)
         return Cond(concat, mask, level, rate, text)
 
     def example(self, video: Video, text: Text, rng: torch.Generator) -> tuple[Tensor, Cond]:
         """A training pair from one clean clip (1, C, F, H, W): the target x and its conditioning."""
-        x = video.frames
+        x = self.encode(video.frames)
         low = self.rule.degrade(video, self.cfg, rng)
-        level = torch.rand(1, generator=rng) * self.cfg.augment_max
+        level = (2 * torch.rand(1, generator=rng) - 1).clamp(min=0) * self.cfg.augment_max  # half of them without
         eps = torch.randn(x.shape, generator=rng)
         return x, self.condition(low, video.shape, text, video.fps, level, eps)
 
     def loss(self, batch: Batch, net: Callable[..., Tensor] | None = None) -> Tensor:
-        """Mean squared error of the network's target (B,); for x-prediction weighted by max(1, SNR)."""
+        """Mean squared error of the network's target (B,); that of x weighs min(max(SNR, 1), 5)."""
         diffusion = self.cfg.diffusion
         z = diffusion.noised(batch.x, batch.eps, batch.t)
-        out = (net or self.net)(z, batch.t, batch.cond)
+        out = (self.net if net is None else net)(z, diffusion.level(batch.t), batch.cond)
         error = (out - diffusion.target(batch.x, batch.eps, batch.t)).square().mean((1, 2, 3, 4))
-        if diffusion.prediction is Prediction.X:  # truncated SNR weighting, Salimans & Ho 2022, sec. 4
-            error = error * diffusion.log_snr(batch.t).exp().clamp(1, 1e4).to(error.dtype)
+        # Truncated SNR (Salimans & Ho 2022, sec. 4) within min-SNR-5 (Hang et al. 2023, eq. 6).
+        if diffusion.prediction is Prediction.X:
+            error = error * diffusion.log_snr(batch.t).exp().clamp(1, 5).to(error.dtype)
         return error
 
     def denoise(self, z: Tensor, t: Tensor, cond: Cond, w: float | None = None) -> Tensor:
@@ -196,7 +241,7 @@ class Stage:
         weight = None if w is None else torch.full_like(t, w)
 
         def whole(z: Tensor, cond: Cond) -> Tensor:
-            out = self.net(z, t, cond, weight)
+            out = self.net(z, self.cfg.diffusion.level(t), cond, weight)
             return self.cfg.diffusion.split(z, out, t)[0]
 
         return windowed(whole, z, cond, self.cfg.windows, self.rule.rate(self.cfg))
@@ -212,7 +257,7 @@ class Stage:
         """A video from the one before (None: from text alone); see `Noise` for what its randomness depends on."""
         cfg = self.cfg
         shape = self.rule.output(None if low is None else low.shape, cfg)
-        full = (len(text.mask), cfg.net.channels, shape.frames, shape.height, shape.width)
+        full = (len(text.mask), cfg.net.channels, *cfg.codec.inside(shape))
         level = torch.full((full[0],), cfg.augment)
         augmentation = noise(full, 0, "augment") if cfg.augment > 0 else torch.zeros(full)
         # The network is told the rate it was trained at; the video keeps its own.
@@ -230,12 +275,12 @@ class Stage:
         keeps = self.rule.KEEPS_KNOWN and low is not None
         if keeps:
             known, mask = self.rule.condition(low, cfg, shape)  # type: ignore[arg-type]
-            known, mask = known.to(self.device), mask.to(self.device) > 0
-            hooks.append(keep_known(known, mask))
+            known, mask = known.to(self.device), mask.to(self.device)
+            hooks.append(keep_known(self.encode(known), cfg.codec.mask(mask)))
         x = sample(cfg.diffusion, denoise, cfg.sampler, noise, full, hooks=hooks, progress=progress, device=self.device)
-        x = x.clamp(-1, 1)
+        x = self.coder.to(self.device).decode(x).clamp(-1, 1)
         fps = cfg.fps if low is None else low.fps * self.rule.rate(cfg)
-        return Video((torch.where(mask, known, x) if keeps else x).cpu(), fps)
+        return Video((torch.where(mask > 0, known, x) if keeps else x).cpu(), fps)
 
 
 AUGMENTATION = Diffusion()  # noise levels are times of the plain cosine schedule, whatever the stage's own

@@ -119,14 +119,13 @@ def commit_into(
 ) -> Path:
     """Puts files and, last, their manifest into a directory that may hold other things (a run and its stages).
 
-    Until the manifest is written the directory does not verify, so a run that was cut short is done again.
+    Between the first changed file and the manifest the directory does not verify: a run cut short there is done again.
     """
     with _host(directory, sum(len(data) for data in files.values())):
         entries = {_legal(name): _entry(data) for name, data in files.items()}
         manifest_data = _manifest_bytes(kind, entries, meta or {})
         if _same(directory / MANIFEST, manifest_data) and not problems(directory):
             return directory
-        (directory / MANIFEST).unlink(missing_ok=True)
         for name, data in files.items():
             write_file(directory / name, data)
         write_file(directory / MANIFEST, manifest_data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from cascade.config import fingerprint, locate, parse, plain, plugin, suggest
 from cascade.data.source import DataConfig, Source, open_source
 from cascade.errors import ConfigError
 from cascade.noise import Noise, generator, sample_id
-from cascade.pipeline import Chain, Device, Runner, digest, first_frame, load_stage, read_input, stage_key, video_bytes
-from cascade.request import Job, Prompts, bars, jobs_of, take
+from cascade.pipeline import Chain, Device, Runner, digest, first_frame, load_stage, read_input, video_bytes
+from cascade.request import Prompts, bars, jobs_of, take
 from cascade.stage import Rule, Stage, StageConfig, TrainConfig
-from cascade.text import Text, TextConfig, TextSource, text_source
+from cascade.text import Text, TextConfig, text_source
 from cascade.train import fit
-from cascade.video import Shape, Video
+from cascade.video import Video
 
 
 @dataclass
@@ -152,14 +152,30 @@ class Preview:
         rows, captions = [], []
         for i in range(self.clips):
             clip, caption = self.source.sample(stage.cfg.shape, stage.cfg.fps, self.cfg.seed, "preview", i)
-            low = stage.rule.degrade(Video(clip[None], stage.cfg.fps), stage.cfg, generator(self.cfg.seed, "preview", i))
+            low = stage.rule.degrade(
+                Video(clip[None], stage.cfg.fps), stage.cfg, generator(self.cfg.seed, "preview", i)
+            )
             noise = Noise(self.cfg.seed, stage.cfg.name, (sample_id(caption, i),))
             rows += [clip[None], stage.sample(low, self.encode([caption]), None, noise).frames]
             captions += [f"truth: {caption}", "sample"]
         return media.sheet(torch.cat(rows), captions)
 
 
-TASKS = {"sample": sample, "train": train}
+def distill(ask: Request) -> None:
+    """Teaches a student with guidance inside and then with fewer and fewer steps."""
+    from cascade.distill import stage_task
+
+    stage_task(ask)
+
+
+def evaluate(ask: Request) -> None:
+    """Judges the stage alone by the measures that its kind names."""
+    from cascade.evaluate import stage_task
+
+    stage_task(ask)
+
+
+TASKS = {"sample": sample, "train": train, "distill": distill, "evaluate": evaluate}
 
 
 def run(kind: str, tree: dict[str, Any]) -> None:

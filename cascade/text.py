@@ -216,15 +216,48 @@ class T5Text:
             log.warning("prompt: words the text encoder does not know: %s", _printable(", ".join(unknown)))
 
 
-def find_encoder(name: str) -> Path:
-    """The folder of the encoder `name` (see TextConfig), fetched from the hub when it is a name there."""
+def known_width(cfg: TextConfig) -> int | None:
+    """Width of the embeddings, without loading an encoder or fetching one: None if it is not on this machine."""
+    if cfg.store is not None:
+        return EmbeddingStore(Path(cfg.store)).width if (Path(cfg.store) / INDEX).is_file() else None
+    path = local_file(cfg.encoder, CONFIG)
+    if path is None:
+        return None
+    width = store.from_json(path.read_bytes(), path).get("d_model")
+    if type(width) is not int:
+        raise InputError(f"text encoder {path}: has no d_model, so it is not T5's", fix="copy it again")
+    return width
+
+
+def local_file(name: str, file: str) -> Path | None:
+    """A file of the encoder `name` (see TextConfig) if it is on this machine; nothing is fetched."""
+    folder = _folder(name)
+    if folder is not None:
+        return folder / file if (folder / file).is_file() else None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    repository, _, revision = name.partition("@")
+    try:
+        found = try_to_load_from_cache(repository, file, revision=revision or None)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _folder(name: str) -> Path | None:
+    """The folder that the encoder `name` is in or should be in, None for a name on the hub."""
     ours, given = package_root() / "checkpoints" / name, Path(name).expanduser()
     if given.is_absolute() or name.startswith("."):
-        folder = given
-    elif ours.is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name):
-        folder = ours
-    else:
-        folder = _fetched(name)
+        return given
+    if ours.is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name):
+        return ours
+    return None
+
+
+def find_encoder(name: str) -> Path:
+    """The folder of the encoder `name` (see TextConfig), fetched from the hub when it is a name there."""
+    folder = _folder(name) or _fetched(name)
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     absent = [file for file in (CONFIG, TOKENIZER) if file not in there]
     if WEIGHTS not in there and SHARDS not in there:

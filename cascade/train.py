@@ -8,11 +8,14 @@ the weights, their average, the optimizer's moments and the step, and is equal t
 from __future__ import annotations
 
 import math
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,13 +28,16 @@ from cascade.errors import ConfigError, NumericError
 from cascade.noise import generator
 from cascade.stage import Batch, Stage, TrainConfig
 from cascade.text import Text
+from cascade.unet import VideoUNet
 from cascade.video import Shape, Video
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Loss = Callable[[Batch, Callable[..., Tensor]], Tensor]  # (batch, network) -> (B,)
+Preview = Callable[[dict[str, Tensor], int], bytes]  # (averaged weights, step) -> a PNG
 LOGISTIC = ("checkpoint_every", "sample_every", "keep", "workers", "micro_batch", "checkpointing")  # change no result
+SAMPLING = ("sampler", "windows", "augment")  # settings of a stage that its own loss does not see
 
 
 class Examples(torch.utils.data.Dataset[Batch]):
@@ -51,7 +57,9 @@ class Examples(torch.utils.data.Dataset[Batch]):
         frames, caption = self.source.sample(shape, self.stage.cfg.fps, cfg.seed, "train", index)
         video = Video(frames[None], self.stage.cfg.fps)
         if cfg.crop is not None:
-            video = crop(video, cfg.crop, self.stage.rule.rate(self.stage.cfg), rng)
+            rate = self.stage.rule.rate(self.stage.cfg)
+            tries = [crop(video, cfg.crop, rate, rng) for _ in range(cfg.crop_tries)]
+            video = max(tries, key=lambda part: float(part.frames.std()))
         text = self.encode(caption).drop(torch.rand(1, generator=rng) >= cfg.drop_text)
         segments = None
         if torch.rand((), generator=rng) < cfg.images:
@@ -91,7 +99,18 @@ class State:
     net: nn.Module
     average: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
+    scaler: Any = None  # torch.amp.GradScaler with precision fp16
     step: int = 0
+
+    @staticmethod
+    def new(net: nn.Module, cfg: TrainConfig, scaler: Any) -> State:
+        optimizer = torch.optim.AdamW(
+            net.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True
+        )
+        return State(net, {name: value.detach().clone() for name, value in net.named_parameters()}, optimizer, scaler)
+
+    def meta(self) -> dict[str, Any]:
+        return {"step": self.step} | ({} if self.scaler is None else {"scaler": self.scaler.state_dict()})
 
     def files(self) -> dict[str, bytes]:
         names = [name for name, _ in self.net.named_parameters()]
@@ -100,18 +119,22 @@ class State:
         parts = {"model": self.net.state_dict(), "ema": self.average, "optimizer": flat}
         return {f"{name}.safetensors": store.tensors_to_bytes(tensors) for name, tensors in parts.items()}
 
-    def restore(self, path: Path) -> None:
-        artefact = store.read(path, kind="training")
+    def restore(self, artefact: store.Artefact) -> None:
         parts = {name.split(".")[0]: store.bytes_to_tensors(data) for name, data in artefact.files.items()}
-        checkpoint.apply(self.net, parts["model"], str(path))
+        checkpoint.apply(self.net, parts["model"], str(artefact.path))
         for name, value in parts["ema"].items():
             self.average[name].copy_(value)
-        index = {name: i for i, (name, _) in enumerate(self.net.named_parameters())}
-        moments: dict[int, dict[str, Tensor]] = {i: {} for i in index.values()}
+        parameters = dict(self.net.named_parameters())
+        moments: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
         for name, value in parts["optimizer"].items():
             parameter, key = name.split("|")
-            moments[index[parameter]][key] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+            # Fused AdamW walks through memory: moments must have their parameter's strides, safetensors keeps none.
+            like = parameters[parameter]
+            same = value.shape == like.shape and key != "step"
+            moments[parameter][key] = torch.empty_like(like).copy_(value) if same else value
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": dict(enumerate(moments.values()))})
+        if self.scaler is not None:
+            self.scaler.load_state_dict(artefact.meta["scaler"])
         self.step = int(artefact.meta["step"])
 
     def update_average(self, decay: float) -> None:
@@ -120,6 +143,62 @@ class State:
         with torch.no_grad():
             current = dict(self.net.named_parameters())
             torch._foreach_lerp_([self.average[name] for name in current], list(current.values()), 1 - decay)
+
+
+class Signals:
+    """Inside, SIGINT and SIGTERM wait (`seen`) and are obeyed at the end, so that no step is cut in two.
+
+    A second signal is obeyed at once. Ignored signals stay ignored (`nohup`, a shell's background jobs), and outside
+    the main thread, which alone may handle signals, nothing changes.
+    """
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+            self.before = {number: signal.signal(number, self.note) for number in heard}
+        return self
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        self.seen = number
+        self.restore()
+
+    def restore(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.restore()
+        if self.seen and kind is None:
+            signal.raise_signal(self.seen)
+            raise KeyboardInterrupt  # whose handler only returned: what was cut short must not pass for finished
+
+
+class Journal:
+    """What a training shows: a progress bar with loss, rate and time left, and TensorBoard under `out`."""
+
+    def __init__(self, out: Path, name: str, cfg: TrainConfig, step: int, show: bool) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        self.writer: Any = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+        self.bar = tqdm(
+            total=cfg.steps, initial=step, desc=name, unit="step", dynamic_ncols=True, smoothing=0.05, disable=not show
+        )
+
+    def note(self, step: int, loss: float, norm: float, rate: float) -> None:
+        self.bar.update()
+        self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{rate:.1e}", refresh=False)
+        self.writer.add_scalar("loss", loss, step)
+        self.writer.add_scalar("gradient_norm", norm, step)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.writer.close()
 
 
 def learning_rate(cfg: TrainConfig, step: int) -> float:
@@ -137,51 +216,90 @@ def fit(
     out: Path,
     *,
     loss: Loss | None = None,
-    preview: Callable[[dict[str, Tensor], int], bytes] | None = None,
+    preview: Preview | None = None,
     progress: bool = True,
+    inputs: Any = None,
 ) -> dict[str, Tensor]:
     """Trains `stage.net` in place and returns the averaged weights; resumes from the newest checkpoint in `out`.
 
-    Checkpoints are out/step-NNNNNN; `preview(average, step)` makes the PNG of out/samples-NNNNNN.png. Raises NumericError
-    before a NaN or infinity reaches the weights, ConfigError if `out` holds a training with other settings.
-    """
-    from accelerate import Accelerator
-    from tqdm import tqdm
+    Checkpoints are out/step-NNNNNN; `preview(average, step)` makes the PNG of out/samples-NNNNNN.png. `inputs` is plain
+    data that names what else decides the result: the data set, the text encoder. On SIGINT and SIGTERM the step is
+    finished and saved first. Under `accelerate launch` all processes return the same weights, the first one writes.
 
-    accelerator = Accelerator(mixed_precision=cfg.precision, cpu=stage.device.type == "cpu")
-    net = stage.net.train()
-    identity = fingerprint({"stage": plain(stage.cfg), "train": without(plain(cfg), LOGISTIC)})
-    optimizer = torch.optim.AdamW(
-        net.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True
-    )
-    state = State(net, {name: value.detach().clone() for name, value in net.named_parameters()}, optimizer)
-    with store.lock(out) if accelerator.is_main_process else nullcontext():
+    Raises NumericError before a NaN or infinity reaches the weights, ConfigError if `out` holds a training with other
+    settings or the settings do not suit the device, LockedError while another training works in `out`.
+    """
+    accelerator = accelerator_of(cfg, stage.device)
+    device = stage.device if accelerator.num_processes == 1 else accelerator.device
+    net = stage.net.to(device).train()
+    recompute(net, cfg.checkpointing)
+    state = State.new(net, cfg, accelerator.scaler)
+    objective = stage.loss if loss is None else loss
+    identity = fingerprint(settings(stage, cfg, own=loss is None) | {"inputs": inputs})
+    writes = accelerator.is_main_process
+    with store.lock(out) if writes else nullcontext(), Signals() as signals:
+        if writes:
+            store.sweep(out)
+        accelerator.wait_for_everyone()  # the others read once the lock is held and a dead run's remains are gone
         resume(state, out, identity)
-        model, optimizer = accelerator.prepare(net, optimizer)
+        model, optimizer = accelerator.prepare(net, state.optimizer, device_placement=[False, False])
         loader = batches(Examples(stage, source, encode, cfg), cfg, state.step, accelerator)
-        writer = tracker(out, state.step) if accelerator.is_main_process else None
-        bar = tqdm(
-            total=cfg.steps, initial=state.step, desc=stage.cfg.name, unit="step", dynamic_ncols=True, smoothing=0.05,
-            disable=not progress or not accelerator.is_main_process,
-        )  # fmt: skip
-        objective = loss or stage.loss
-        while state.step < cfg.steps:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(cfg, state.step)
-            value, norm = one_step(accelerator, model, optimizer, objective, loader, cfg, state.step)
-            state.step += 1
-            state.update_average(cfg.ema)
-            bar.update()
-            bar.set_postfix(loss=f"{value:.4f}", lr=f"{learning_rate(cfg, state.step - 1):.1e}", refresh=False)
-            if writer is not None:
-                writer.add_scalar("loss", value, state.step)
-                writer.add_scalar("gradient_norm", norm, state.step)
-            if accelerator.is_main_process:
-                milestone(state, cfg, out, identity, preview)
-        bar.close()
-        if writer is not None:
-            writer.close()
+        journal = Journal(out, stage.cfg.name, cfg, state.step, progress) if writes else None
+        stop = False
+        try:
+            while state.step < cfg.steps and not stop:
+                rate = learning_rate(cfg, state.step)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                value, norm = one_step(accelerator, model, optimizer, objective, loader, cfg, state.step)
+                state.step += 1
+                state.update_average(cfg.ema)
+                stop = mean(accelerator, float(signals.seen > 0)) > 0
+                if journal is not None:
+                    journal.note(state.step, value, norm, rate)
+                    milestone(state, cfg, out, identity, preview, stop)
+        finally:
+            if journal is not None:
+                journal.close()
+            accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+        accelerator.wait_for_everyone()  # the last checkpoint is written
+        if stop and not signals.seen:
+            signals.seen = signal.SIGTERM  # another process was asked to stop
     return state.average
+
+
+def accelerator_of(cfg: TrainConfig, device: torch.device) -> Accelerator:
+    """Processes and precision. ConfigError for fp16 on the CPU, which would silently be float32."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    if cfg.precision == "fp16" and device.type == "cpu":
+        raise ConfigError("train.precision is fp16, which needs a GPU", fix="train.precision=bf16")
+    AcceleratorState._reset_state()  # else all trainings in one process would have to agree on the precision
+    # Guidance-distilled networks alone are told w: for the others its projection is never used.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(mixed_precision=cfg.precision, cpu=device.type == "cpu", kwargs_handlers=[unused])
+
+
+def recompute(net: nn.Module, on: bool) -> None:
+    if isinstance(net, VideoUNet):
+        net.checkpointing = on
+    elif on:
+        raise ConfigError(f"{type(net).__name__} cannot recompute its activations", fix="train.checkpointing=false")
+
+
+def settings(stage: Stage, cfg: TrainConfig, own: bool) -> dict[str, Any]:
+    """The settings that decide the result; `own`: the loss is the stage's own, which does not see the sampler."""
+    unseen = ("train", "weights", *(SAMPLING if own else ()))
+    return {"stage": without(plain(stage.cfg), unseen), "train": without(plain(cfg), LOGISTIC)}
+
+
+def mean(accelerator: Accelerator, value: float) -> float:
+    """The mean of `value` over all processes."""
+    if accelerator.num_processes == 1:
+        return value
+    return float(accelerator.reduce(torch.tensor(value, device=accelerator.device), reduction="mean"))
 
 
 def one_step(
@@ -195,21 +313,24 @@ def one_step(
 ) -> tuple[float, float]:
     """Gradient accumulation over a step's micro-batches and one update; returns the mean loss and gradient norm."""
     rounds = cfg.batch // (cfg.micro_batch or cfg.batch)
+    device = next(model.parameters()).device
     optimizer.zero_grad()
     total = 0.0
     for i in range(rounds):
-        batch = next(loader).to(accelerator.device)
+        batch = next(loader).to(device)
         quiet = accelerator.no_sync(model) if i + 1 < rounds else nullcontext()
         with quiet, accelerator.autocast():
             value = objective(batch, model).mean() / rounds
             accelerator.backward(value)
         total += value.item()
+    total = mean(accelerator, total)
     norm = float(accelerator.clip_grad_norm_(model.parameters(), cfg.clip))
+    # In fp16 the scaler skips an update whose gradient overflowed.
     if not math.isfinite(total) or not (math.isfinite(norm) or cfg.precision == "fp16"):
         first = step * cfg.batch
         raise NumericError(
-            f"training step {step + 1}: loss {total}, gradient norm {norm} (examples {first} to {first + cfg.batch - 1}); "
-            "weights are unchanged since the last checkpoint",
+            f"training step {step + 1}: loss {total}, gradient norm {norm} (examples {first} to "
+            f"{first + cfg.batch - 1}); weights are unchanged since the last checkpoint",
             fix="train.lr=... smaller, or train.clip=... smaller",
         )
     optimizer.step()
@@ -221,7 +342,10 @@ def batches(examples: Examples, cfg: TrainConfig, start: int, accelerator: Accel
     world, rank = accelerator.num_processes, accelerator.process_index
     micro = cfg.micro_batch or cfg.batch
     if micro % world:
-        raise ConfigError(f"{micro} clips at once cannot be shared by {world} processes", fix=f"train.batch={world * 8}")
+        raise ConfigError(
+            f"{micro} clips at once cannot be shared by {world} processes",
+            fix=f"train.batch={world * 8} train.micro_batch=null",
+        )
     share = micro // world
     plan = [
         list(range(first + rank * share, first + (rank + 1) * share))
@@ -229,7 +353,12 @@ def batches(examples: Examples, cfg: TrainConfig, start: int, accelerator: Accel
     ]
     return iter(
         torch.utils.data.DataLoader(
-            examples, batch_sampler=plan, collate_fn=Batch.cat, num_workers=cfg.workers, persistent_workers=False
+            examples,
+            batch_sampler=plan,
+            collate_fn=Batch.cat,
+            num_workers=cfg.workers,
+            multiprocessing_context="fork" if cfg.workers else None,  # rules are modules, which cannot be pickled
+            generator=generator(cfg.seed, "loader"),  # unused, but without it the global one is advanced
         )
     )
 
@@ -239,26 +368,23 @@ def resume(state: State, out: Path, identity: str) -> None:
     newest = store.latest(out)
     if newest is None:
         return
-    if store.read(newest, kind="training").meta["identity"] != identity:
+    artefact = store.read(newest, kind="training")
+    if artefact.meta["identity"] != identity:
         raise ConfigError(f"{out} holds a training with other settings", fix="out=ANOTHER_DIRECTORY")
-    state.restore(newest)
+    state.restore(artefact)
 
 
-def milestone(state: State, cfg: TrainConfig, out: Path, identity: str, preview: Callable[[dict[str, Tensor], int], bytes] | None) -> None:
+def milestone(
+    state: State, cfg: TrainConfig, out: Path, identity: str, preview: Preview | None, stop: bool = False
+) -> None:
     """Writes what is due after this step: a checkpoint, a contact sheet."""
     step, last = state.step, state.step == cfg.steps
-    if step % cfg.checkpoint_every == 0 or last:
-        meta = {"step": step, "identity": identity}
+    if step % cfg.checkpoint_every == 0 or last or stop:
+        meta = {**state.meta(), "identity": identity}
         store.commit(out / f"step-{step:07d}", state.files(), kind="training", meta=meta)
         store.prune(out, cfg.keep)
     if preview is not None and cfg.sample_every and (step % cfg.sample_every == 0 or last):
         store.write_file(out / f"samples-{step:07d}.png", preview(state.average, step))
-
-
-def tracker(out: Path, step: int) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(out / "tensorboard"), purge_step=step)
 
 
 def without(tree: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:

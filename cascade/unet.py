@@ -7,12 +7,15 @@ model equals its image model frame by frame.
 
 from __future__ import annotations
 
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from cascade.layers import (
     Clip,
@@ -64,13 +67,22 @@ class UNetConfig:
     text: int = 128  # width of the text encoder's embeddings
     head: int = 64  # channels per attention head
     frame_position: bool = False  # tells every block which frame it sees: fixed-length stages only
+    residual: bool = False  # the output starts from the incoming video: for x-prediction
     channels: int = 3
 
     def __post_init__(self) -> None:
         if not self.levels:
             raise ValueError("levels is empty, expected at least one level")
-        if self.patch < 1:
-            raise ValueError(f"patch is {self.patch}, expected at least 1")
+        for name, least in (("patch", 1), ("embedding", 2), ("text", 1), ("head", 1), ("channels", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        if self.embedding % 2:
+            raise ValueError(f"embedding is {self.embedding}, expected an even number: sines and cosines")
+        for level in self.levels:
+            if level.channels % max(1, level.channels // self.head):
+                raise ValueError(
+                    f"head is {self.head}, which does not divide {level.channels} channels into equal heads"
+                )
 
     @property
     def multiple(self) -> int:
@@ -107,9 +119,14 @@ class Cond:
         return replace(self, text=text)
 
     def to(self, device: torch.device | str) -> Cond:
-        segments = None if self.segments is None else self.segments.to(device)
-        moved = (part.to(device) for part in (self.concat, self.mask, self.level, self.fps))
-        return Cond(*moved, self.text.to(device), segments)
+        return Cond(
+            self.concat.to(device),
+            self.mask.to(device),
+            self.level.to(device),
+            self.fps.to(device),
+            self.text.to(device),
+            None if self.segments is None else self.segments.to(device),
+        )
 
     def frames(self, start: int, stop: int) -> Cond:
         """The part of a longer video that a window sees."""
@@ -179,7 +196,12 @@ class Block(nn.Module):
 
 
 class VideoUNet(nn.Module):
-    """Denoiser: (z_t, t, cond) -> v, eps or x as the stage's `Diffusion` says."""
+    """Denoiser: (z_t, t, cond) -> v, eps or x as the stage's `Diffusion` says.
+
+    With `checkpointing` the backward pass computes every block again instead of keeping its activations.
+    """
+
+    checkpointing = False
 
     def __init__(self, cfg: UNetConfig) -> None:
         super().__init__()
@@ -227,12 +249,12 @@ class VideoUNet(nn.Module):
             if i:
                 h = self.shrink[i - 1](h)
             for block in stack:  # type: ignore[attr-defined]
-                h = block(h, clip, cond.text)
+                h = self._block(block, h, clip, cond.text)
                 skips.append(h)
-        h = self.middle(h, clip, cond.text)
+        h = self._block(self.middle, h, clip, cond.text)
         for i, stack in enumerate(self.up):
             for block in stack:  # type: ignore[attr-defined]
-                h = block(torch.cat([h, skips.pop()], 1), clip, cond.text)
+                h = self._block(block, torch.cat([h, skips.pop()], 1), clip, cond.text)
             if i < len(self.grow):
                 h = self.grow[i](F.interpolate(h, scale_factor=2, mode="nearest"))
         out = self.conv_out(F.silu(self.norm_out(h, clip)))
@@ -240,8 +262,15 @@ class VideoUNet(nn.Module):
         # Pixels also pass straight through, weighted by the embedding: noise need not squeeze through the patches.
         gain_z, gain_low = self.through(embedding)[:, :, None, None].chunk(2, 1)
         c = self.cfg.channels
-        out = out + gain_z * seen[:, :c] + gain_low * seen[:, c : 2 * c]
-        return out.unflatten(0, (batch, frames)).transpose(1, 2)
+        out = out + gain_z * seen[:, :c] + (gain_low + self.cfg.residual) * seen[:, c : 2 * c]
+        return torch.unflatten(out, 0, (batch, frames)).transpose(1, 2)
+
+    def _block(self, block: nn.Module, h: Tensor, clip: Clip, text: Text) -> Tensor:
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return block(h, clip, text)  # type: ignore[no-any-return]
+        # On CUDA the backward pass has threads of its own, which do not see this one's choice of attention kernel.
+        again = partial(copy_context().run, block)
+        return checkpoint(again, h, clip, text, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
 
 
 class Embedding(nn.Module):
@@ -274,7 +303,8 @@ class Embedding(nn.Module):
         out = out[:, None].expand(-1, frames, -1)  # (B, F, E)
         if self.frame is not None:
             out = out + self.frame(waves(10 * self._position(cond, frames)).to(dtype)).view(len(t), frames, e)
-        return self.out(out).flatten(0, 1)
+        told: Tensor = self.out(out)
+        return told.flatten(0, 1)
 
     def _position(self, cond: Cond, frames: int) -> Tensor:
         """Seconds since the first frame of the segment, (B*F,)."""

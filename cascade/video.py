@@ -62,7 +62,7 @@ def resize(x: Tensor, height: int, width: int) -> Tensor:
     flat = x.transpose(1, 2).flatten(0, 1)
     shrink = height < x.shape[3] or width < x.shape[4]
     out = F.interpolate(flat, (height, width), mode="bicubic", align_corners=False, antialias=shrink)
-    return out.clamp(-1, 1).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+    return torch.unflatten(out.clamp(-1, 1), 0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
 
 def spread(x: Tensor, k: int, frames: int) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cascade.errors import ConfigError
 from cascade.unet import Cond
 
 
@@ -31,10 +32,16 @@ class Windows:
         """First frames of the windows over `total` frames; all but the last start at a multiple of `rate`.
 
         The last window ends with the video; with `rate` > 1 it starts at a known frame (a multiple of `rate`), so it
-        may be up to rate - 1 frames longer than the others.
+        may be up to rate - 1 frames longer than the others. Where `overlap` leaves less than `rate` frames to move on
+        by, neighbours share fewer. Raises ConfigError for windows shorter than `rate`.
         """
         if self.frames == 0 or total <= self.frames:
             return [0]
+        if self.frames < rate:
+            raise ConfigError(
+                f"windows.frames is {self.frames}, less than the {rate} frames from one known frame to the next",
+                fix=f"windows.frames={2 * rate + 1} windows.overlap={rate}",
+            )
         hop = max(rate, (self.frames - self.overlap) // rate * rate)
         last = (total - self.frames) // rate * rate
         return [*range(0, last, hop), last]

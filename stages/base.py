@@ -32,7 +32,7 @@ def takes(cfg: Config) -> Shape:
 def output(low: Shape | None, cfg: Config) -> Shape:
     """The configured size; known frames must already have it."""
     if low is not None and low != cfg.shape:
-        raise ConfigError(f"{cfg.name}: known frames come as {low}, expected {cfg.shape}")
+        raise ConfigError(f"{cfg.name}: known frames come as {low}, expected {cfg.shape}", fix="image=FILE")
     return cfg.shape
 
 

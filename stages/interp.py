@@ -21,8 +21,13 @@ class Config(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.factor < 2 or (self.shape.frames - 1) % self.factor:
-            raise ValueError(f"factor is {self.factor}, expected a divisor of {self.shape.frames} - 1 frames above 1")
+        for setting, shape in self.shapes().items():
+            if self.factor < 2 or (shape.frames - 1) % self.factor:
+                raise ValueError(
+                    f"factor is {self.factor}, expected a divisor above 1 of {shape.frames} - 1 ({setting}.frames)"
+                )
+        if self.train is not None and self.train.images > 0:
+            raise ValueError(f"train.images is {self.train.images}, expected 0: an image has no frames to add between")
 
 
 def takes(cfg: Config) -> Shape:
@@ -35,7 +40,8 @@ def output(low: Shape | None, cfg: Config) -> Shape:
         raise ConfigError(f"{cfg.name} needs a video to interpolate", fix="input=FILE")
     if (low.height, low.width) != (cfg.shape.height, cfg.shape.width):
         raise ConfigError(
-            f"{cfg.name}: the input is {low.height}x{low.width} pixels, expected {cfg.shape.height}x{cfg.shape.width}"
+            f"{cfg.name}: the input is {low.height}x{low.width} pixels, expected {cfg.shape.height}x{cfg.shape.width}",
+            fix=f"{cfg.name}.shape.height={low.height} {cfg.name}.shape.width={low.width}",
         )
     return Shape(frames=(low.frames - 1) * cfg.factor + 1, height=low.height, width=low.width)
 

@@ -21,8 +21,11 @@ class Config(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scale < 2 or self.shape.height % self.scale or self.shape.width % self.scale:
-            raise ValueError(f"scale is {self.scale}, expected a divisor of {self.shape} above 1")
+        for setting, shape in self.shapes().items():
+            if self.scale < 2 or shape.height % self.scale or shape.width % self.scale:
+                raise ValueError(
+                    f"scale is {self.scale}, expected a divisor above 1 of {shape.height} and {shape.width} ({setting})"
+                )
 
 
 def takes(cfg: Config) -> Shape:
@@ -35,7 +38,10 @@ def output(low: Shape | None, cfg: Config) -> Shape:
         raise ConfigError(f"{cfg.name} needs a video to enlarge", fix="input=FILE")
     given, wanted = (low.height, low.width), (cfg.shape.height // cfg.scale, cfg.shape.width // cfg.scale)
     if given != wanted:
-        raise ConfigError(f"{cfg.name}: the input is {given[0]}x{given[1]} pixels, expected {wanted[0]}x{wanted[1]}")
+        raise ConfigError(
+            f"{cfg.name}: the input is {given[0]}x{given[1]} pixels, expected {wanted[0]}x{wanted[1]}",
+            fix=f"{cfg.name}.shape.height={given[0] * cfg.scale} {cfg.name}.shape.width={given[1] * cfg.scale}",
+        )
     return Shape(frames=low.frames, height=cfg.shape.height, width=cfg.shape.width)
 
 

@@ -183,7 +183,7 @@ def test_too_many_bad_files_or_none_usable_is_an_error(folder: Path, cache: Path
         ingest(ClipsConfig(path=str(folder)), Shape(frames=99, height=16, width=16), 8.0, cache)
     with pytest.raises(InputError, match="not a directory"):
         ingest(ClipsConfig(path=str(tmp_path / "none")), SHAPE, 8.0, cache)
-    with pytest.raises(InputError, match="none of captions.csv"):
+    with pytest.raises(InputError, match=r"none of captions\.csv"):
         ingest(ClipsConfig(path=str(tmp_path)), SHAPE, 8.0, cache)
     (tmp_path / "captions.csv").write_text("name,words\na,b\n")
     with pytest.raises(InputError, match="name, words"):

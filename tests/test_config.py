@@ -168,10 +168,10 @@ def test_every_misspelt_key_is_refused_with_the_right_one() -> None:
     assert count > 250
 
 
-WILD = st.sampled_from(
-    [float("nan"), float("inf"), -1, 0, 2**63, -(2**63) - 1, 10**400, "", "x" * 5000, "\ud800\0", None, [], {}, True]
-    + [[[]], {"": {}}, {None: 1}, (1,), 1e308, "nan", "_target_", object(), b"x", {"_target_": "os.system"}]
-)
+NUMBERS = [float("nan"), float("inf"), -1, 0, 2**63, -(2**63) - 1, 10**400, 1e308, True]
+TEXTS = ["", "x" * 5000, "\ud800\0", "nan", "_target_", b"x"]
+OTHERS = [None, [], {}, [[]], {"": {}}, {None: 1}, (1,), object(), {"_target_": "os.system"}]
+WILD = st.sampled_from([*NUMBERS, *TEXTS, *OTHERS])
 
 
 def paths(tree: Any, prefix: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -280,6 +280,9 @@ def test_a_group_of_another_configuration_is_a_plain_setting(conf: Path) -> None
     ("override", "says"),
     [
         ("chain=tinny", "chain=tiny"),
+        ("chain=nothing_like_it", "Fix: chain=tiny"),
+        ("+stage=tiny/bass", "Fix: stage=tiny/base"),
+        ("+stage/tiny@x=bass", "Fix: stage/tiny=base"),
         ("chain=null", "chain"),
         ("hydra.run.dir=../..", "Hydra's own"),
         ("++hydra.job.chdir=true", "Hydra's own"),

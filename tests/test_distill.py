@@ -62,11 +62,13 @@ class Dots:
 
     def sample(self, shape: Shape, fps: float, *key: Key) -> tuple[Tensor, str]:
         rng = generator("dots", *key)
-        colour, x, y, left = (int(torch.randint(n, (), generator=rng)) for n in (3, shape.width, shape.height - 2, 2))
+        size = shape.height // 2
+        rooms = (3, shape.width, shape.height - size + 1, 2)
+        colour, x, y, left = (int(torch.randint(room, (), generator=rng)) for room in rooms)
         clip = torch.full((3, shape.frames, shape.height, shape.width), -1.0)
         for frame in range(shape.frames):
-            for side in range(3):
-                clip[colour, frame, y : y + 3, (x + side + (-frame if left else frame)) % shape.width] = 1
+            for side in range(size):
+                clip[colour, frame, y : y + size, (x + side + (-frame if left else frame)) % shape.width] = 1
         return clip, CAPTIONS[colour]
 
 
@@ -274,7 +276,7 @@ def test_the_guidance_target_is_the_formula_and_the_student_alone_is_told_w() ->
     z = cfg.diffusion.noised(batch.x, batch.eps, batch.t)
 
     def x_hat(cond: Cond) -> Tensor:
-        return cfg.diffusion.split(z, Wavy()(z, batch.t, cond), batch.t)[0]
+        return cfg.diffusion.split(z, Wavy()(z, cfg.diffusion.level(batch.t), cond), batch.t)[0]
 
     a = w.view(-1, 1, 1, 1, 1)
     near(task.target(batch), (1 + a) * x_hat(batch.cond) - a * x_hat(batch.cond.without_text()), atol=1e-12)
@@ -326,6 +328,32 @@ def test_the_teacher_steps_as_its_sampler_does() -> None:
     assert free[:, :, 1].abs().max() > 1 and not torch.equal(free[:, :, 0], batch.x[:, :, 0])
 
 
+class Listening(nn.Module):
+    """Notes the times and weights that it is told, by t."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: set[tuple[float, float]] = set()
+
+    def forward(self, z: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
+        assert w is not None
+        self.heard |= {(round(a, 6), round(b, 6)) for a, b in zip(t.tolist(), w.tolist(), strict=True)}
+        return torch.zeros_like(z)
+
+
+def test_a_lesson_asks_the_network_what_sampling_asks_it() -> None:
+    cfg = config(
+        diffusion=Diffusion(shift=0.5), w_range=[2.0, 2.0], sampler=Sampler(steps=4, guidance=2.0, rule=Rule.DDIM)
+    )
+    sampled, taught, teacher = Listening(), Listening(), Listening()
+    Stage(cfg, base, sampled).sample(None, encode(["red"]), None, Noise(0, "base", ("a",)))  # type: ignore[arg-type]
+    lesson(cfg, 4, teacher)(examples(8, text=encode(["red"] * 8)), taught)
+    assert len(taught.heard) == 4 and taught.heard == sampled.heard
+    finer = replace(cfg, sampler=replace(cfg.sampler, steps=8))
+    Stage(finer, base, sampled).sample(None, encode(["red"]), None, Noise(0, "base", ("a",)))  # type: ignore[arg-type]
+    assert len(teacher.heard) == 8 and teacher.heard == sampled.heard
+
+
 class Linear(nn.Module):
     """v linear in z and the text; after guidance distillation in w times both as well."""
 
@@ -351,7 +379,7 @@ def test_guidance_distillation_of_a_linear_teacher_is_its_guidance(tmp_path: Pat
     cfg = config(guidance=2.0)
     teacher = Linear()
     plan = DistillConfig(
-        steps=[8], round_steps=1, guidance_steps=300, guidance=[0.0, 4.0], lr=3e-2, warmup=0, batch=8, ema=0.9
+        steps=[8], round_steps=1, guidance_steps=120, guidance=[0.0, 4.0], lr=0.1, warmup=0, ema=0.9
     )
     progressive(
         Stage(cfg, base, teacher), "teacher", Dots(), encode, plan, training(), tmp_path, progress=False  # type: ignore[arg-type]
@@ -421,7 +449,7 @@ def test_the_ladder_leaves_a_student_for_each_round_that_says_what_it_is(whole: 
     assert not torch.equal(states[0], states[1]) and not torch.equal(states[1], states[2])
 
 
-@pytest.mark.parametrize("at", [0, 5, 8, 11, 17, 23])
+@pytest.mark.parametrize("at", [2, 8, 13, 23])
 def test_cut_at_any_time_and_run_again_gives_the_same_bytes(whole: Path, tmp_path: Path, at: int) -> None:
     with pytest.raises(Cut):
         climb(tmp_path, Cutting(at))
@@ -563,7 +591,7 @@ OWN = {"steps": [2, 1], "round_steps": 2, "guidance_steps": 2}
 def test_the_task_distils_the_stages_own_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(distill, "text_source", lambda cfg: SimpleNamespace(encode=encode))
+    monkeypatch.setattr(distill, "text_source", lambda cfg: SimpleNamespace(encode=encode, fingerprint="toy"))
     monkeypatch.setattr(distill, "open_source", lambda *_: Dots())
     teacher = small_stage()
     save_weights(tmp_path / "teacher", teacher.cfg, teacher.net.state_dict(), "A test.")
@@ -598,39 +626,39 @@ def test_the_task_refuses_what_cannot_be_distilled(tmp_path: Path) -> None:
 
 
 def samples(cfg: StageConfig, net: nn.Module, steps: int, w: float, w_range: list[float] | None) -> Tensor:
-    """24 clips by `steps` steps of DDIM from the same noise."""
+    """12 clips by `steps` steps of DDIM from the same noise."""
     sampler = replace(cfg.sampler, steps=steps, guidance=w)
     stage = Stage(replace(cfg, sampler=sampler, w_range=w_range), base, net.eval())  # type: ignore[arg-type]
-    names = tuple(f"clip {i}" for i in range(24))
+    names = tuple(f"clip {i}" for i in range(12))
     with torch.no_grad():
-        return stage.sample(None, encode([CAPTIONS[i % 3] for i in range(24)]), None, Noise(0, "base", names)).frames
+        return stage.sample(None, encode([CAPTIONS[i % 3] for i in range(12)]), None, Noise(0, "base", names)).frames
 
 
 @pytest.mark.slow
 def test_a_student_beats_the_undistilled_sampler_at_equal_steps(tmp_path: Path) -> None:
-    """Distance to what the guided teacher makes of the same noise in 64 steps: a third at most, for any w."""
+    """Distance to what the guided teacher makes of the same noise in 32 steps: a third at most, for any w."""
     net = UNetConfig(
-        levels=[LevelSpec(channels=24, mixer=Mixer.CONV), LevelSpec(channels=32, mixer=Mixer.CONV)],
-        embedding=32, text=WIDTH, frame_position=True,
-    )  # fmt: skip
+        levels=[LevelSpec(channels=24, mixer=Mixer.CONV)], embedding=32, text=WIDTH, frame_position=True
+    )
     cfg = config(
         Shape(frames=4, height=8, width=8), net=net, sampler=Sampler(steps=16, guidance=1.0, threshold=Threshold.STATIC)
     )
-    train = TrainConfig(steps=500, batch=8, lr=3e-3, warmup=20, ema=0.98, drop_text=0.1)
+    train = TrainConfig(steps=300, batch=8, lr=3e-3, warmup=20, ema=0.98, drop_text=0.1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         teacher = Stage(cfg, base)  # type: ignore[arg-type]
     state = fit(teacher, Dots(), encode, train, tmp_path / "teacher", progress=False)
     checkpoint.apply(teacher.net, state, "the average")
-    plan = DistillConfig(steps=[8, 4, 2], round_steps=150, guidance_steps=200, guidance=[0.0, 3.0], lr=1e-3, warmup=10)
+    plan = DistillConfig(steps=[8, 4, 2], round_steps=80, guidance_steps=100, guidance=[0.0, 3.0], lr=1e-3, warmup=10)
     progressive(teacher, "teacher", Dots(), encode, plan, train, tmp_path / "ladder", progress=False)
     report = []
-    for w in (0.0, 1.0, 2.5):
-        truth = samples(cfg, teacher.net, 64, w, None)
+    for w in (0.5, 2.0):
+        truth = samples(cfg, teacher.net, 32, w, None)
         for steps in (4, 2):
             student = Stage(cfg, base)  # type: ignore[arg-type]
             checkpoint.apply(student.net, checkpoint.load(tmp_path / f"ladder/{steps:02d}/weights").state, "test")
             near_truth = (samples(cfg, student.net, steps, w, plan.guidance) - truth).square().mean().item()
             undistilled = (samples(cfg, teacher.net, steps, w, None) - truth).square().mean().item()
             report.append((w, steps, round(near_truth, 4), round(undistilled, 4)))
+    print(report)
     assert all(student <= undistilled / 3 for _, _, student, undistilled in report), report

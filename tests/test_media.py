@@ -317,13 +317,13 @@ def test_images(tmp_path: Path) -> None:
 
 
 def test_fit_covers_and_crops() -> None:
-    frames = torch.randint(0, 256, (2, 12, 20, 3), dtype=torch.uint8)
-    assert torch.equal(fit(frames, 12, 20), to_float(frames))
-    assert torch.equal(fit(frames, 12, 10), to_float(frames[:, :, 5:15]))
-    assert torch.equal(fit(frames, 12, 10, (0, 1)), to_float(frames[:, :, 10:]))
+    frames = to_float(torch.randint(0, 256, (2, 12, 20, 3), dtype=torch.uint8))
+    assert torch.equal(fit(frames, 12, 20), frames)
+    assert torch.equal(fit(frames, 12, 10), frames[..., 5:15])
+    assert torch.equal(fit(frames, 12, 10, (0, 1)), frames[..., 10:])
     for size in ((6, 6), (30, 7), (5, 33)):
         assert fit(frames, *size).shape == (3, 2, *size)
-        assert fit(torch.full_like(frames, 51), *size).sub(-0.6).abs().max() < 1e-5
+        assert fit(torch.full_like(frames, -0.6), *size).sub(-0.6).abs().max() < 1e-5
     assert covering(720, 1280, 64, 64) == (64, 114) and covering(10, 30, 20, 20) == (20, 60)
 
 

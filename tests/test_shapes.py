@@ -125,7 +125,7 @@ def test_a_scene_is_the_same_at_every_size() -> None:
     for scene in scenes(30):
         fine = render(scene, 4, 128, 128, 2).reshape(4, 32, 4, 32, 4, 3).mean(axis=(2, 4))
         error = np.abs(fine - render(scene, 4, 32, 32, 2))
-        assert error.mean() < 0.004 and np.quantile(error, 0.999) < 0.35
+        assert error.mean() < 0.004 and np.quantile(error, 0.999) < 0.5
 
 
 def test_a_wide_picture_holds_the_square_world_in_its_middle() -> None:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from cascade import store
 from cascade.errors import ConfigError, HostError, InputError, LockedError
-from cascade.media import fit
+from cascade.media import fit, to_float
 from cascade.noise import Key, generator
 from cascade.video import Shape
 
@@ -118,7 +118,7 @@ class Clips:
         at = (0.5, 0.5)
         if self.cfg.random_crop and key:
             at = (_draw(1001, *key, "top") / 1000, _draw(1001, *key, "left") / 1000)
-        out = fit(frames, shape.height, shape.width, at)
+        out = fit(to_float(frames), shape.height, shape.width, at)
         if self.cfg.random_flip and key and _draw(2, *key, "flip"):
             out = out.flip(-1)
         return out, item.captions[_draw(len(item.captions), *key, "caption") if key else 0]

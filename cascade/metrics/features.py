@@ -84,7 +84,8 @@ def prepare(frames: Tensor) -> Tensor:
 def extract(frames: Tensor, net: Features | None = None, batch: int = 32) -> Tensor:
     """Features (B, DIMENSIONS) of clips (B, 3, F, H, W) in [-1, 1]; without `net`, those of the shipped network."""
     net = net or shipped()[0]
-    return torch.cat([net(prepare(part.float().cpu())) for part in frames.split(batch)])
+    parts = range(0, len(frames), batch)
+    return torch.cat([net(prepare(frames[first : first + batch].float().cpu())) for first in parts])
 
 
 @cache
@@ -126,8 +127,8 @@ def batch_of(source: Iterator[tuple[Tensor, dict[str, int]]], size: int) -> tupl
     return torch.stack([clip for clip, _ in drawn]), classes
 
 
-def fit(out: Path, steps: int = 600, seed: int = 0, size: int = 64) -> dict[str, float]:
-    """Trains the network and writes its weights (float16) to `out`; returns its accuracy on 1000 unseen clips.
+def fit(out: Path, steps: int = 600, seed: int = 0, size: int = 64, count: int = 1000) -> dict[str, float]:
+    """Trains the network and writes its weights (float16) to `out`; returns its accuracy on `count` unseen clips.
 
     AdamW, 3e-3 with 5 % linear warm-up and linear decay, sum of the classes' cross-entropies, `size` new clips a step.
     """
@@ -145,7 +146,7 @@ def fit(out: Path, steps: int = 600, seed: int = 0, size: int = 64) -> dict[str,
         logits = net.classify(net(clips))
         loss = torch.stack([F.cross_entropy(logits[name], known) for name, known in classes.items()]).sum()
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
     card = (
@@ -156,7 +157,7 @@ def fit(out: Path, steps: int = 600, seed: int = 0, size: int = 64) -> dict[str,
         "Licence: Apache-2.0.\n"
     )
     checkpoint.save(out, net.state_dict(), CONFIG, card=card, dtype=torch.float16)
-    return accuracy(load(out)[0], seed, 1000)
+    return accuracy(load(out)[0], seed, count)
 
 
 @torch.no_grad()

@@ -1,0 +1,184 @@
+"""Tiny stages of every kind, a text encoder made of hashes and a source of clips, for tests that need a whole stage.
+
+The fixtures hand out the functions below them: scripts that tests start import this file instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cascade.stage import Stage, TrainConfig
+    from cascade.text import Text
+    from cascade.unet import UNetConfig
+    from cascade.video import Shape
+
+WIDTH = 6  # of the tiny text encoder
+CAPTIONS = ("a red circle", "a blue square moves", "two white stars stand still on a black background")
+SHAPES = {"base": (4, 8, 8), "tsr": (4, 8, 8), "ssr": (4, 8, 8), "interp": (5, 8, 8)}
+OWN: dict[str, dict[str, Any]] = {
+    "base": {"known": 0.5},
+    "tsr": {"factor": 2},
+    "ssr": {"scale": 2},
+    "interp": {"factor": 2},
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than ten seconds")
+
+
+def tiny_net(**changes: Any) -> UNetConfig:
+    """One level of eight channels."""
+    from cascade.unet import LevelSpec, UNetConfig
+
+    return UNetConfig(**({"levels": [LevelSpec(channels=8)], "embedding": 8, "text": WIDTH, "head": 4} | changes))
+
+
+def deep_net() -> UNetConfig:
+    """Both mixers, text and two levels; of 16 channels, so that no gradient is rounding alone."""
+    from cascade.unet import LevelSpec, Mixer
+
+    return tiny_net(levels=[LevelSpec(channels=16, mixer=Mixer.BOTH, text_attention=True), LevelSpec(channels=16)])
+
+
+def tiny_train(**changes: Any) -> TrainConfig:
+    """Four steps of two clips."""
+    from cascade.stage import TrainConfig
+
+    return TrainConfig(**({"steps": 4, "batch": 2, "lr": 1e-2, "ema": 0.5, "checkpoint_every": 2} | changes))
+
+
+def tiny_config(kind: str, **changes: Any) -> Any:
+    """A stage whose output is 4 (interp: 5) frames of 8 x 8, its input half of that."""
+    from cascade.config import plugin
+    from cascade.diffusion import Diffusion
+    from cascade.sampler import Sampler
+    from cascade.video import Shape
+
+    frames, height, width = SHAPES[kind]
+    settings = {
+        "name": kind,
+        "kind": kind,
+        "shape": Shape(frames=frames, height=height, width=width),
+        "fps": 8.0,
+        "net": tiny_net(),
+        "diffusion": Diffusion(),
+        "sampler": Sampler(steps=3),
+        "train": tiny_train(),
+    }
+    return plugin(kind).Config(**(settings | OWN[kind] | changes))
+
+
+def tiny_stage(kind: str, std: float = 0.0, **changes: Any) -> Stage:
+    """A stage with new weights, all of them moved by noise of that size."""
+    import torch
+
+    from cascade.config import plugin
+    from cascade.stage import Stage
+
+    cfg = tiny_config(kind, **changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        stage = Stage(cfg, plugin(kind))  # type: ignore[arg-type]
+    shake(stage.net, std)
+    return stage
+
+
+def shake(module: Any, std: float = 0.2) -> Any:
+    """The module with noise of that size added to every parameter."""
+    import torch
+
+    from cascade.noise import generator
+
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter += std * torch.randn(parameter.shape, generator=generator("shake", name))
+    return module
+
+
+def encode_text(prompts: Sequence[str]) -> Text:
+    """A prompt's tokens are noise keyed by the prompt, one for each word and an end mark."""
+    import torch
+
+    from cascade.noise import generator
+    from cascade.text import Text
+
+    def one(prompt: str) -> Text:
+        length = len(prompt.split()) + 1
+        tokens = torch.randn(1, length, WIDTH, generator=generator("text", prompt))
+        return Text(tokens, torch.ones(1, length, dtype=torch.bool))
+
+    return Text.cat([one(prompt) for prompt in prompts])
+
+
+@dataclass
+class Clips:
+    """A source of captioned clips: a bright bar on a dark ground that moves by a pixel a frame."""
+
+    calls: int = 0
+
+    def sample(self, shape: Shape, fps: float, *key: int | str) -> tuple[Tensor, str]:
+        import torch
+
+        from cascade.noise import generator
+
+        self.calls += 1
+        rng = generator("clip", *key)
+        start, choice = int(torch.randint(shape.width, (), generator=rng)), int(torch.randint(3, (), generator=rng))
+        clip = torch.full((3, shape.frames, shape.height, shape.width), -0.8)
+        for f in range(shape.frames):
+            clip[choice, f, :, (start + f) % shape.width] = 0.9
+        return clip, CAPTIONS[choice]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in one order, whatever the machine: for laws that hold bit for bit."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def net_config() -> Callable[..., UNetConfig]:
+    return tiny_net
+
+
+@pytest.fixture(scope="session")
+def train_config() -> Callable[..., TrainConfig]:
+    return tiny_train
+
+
+@pytest.fixture(scope="session")
+def stage_config() -> Callable[..., Any]:
+    return tiny_config
+
+
+@pytest.fixture(scope="session")
+def make_stage() -> Callable[..., Stage]:
+    return tiny_stage
+
+
+@pytest.fixture(scope="session")
+def shaken() -> Callable[..., Any]:
+    return shake
+
+
+@pytest.fixture(scope="session")
+def encode() -> Callable[[Sequence[str]], Text]:
+    return encode_text
+
+
+@pytest.fixture
+def clips() -> Clips:
+    return Clips()

@@ -1,0 +1,317 @@
+"""The commands, as a user gives them, on a chain so small that each takes a moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from cascade import cli, pipeline, store
+from cascade.config import parse, plugin
+from cascade.errors import CascadeError, ConfigError
+from cascade.stage import Stage
+from cascade.tasks import save
+from cascade.text import TextConfig
+
+PROMPT = "a large red circle moves left on a black background"
+LEVEL = {"channels": 8, "mixer": "conv+attn", "text_attention": True}
+STAGES: dict[str, dict[str, Any]] = {
+    "base": {"kind": "base", "shape": {"frames": 4, "height": 8, "width": 8}, "fps": 2, "known": 0.5},
+    "tsr": {"kind": "tsr", "shape": {"frames": 8, "height": 8, "width": 8}, "fps": 4, "factor": 2, "augment": 0.1},
+    "ssr": {"kind": "ssr", "shape": {"frames": 8, "height": 16, "width": 16}, "fps": 4, "scale": 2, "augment": 0.1},
+    "interp": {"kind": "interp", "shape": {"frames": 15, "height": 16, "width": 16}, "fps": 8, "factor": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration directory with the chain `mini` and its stages, with random weights."""
+    conf = tmp_path_factory.mktemp("conf")
+    (conf / "stage").mkdir()
+    (conf / "chain").mkdir()
+    for number, (name, own) in enumerate(STAGES.items()):
+        tree = {
+            "name": name,
+            **own,
+            "net": {"levels": [LEVEL], "embedding": 8, "text": 128, "head": 4},
+            "diffusion": {"prediction": "v"},
+            "sampler": {"steps": 2, "threshold": "static"},
+            "weights": str(conf / "weights" / name),
+            "train": {"steps": 2, "batch": 2, "lr": 1e-3, "ema": 0.5, "checkpoint_every": 1},
+        }
+        text = yaml.safe_dump(tree)
+        (conf / "stage" / f"mini_{name}.yaml").write_text(f"# @package _global_\n{text}")
+        stage = {key: value for key, value in tree.items()}
+        cfg = parse(stage, plugin(own["kind"]).Config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(number)
+            net = Stage(cfg, plugin(own["kind"])).net
+            for parameter in net.parameters():
+                torch.nn.init.normal_(parameter, std=0.1)
+        save(conf / "weights" / name, cfg, net.state_dict(), "Random.")
+    defaults = [{f"/stage@{name}": f"mini_{name}"} for name in STAGES]
+    chain = {"defaults": [*defaults, "_self_"], "stages": list(STAGES), "text": {"max_tokens": 48}}
+    (conf / "chain" / "mini.yaml").write_text(f"# @package _global_\n{yaml.safe_dump(chain, sort_keys=False)}")
+    return conf
+
+
+@pytest.fixture
+def cascade(mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    monkeypatch.chdir(tmp_path)
+    return lambda verb, *words: cli.command([verb, *words, "chain=mini", "--config-dir", str(mini)])
+
+
+@pytest.fixture
+def stage(mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    monkeypatch.chdir(tmp_path)
+
+    def run(name: str, *words: str) -> None:
+        cli.stage_command(STAGES[name]["kind"], [f"stage=mini_{name}", *words, "--config-dir", str(mini)])
+
+    return run
+
+
+def tree_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def video(folder: Path, name: str) -> bytes:
+    return (folder / "stages" / name / "video.safetensors").read_bytes()
+
+
+def test_chain_equals_the_composition_of_its_stages(cascade: Any, stage: Any) -> None:
+    cascade("generate", f"prompt={PROMPT}", "seed=7", "out=chain")
+    before = ""
+    for name in STAGES:
+        given = [f"input={before}"] if before else []
+        before = f"{name}.safetensors"
+        stage(name, f"prompt={PROMPT}", "seed=7", f"out={before}", *given)
+        assert Path(before).read_bytes() == video(Path("chain"), name)
+    out = Path("chain")
+    assert {path.name for path in out.iterdir() if not path.name.startswith(".")} == {
+        "video.mp4", "sheet.png", "manifest.json", "stages"
+    }  # fmt: skip
+    assert json.loads((out / "manifest.json").read_text())["shape"] == "15x16x16"
+
+
+def test_the_same_command_names_the_same_directory_and_does_nothing_twice(
+    cascade: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cascade("generate", f"prompt={PROMPT}")
+    (out,) = Path("runs").iterdir()
+    before = tree_bytes(out)
+    monkeypatch.setattr(Stage, "sample", lambda *_, **__: pytest.fail("a finished stage ran again"))
+    cascade("generate", f"prompt={PROMPT}")
+    assert list(Path("runs").iterdir()) == [out] and tree_bytes(out) == before
+
+
+def test_changed_settings_replace_that_stage_and_those_after_it(cascade: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    sample = Stage.sample
+
+    def spy(self: Stage, *args: Any, **kwargs: Any) -> Any:
+        ran.append(self.cfg.name)
+        return sample(self, *args, **kwargs)
+
+    monkeypatch.setattr(Stage, "sample", spy)
+    cascade("generate", f"prompt={PROMPT}", "out=run")
+    assert ran == list(STAGES)
+    for changes, expected in (
+        (["interp.sampler.steps=1"], ["interp"]),
+        (["interp.sampler.steps=1", "tsr.augment=0.2"], ["tsr", "ssr", "interp"]),
+        (["interp.sampler.steps=1", "tsr.augment=0.2", "base.train.lr=0.5"], []),
+        (["interp.sampler.steps=1", "tsr.augment=0.2", "seed=1"], list(STAGES)),
+    ):
+        ran.clear()
+        cascade("generate", f"prompt={PROMPT}", "out=run", *changes)
+        assert ran == expected
+
+
+def test_prompts_equal_single_runs_in_any_order(cascade: Any) -> None:
+    other = "a small blue square moves up and a large white ring stands still on a gray background"
+    cascade("generate", f"prompt={PROMPT}", "out=single", "samples=2")
+    for number, lines in enumerate(([PROMPT, other, PROMPT], [other, PROMPT])):
+        Path("prompts.txt").write_text("\ufeff" + "\r\n".join(lines) + "\n\n", encoding="utf-8")
+        cascade("generate", "prompts=prompts.txt", f"out=many{number}")
+    assert video(Path("many0/0000"), "interp") == video(Path("single/0000"), "interp")
+    assert video(Path("many0/0002"), "interp") == video(Path("single/0001"), "interp")
+    assert video(Path("many1/0001"), "interp") == video(Path("many0/0000"), "interp")
+    assert video(Path("many1/0000"), "interp") != video(Path("many1/0001"), "interp")
+
+
+def test_embeddings_on_disk_replace_the_encoder(cascade: Any, mini: Path) -> None:
+    Path("prompts.txt").write_text(PROMPT)
+    cli.command(["embed", "prompts=prompts.txt", "out=texts"])
+    cascade("generate", f"prompt={PROMPT}", "out=live")
+    code = (
+        "import sys; from cascade import cli; cli.command(sys.argv[1:]); assert 'transformers' not in sys.modules, 'T5'"
+    )
+    words = ["generate", f"prompt={PROMPT}", "out=stored", "text.store=texts", "chain=mini", "--config-dir", str(mini)]
+    subprocess.run([sys.executable, "-c", code, *words], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert video(Path("stored"), "interp") == video(Path("live"), "interp")
+
+
+def test_an_image_becomes_the_first_frame(cascade: Any) -> None:
+    from cascade import media
+
+    Path("first.png").write_bytes(media.png(torch.full((3, 8, 8), 0.25)))
+    cascade("generate", f"prompt={PROMPT}", "image=first.png", "out=run")
+    frames = pipeline.read_clip(video(Path("run"), "base"), "").frames
+    assert torch.allclose(frames[0, :, 0], torch.tensor(2 * round(0.625 * 255) / 255 - 1), atol=1e-6)
+    assert frames[0, :, 1:].std() > 0
+
+
+@pytest.mark.parametrize("frames", [3, 21])
+def test_a_clip_of_any_length_enters_in_the_middle(cascade: Any, frames: int) -> None:
+    from cascade import media
+
+    rng = torch.Generator().manual_seed(0)
+    Path("clip.mp4").write_bytes(media.encoded(torch.rand(3, frames, 20, 30, generator=rng) * 2 - 1, 6.0, ".mp4"))
+    windows = ["ssr.windows.frames=8", "ssr.windows.overlap=2", "interp.windows.frames=15", "interp.windows.overlap=4"]
+    cascade("generate", f"prompt={PROMPT}", "start=ssr", "input=clip.mp4", "out=run", "format=[mp4,gif]", *windows)
+    made = pipeline.read_clip(video(Path("run"), "interp"), "")
+    assert made.frames.shape == (1, 3, 2 * frames - 1, 16, 16) and made.fps == 12
+    assert Path("run/video.gif").is_file() and not Path("run/stages/base").exists()
+    between = pipeline.read_clip(video(Path("run"), "ssr"), "").frames
+    assert torch.equal(made.frames[:, :, ::2], between)
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_every_stage_trains_distils_evaluates_and_samples_alone(stage: Any, name: str) -> None:
+    own = ["sampler.guidance=1"] if name == "base" else []
+    stage(name, "task=train", "out=trained", *own)
+    weights = "trained/weights"
+    assert store.problems(Path(weights), "weights") == []
+    ladder = ["distill.steps=[2,1]", "distill.round_steps=2", "distill.guidance_steps=2", f"weights={weights}"]
+    stage(name, "task=distill", "out=student", *ladder, *own)
+    students = sorted(path.parent.name for path in Path("student").glob("*/weights"))
+    assert {"01", "02"} <= set(students)
+    stage(name, "task=evaluate", "out=judged", "evaluate.n=2", f"weights={weights}", "evaluate.metrics=[]", *own)
+    assert json.loads(next(Path("judged").glob("*.json")).read_text()) and list(Path("judged").glob("*.png"))
+    given = []
+    if name != "base":
+        shape = {"tsr": (4, 8, 8), "ssr": (8, 8, 8), "interp": (8, 16, 16)}[name]
+        clip = torch.linspace(-1, 1, 3 * shape[0] * shape[1] * shape[2]).view(1, 3, *shape)
+        Path("in.safetensors").write_bytes(pipeline.video_bytes(pipeline.Video(clip, 2.0)))
+        given = ["input=in.safetensors"]
+    stage(name, f"prompt={PROMPT}", "weights=student/01/weights", "sampler.steps=1", "out=out.mp4", *given, *own)
+    assert Path("out.mp4").stat().st_size > 0 and Path("out.manifest.json").is_file()
+
+
+def test_settings_are_shown_and_swept(cascade: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    cascade("generate", "prompt=a ${oc.env:HOME}, b = c", "--cfg", "job", "-m", "seed=1,2", "base.sampler.steps=1,3")
+    shown = list(yaml.safe_load_all(capsys.readouterr().out))
+    assert [(tree["seed"], tree["base"]["sampler"]["steps"]) for tree in shown] == [(1, 1), (1, 3), (2, 1), (2, 3)]
+    assert {tree["prompt"] for tree in shown} == {"a ${oc.env:HOME}, b = c"}
+
+
+FAULTS: list[tuple[list[str], int, str]] = [
+    (["generat"], 2, "generate"),
+    (["generate"], 2, "prompt"),
+    (["generate", "prompt=  "], 2, "empty"),
+    (["generate", "prompt=x", "base.sampler.stepz=3"], 2, "steps"),
+    (["generate", "prompt=x", "+base.sampler.q=3"], 2, "q"),
+    (["generate", "prompt=x", "base.sampler.steps=eight"], 2, "steps"),
+    (["generate", "prompt=x", "base.sampler.steps=-1"], 2, "steps"),
+    (["generate", "prompt=x", "base.shape.height=10", "tsr.shape.height=9"], 2, "height"),
+    (["generate", "prompt=x", "tsr.shape.frames=10"], 2, "frames"),
+    (["generate", "prompt=x", "base.net.patch=3"], 2, "multiple"),
+    (["generate", "prompt=x", "start=tsr"], 2, "input"),
+    (["generate", "prompt=x", "start=nowhere", "input=none.mp4"], 2, "nowhere"),
+    (["generate", "prompt=x", "start=ssr", "input=none.mp4"], 3, "none.mp4"),
+    (["generate", "prompt=x", "image=none.png"], 3, "none.png"),
+    (["generate", "prompts=none.txt"], 3, "none.txt"),
+    (["generate", "prompt=x", "base.weights=none"], 3, "none"),
+    (["generate", "prompt=x", "base.weights=null"], 2, "weights"),
+    (["generate", "prompt=x", "text.encoder=./none"], 3, "none"),
+    (["generate", "prompt=x", "device=cuda:99"], 4, "cuda:99"),
+    (["generate", "prompt=x", "device=toaster"], 4, "toaster"),
+    (["generate", "prompt=x", "attention=none"], 2, "attention"),
+    (["generate", "prompt=x", "format=[avi]"], 2, "avi"),
+    (["generate", "prompt=x", "hydra.run.dir=/tmp/x"], 2, "hydra"),
+    (["generate", "prompt=x", "out=file"], 4, "file"),
+    (["generate", "prompt=x", "--nonsense"], 2, "--nonsense"),
+]
+
+
+@pytest.mark.parametrize(("words", "code", "named"), FAULTS, ids=lambda value: " ".join(value) if isinstance(value, list) else None)
+def test_a_mistake_is_one_line_and_creates_nothing(
+    mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    words: list[str], code: int, named: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    before = tree_bytes(tmp_path)
+    more = ["chain=mini", "--config-dir", str(mini)] if words[0] == "generate" else []
+    with pytest.raises(SystemExit) as exit_:
+        cli.run_main([*words, *more], cli.command, "cascade")
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert exit_.value.code == code, said
+    assert len(said) == 1 and named in said[0] and "Fix: " in said[0]
+    assert tree_bytes(tmp_path) == before
+
+
+def test_damaged_weights_are_refused_before_anything_runs(mini: Path, tmp_path: Path) -> None:
+    import shutil
+
+    weights = tmp_path / "weights"
+    shutil.copytree(mini / "weights" / "tsr", weights)
+    data = bytearray((weights / "model.safetensors").read_bytes())
+    data[-5] ^= 1
+    (weights / "model.safetensors").write_bytes(data)
+    cfg = parse({**yaml.safe_load((mini / "stage" / "mini_tsr.yaml").read_text()), "weights": str(weights)}, plugin("tsr").Config)
+    with pytest.raises(CascadeError, match="SHA-256") as error:
+        pipeline.load_stage(cfg, plugin("tsr"), torch.device("cpu"))
+    assert error.value.code == 3
+
+
+def test_weights_of_another_stage_are_refused(cascade: Any, mini: Path) -> None:
+    with pytest.raises(CascadeError) as error:
+        cascade("generate", "prompt=x", f"tsr.weights={mini / 'weights' / 'base'}")
+    assert error.value.code == 3
+
+
+@pytest.mark.slow
+def test_killed_in_any_stage_and_run_again_is_equal_bit_for_bit(mini: Path, tmp_path: Path) -> None:
+    """SIGKILL as soon as each stage has begun (its predecessor's artefact stands), then the same command again."""
+    words = ["generate", f"prompt={PROMPT}", "chain=mini", "--config-dir", str(mini), "ssr.sampler.steps=20"]
+    code = "import sys; from cascade import cli; cli.run_main(sys.argv[1:], cli.command, 'cascade')"
+    run = [sys.executable, "-c", code, *words]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([*run, "out=whole"], cwd=tmp_path, check=True, env=env, capture_output=True)
+    names = list(STAGES)
+    for number, name in enumerate(names[:-1]):
+        child = subprocess.Popen(
+            [*run, "out=killed"], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while not (tmp_path / "killed" / "stages" / name).exists() and child.poll() is None:
+            time.sleep(0.002)
+        child.send_signal(signal.SIGKILL)
+        assert child.wait() in (-signal.SIGKILL, 0)
+        assert (tmp_path / "killed" / "stages" / names[number]).is_dir()
+    subprocess.run([*run, "out=killed"], cwd=tmp_path, check=True, env=env, capture_output=True)
+    assert tree_bytes(tmp_path / "killed") == tree_bytes(tmp_path / "whole")
+
+
+def test_the_shipped_encoder_fits_the_shipped_chain() -> None:
+    from cascade.config import compose
+    from cascade.text import known_width
+
+    tree = compose("generate")
+    chain = pipeline.Chain.build(tree["stages"], tree, parse(tree["text"], TextConfig))
+    assert {cfg.net.text for cfg in chain.stages} == {known_width(chain.text)}
+
+
+def test_unknown_task_is_refused(stage: Any) -> None:
+    with pytest.raises(ConfigError, match="task"):
+        stage("base", "task=dance")

@@ -1,0 +1,364 @@
+"""Laws of a stage: one conditioning for training and sampling, known frames, independence of the batch, the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cascade.diffusion import Diffusion, Prediction
+from cascade.noise import Noise, generator, sample_id
+from cascade.sampler import Sampler
+from cascade.stage import AUGMENTATION, Batch, Stage
+from cascade.text import Text
+from cascade.unet import Cond, LevelSpec, Mixer
+from cascade.video import Shape, Video
+from cascade.windows import Windows
+
+KINDS = ("base", "tsr", "ssr", "interp")
+PROMPTS = ("a red circle", "a blue square moves left")
+Make = Callable[..., Any]
+
+
+class Spy(nn.Module):
+    """A network that notes what it is told; its x_hat is `answer(z, cond)`, its prediction type x."""
+
+    def __init__(self, answer: Callable[[Tensor, Cond], Tensor] | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.answer = answer
+        self.conds: list[Cond] = []
+        self.times: list[Tensor] = []
+        self.ws: list[Tensor | None] = []
+
+    def forward(self, z: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
+        self.conds.append(cond)
+        self.times.append(t)
+        self.ws.append(w)
+        return torch.zeros_like(z) if self.answer is None else self.answer(z, cond)
+
+
+def spied(stage: Stage, answer: Callable[[Tensor, Cond], Tensor] | None = None, **changes: Any) -> tuple[Stage, Spy]:
+    spy = Spy(answer)
+    cfg = replace(stage.cfg, **({"diffusion": Diffusion(prediction=Prediction.X)} | changes))
+    return Stage(cfg, stage.rule, spy), spy
+
+
+def video(stage: Stage, batch: int = 1) -> Video:
+    shape = stage.cfg.shape
+    x = torch.rand(batch, 3, shape.frames, shape.height, shape.width, generator=generator("video", stage.cfg.kind))
+    return Video(x * 2 - 1, stage.cfg.fps)
+
+
+def given(stage: Stage, batch: int = 1) -> Video:
+    """What the stage is given: the video of the stage before it; base: a clip whose first frame is known."""
+    if stage.cfg.kind == "base":
+        known = torch.zeros(batch, stage.cfg.shape.frames, dtype=torch.bool)
+        known[:, 0] = True
+        return replace(video(stage, batch), known=known)
+    low = stage.rule.degrade(video(stage, batch), stage.cfg, generator())
+    assert low is not None
+    return low
+
+
+def noise(*prompts: str) -> Noise:
+    return Noise(1, "stage", tuple(sample_id(prompt) for prompt in prompts or PROMPTS[:1]))
+
+
+def batch_of(stage: Stage, encode: Make, size: int = 2) -> Batch:
+    rng, parts = generator("batch"), []
+    for i in range(size):
+        x, cond = stage.example(video(stage), encode([PROMPTS[i % 2]]), rng)
+        parts.append(Batch(x, torch.randn(x.shape, generator=rng), torch.rand(1, generator=rng), cond))
+    return Batch.cat(parts)
+
+
+# conditioning --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tsr", "ssr", "interp"])
+def test_training_is_told_what_sampling_is_told(kind: str, make_stage: Make, encode: Make) -> None:
+    stage, spy = spied(make_stage(kind))
+    x, trained = stage.example(video(stage), encode(PROMPTS[:1]), generator())
+    assert torch.equal(x, video(stage).frames)
+    stage.sample(given(stage), encode(PROMPTS[:1]), None, noise())
+    for told in spy.conds:
+        for name in ("concat", "mask", "level", "fps"):
+            assert torch.equal(getattr(told, name), getattr(trained, name))
+        assert torch.equal(told.text.tokens, trained.text.tokens) and told.segments is None
+
+
+def test_a_base_stage_is_told_of_known_frames_alike(make_stage: Make, encode: Make) -> None:
+    stage, spy = spied(make_stage("base", known=1.0))
+    seen = set()
+    for i in range(20):
+        _, trained = stage.example(video(stage), encode(PROMPTS[:1]), generator("known", i))
+        known = trained.mask[:, 0, :, 0, 0] > 0
+        stage.sample(replace(video(stage), known=known), encode(PROMPTS[:1]), None, noise())
+        assert torch.equal(spy.conds[-1].concat, trained.concat) and torch.equal(spy.conds[-1].mask, trained.mask)
+        assert torch.equal(trained.concat, video(stage).frames * trained.mask)
+        seen.add(tuple(known[0].tolist()))
+    assert {(True, False, False, False), (True, False, False, True), (True, True, False, False)} <= seen
+
+
+def test_a_base_stage_without_known_frames_is_told_nothing(make_stage: Make, encode: Make) -> None:
+    stage, spy = spied(make_stage("base", known=0.0))
+    _, trained = stage.example(video(stage), encode(PROMPTS[:1]), generator())
+    stage.sample(None, encode(PROMPTS[:1]), None, noise())
+    for told in (trained, spy.conds[0]):
+        assert not told.concat.any() and not told.mask.any() and not told.level.any()
+        assert told.concat.shape == video(stage).frames.shape
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_augmentation_is_noise_of_a_level_that_the_network_is_told(kind: str, make_stage: Make, encode: Make) -> None:
+    stage, spy = spied(make_stage(kind), augment=0.4)
+    low, text = given(stage), encode(PROMPTS[:1])
+    stage.sample(low, text, None, noise())
+    clean = stage.condition(low, stage.cfg.shape, text, 8.0, torch.zeros(1), torch.zeros(()))
+    eps = noise()(clean.concat.shape, 0, "augment")
+    assert torch.equal(spy.conds[0].concat, AUGMENTATION.noised(clean.concat, eps, torch.tensor([0.4])))
+    assert all(torch.equal(told.concat, spy.conds[0].concat) for told in spy.conds)
+    assert spy.conds[0].level.tolist() == pytest.approx([0.4])
+    mixed = stage.condition(
+        Video(low.frames.repeat(2, 1, 1, 1, 1), 8.0, None if low.known is None else low.known.repeat(2, 1)),
+        stage.cfg.shape, encode(PROMPTS), 8.0, torch.tensor([0.0, 0.4]), eps.repeat(2, 1, 1, 1, 1),
+    )  # fmt: skip
+    assert torch.equal(mixed.concat[:1], clean.concat) and torch.equal(mixed.concat[1:], spy.conds[0].concat)
+
+
+def test_training_draws_levels_up_to_the_largest(make_stage: Make, encode: Make) -> None:
+    stage = make_stage("ssr", augment_max=0.3)
+    levels = [float(stage.example(video(stage), encode([""]), generator("level", i))[1].level) for i in range(100)]
+    assert min(levels) == 0 and 0.25 < max(levels) <= 0.3 and 35 < levels.count(0) < 65
+
+
+# sampling ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["base", "tsr", "interp"])
+@pytest.mark.parametrize("augment", [0.0, 0.3])
+def test_known_frames_come_out_as_they_came_in(kind: str, augment: float, make_stage: Make, encode: Make) -> None:
+    stage = make_stage(kind, 0.2, augment=augment, sampler=Sampler(steps=3, guidance=2.0))
+    low = given(stage, 2)
+    out = stage.sample(low, encode(PROMPTS), None, noise(*PROMPTS))
+    if kind == "base":
+        assert torch.equal(out.frames[:, :, 0], low.frames[:, :, 0])
+        assert not torch.equal(out.frames[:, :, 1], low.frames[:, :, 1])
+    else:
+        assert torch.equal(out.every(2).frames, low.frames)
+    assert out.frames.abs().max() <= 1 and out.shape == stage.cfg.shape
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sample_is_the_same_alone_and_among_others(kind: str, make_stage: Make, encode: Make) -> None:
+    stage = make_stage(kind, 0.1, augment=0.2, sampler=Sampler(steps=3, guidance=1.0))
+    low = given(stage, 2)
+    both = stage.sample(low, encode(PROMPTS), None, noise(*PROMPTS)).frames
+    for b, prompt in enumerate(PROMPTS):
+        known = None if low.known is None else low.known[b : b + 1]
+        mine = Video(low.frames[b : b + 1], low.fps, known)
+        alone = stage.sample(mine, encode([prompt]), None, noise(prompt)).frames
+        assert (alone - both[b : b + 1]).abs().max() <= 1e-5
+
+
+def test_a_video_keeps_its_rate_and_the_network_hears_its_own(make_stage: Make, encode: Make) -> None:
+    for kind, rate in (("tsr", 2), ("ssr", 1), ("interp", 2)):
+        stage, spy = spied(make_stage(kind))
+        out = stage.sample(replace(given(stage), fps=3.0), encode(PROMPTS[:1]), None, noise())
+        assert out.fps == 3.0 * rate and spy.conds[0].fps.tolist() == [8.0]
+    stage, _ = spied(make_stage("base"))
+    assert stage.sample(None, encode(PROMPTS[:1]), None, noise()).fps == 8.0
+
+
+def test_guidance_asks_twice_and_moves_away_from_the_dropped_text(make_stage: Make, encode: Make) -> None:
+    def loudness(z: Tensor, cond: Cond) -> Tensor:
+        return torch.zeros_like(z) + 0.1 * cond.text.pooled().mean(1).view(-1, 1, 1, 1, 1)
+
+    stage, spy = spied(make_stage("base"), loudness, sampler=Sampler(steps=2, guidance=3.0))
+    text, negative = encode(PROMPTS[:1]), encode(PROMPTS[1:])
+    said, unsaid = (0.1 * prompt.pooled().mean() for prompt in (text, negative))
+    assert torch.allclose(stage.sample(None, text, None, noise()).frames, 4 * said, atol=1e-6)
+    assert [bool(cond.text.mask.any()) for cond in spy.conds] == [True, False, True, False]
+    assert torch.allclose(stage.sample(None, text, negative, noise()).frames, 4 * said - 3 * unsaid, atol=1e-6)
+    plain, spy = spied(make_stage("base"), loudness, sampler=Sampler(steps=2))
+    plain.sample(None, text, None, noise())
+    assert len(spy.conds) == 2 and spy.ws == [None, None]
+
+
+def test_a_guidance_distilled_network_is_told_w(make_stage: Make, encode: Make) -> None:
+    stage, spy = spied(make_stage("base"), sampler=Sampler(steps=2, guidance=3.0), w_range=[0.0, 4.0])
+    stage.sample(None, encode(PROMPTS[:1]), None, noise())
+    assert [None if w is None else w.tolist() for w in spy.ws] == [[3.0], [3.0]]
+
+
+def test_progress_counts_the_steps(make_stage: Make, encode: Make) -> None:
+    done: list[int] = []
+    make_stage("base").sample(None, encode(PROMPTS[:1]), None, noise(), done.append)
+    assert done == [1, 2, 3]
+
+
+@pytest.mark.parametrize("kind", ["tsr", "ssr", "interp"])
+def test_a_long_video_goes_through_windows_and_keeps_its_known_frames(
+    kind: str, make_stage: Make, encode: Make
+) -> None:
+    stage = make_stage(kind, 0.2, windows=Windows(frames=4, overlap=2))
+    long = torch.rand(1, 3, 7, *given(stage).frames.shape[3:], generator=generator("long")) * 2 - 1
+    out = stage.sample(Video(long, 4.0), encode(PROMPTS[:1]), None, noise())
+    assert out.shape.frames == {"tsr": 14, "ssr": 7, "interp": 13}[kind]
+    if kind != "ssr":
+        assert torch.equal(out.every(2).frames, long)
+
+
+@pytest.mark.parametrize("kind", ["tsr", "ssr", "interp"])
+def test_windows_do_not_change_what_looks_at_single_frames(kind: str, make_stage: Make, encode: Make) -> None:
+    whole = make_stage(
+        kind, 0.2, net=replace(make_stage(kind).cfg.net, levels=[LevelSpec(channels=8, mixer=Mixer.NONE)])
+    )
+    parts = Stage(replace(whole.cfg, windows=Windows(frames=4, overlap=1)), whole.rule, whole.net)
+    long = torch.rand(1, 3, 7, *given(whole).frames.shape[3:], generator=generator("long")) * 2 - 1
+    a, b = (stage.sample(Video(long, 4.0), encode(PROMPTS[:1]), None, noise()).frames for stage in (whole, parts))
+    assert (a - b).abs().max() <= 1e-5
+
+
+# loss ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prediction", list(Prediction))
+def test_the_loss_of_the_truth_is_zero_and_of_silence_is_finite(
+    prediction: Prediction, make_stage: Make, encode: Make
+) -> None:
+    stage = make_stage("tsr", diffusion=Diffusion(prediction=prediction))
+    batch = batch_of(stage, encode, 4)
+    batch.t[:2] = torch.tensor([0.0, 1.0])
+    truth = stage.cfg.diffusion.target(batch.x, batch.eps, batch.t)
+    assert stage.loss(batch, lambda z, t, cond: truth).tolist() == [0.0] * 4
+    loss = stage.loss(batch)
+    assert loss.shape == (4,) and loss.isfinite().all() and (loss > 0).all()
+    assert torch.equal(loss, stage.loss(batch, stage.net))
+
+
+def test_the_loss_of_x_is_weighted_by_the_signal(make_stage: Make, encode: Make) -> None:
+    stage = make_stage("ssr", diffusion=Diffusion(prediction=Prediction.X))
+    batch = batch_of(stage, encode, 4)
+    batch.t[:] = torch.tensor([0.9, 0.5, 0.2, 0.0])
+    snr = 1 / torch.tan(batch.t * torch.pi / 2) ** 2
+    loss = stage.loss(batch, lambda z, t, cond: batch.x + 1)
+    assert torch.allclose(loss, snr.clamp(1, 5), rtol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", list(Prediction))
+def test_every_prediction_learns_one_batch(prediction: Prediction, make_stage: Make, encode: Make) -> None:
+    stage = make_stage("ssr", diffusion=Diffusion(prediction=prediction))
+    batch = batch_of(stage, encode)
+    batch.t[:] = torch.tensor([0.3, 0.7])
+    optimizer = torch.optim.Adam(stage.net.parameters(), 1e-2)
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = stage.loss(batch).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_network_is_told_the_noise_itself_in_training_and_sampling(make_stage: Make, encode: Make) -> None:
+    stage, spy = spied(make_stage("base"), diffusion=Diffusion(prediction=Prediction.X, shift=0.25))
+    batch = batch_of(stage, encode)
+    stage.loss(batch)
+    stage.denoise(batch.x, batch.t, batch.cond)
+    assert len(spy.times) == 2
+    for told in spy.times:
+        assert torch.equal(told, stage.cfg.diffusion.level(batch.t)) and not torch.equal(told, batch.t)
+
+
+def test_a_batch_can_be_cut_joined_and_moved(make_stage: Make, encode: Make) -> None:
+    batch = batch_of(make_stage("interp"), encode, 3)
+    again = Batch.cat([batch[0:1], batch[1:3].to("cpu")])
+    assert len(again) == 3
+    for name in ("x", "eps", "t"):
+        assert torch.equal(getattr(again, name), getattr(batch, name))
+    assert torch.equal(again.cond.concat, batch.cond.concat) and torch.equal(again.cond.text.mask, batch.cond.text.mask)
+
+
+def test_a_stage_is_where_its_network_is(make_stage: Make) -> None:
+    stage = make_stage("base")
+    assert stage.to(torch.device("cpu")) is stage and stage.device == torch.device("cpu")
+
+
+# settings ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": 0}, "steps is 0, expected 1 to"),
+        ({"batch": 0}, "batch is 0"),
+        ({"lr": -1e-3}, "lr is -0.001, expected 0 to 1"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"ema": 1.0}, "ema is 1.0"),
+        ({"drop_text": 1.5}, "drop_text is 1.5, expected 0 to 1"),
+        ({"images": -0.1}, "images is -0.1"),
+        ({"clip": 0.0}, "clip is 0.0"),
+        ({"keep": 0}, "keep is 0"),
+        ({"workers": -1}, "workers is -1"),
+        ({"crop_tries": 0}, "crop_tries is 0, expected 1 to 100"),
+        ({"checkpoint_every": 0}, "checkpoint_every is 0"),
+        ({"batch": 4, "micro_batch": 3}, r"micro_batch is 3, expected a divisor of batch \(4\)"),
+        ({"batch": 4, "micro_batch": -2}, "micro_batch is -2"),
+        ({"batch": 4, "micro_batch": 0}, "micro_batch is 0"),
+        ({"precision": "fp8"}, "precision is 'fp8', expected no, bf16 or fp16"),
+    ],
+)
+def test_impossible_trainings_are_refused(changes: dict[str, Any], words: str, train_config: Make) -> None:
+    with pytest.raises(ValueError, match=words):
+        train_config(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"fps": 0.0}, "fps is 0.0"),
+        ({"fps": 2000.0}, "fps is 2000.0"),
+        ({"augment": 1.5}, "augment and augment_max are 1.5 and 0.0"),
+        ({"augment_max": -0.1}, "expected 0 to 1"),
+        ({"name": "a|b"}, r"name is 'a\|b'"),
+        ({"name": "../a"}, "it becomes a folder's name"),
+        ({"name": ""}, "name is ''"),
+        ({"shape": Shape(frames=4, height=10, width=8)}, "shape.height is 10, expected a multiple of 4 .* such as 8"),
+        ({"shape": Shape(frames=4, height=8, width=1)}, "shape.width is 1, expected a multiple of 4 .* such as 4"),
+    ],
+)
+def test_impossible_stages_are_refused(
+    changes: dict[str, Any], words: str, stage_config: Make, net_config: Make
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        stage_config("base", **({"net": net_config(patch=4)} | changes))
+
+
+@pytest.mark.parametrize(
+    ("crop", "words"),
+    [
+        (Shape(frames=4, height=6, width=8), "train.crop.height is 6, expected a multiple of 4"),
+        (Shape(frames=5, height=8, width=8), "train.crop.frames is 5, expected at most shape.frames, 4"),
+        (Shape(frames=4, height=8, width=12), "train.crop.width is 12, expected at most shape.width, 8"),
+    ],
+)
+def test_impossible_crops_are_refused(
+    crop: Shape, words: str, stage_config: Make, train_config: Make, net_config: Make
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        stage_config("base", net=net_config(patch=4), train=train_config(crop=crop))
+
+
+def test_text_of_any_length_goes_through_a_stage(make_stage: Make, encode: Make) -> None:
+    stage = make_stage("base", 0.1)
+    short = stage.sample(None, encode(PROMPTS[:1]), None, noise()).frames
+    padded = stage.sample(None, encode(PROMPTS[:1]).pad(20), None, noise()).frames
+    assert (short - padded).abs().max() <= 1e-5
+    assert Text.empty(1, 3, 6).drop(torch.tensor([True])).mask.sum() == 0

@@ -1,0 +1,180 @@
+"""Laws of the four kinds of stage, and every shipped stage: it composes, parses, fits its neighbours and its budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from cascade.config import compose, package_root, parse, plain, plugin
+from cascade.errors import ConfigError
+from cascade.noise import generator
+from cascade.stage import StageConfig
+from cascade.text import Text
+from cascade.unet import Cond, VideoUNet
+from cascade.video import Shape, Video
+
+KINDS = ("base", "tsr", "ssr", "interp")
+SHIPPED = sorted(
+    str(path.relative_to(package_root() / "conf/stage").with_suffix(""))
+    for path in (package_root() / "conf/stage").rglob("*.yaml")
+)
+BUDGET = {"tiny/base": 6, "tiny/tsr": 6, "tiny/ssr1": 15, "tiny/interp": 13, "tiny/ssr2": 34}  # GFLOP an evaluation
+TASK = {"task", "prompt", "prompts", "negative_prompt", "input", "out", "seed", "samples", "text"}
+TASK |= {"device", "dtype", "micro_batch", "attention", "data", "evaluate", "distill"}
+Make = Callable[..., Any]
+
+
+def video(shape: Shape, batch: int = 1, fps: float = 8.0) -> Video:
+    x = torch.rand(batch, 3, shape.frames, shape.height, shape.width, generator=generator("stages"))
+    return Video(x * 2 - 1, fps)
+
+
+def shipped(name: str) -> tuple[Any, Any]:
+    tree = compose("stage", [f"stage={name}"])
+    rule = plugin(tree["kind"])
+    return parse({key: value for key, value in tree.items() if key not in TASK}, rule.Config), rule
+
+
+# rules ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_stage_takes_gives_its_shape(kind: str, stage_config: Make) -> None:
+    cfg, rule = stage_config(kind), plugin(kind)
+    assert rule.output(rule.takes(cfg), cfg) == cfg.shape
+    assert cfg.shape.frames in (
+        rule.takes(cfg).frames * rule.rate(cfg),
+        (rule.takes(cfg).frames - 1) * rule.rate(cfg) + 1,
+    )
+
+
+@pytest.mark.parametrize("kind", ["tsr", "ssr", "interp"])
+def test_a_degraded_video_is_what_the_stage_takes(kind: str, stage_config: Make) -> None:
+    cfg, rule = stage_config(kind), plugin(kind)
+    whole = video(cfg.shape, 2)
+    low = rule.degrade(whole, cfg, generator())
+    assert low.shape == rule.takes(cfg) and low.fps * rule.rate(cfg) == whole.fps
+    concat, mask = rule.condition(low, cfg, cfg.shape)
+    assert concat.shape == whole.frames.shape and mask.shape == (2, 1, cfg.shape.frames, 1, 1)
+    if rule.KEEPS_KNOWN:
+        assert torch.equal(torch.where(mask > 0, concat, 0), torch.where(mask > 0, whole.frames, 0))
+        assert mask[0, 0, :: rule.rate(cfg)].all() and mask.sum() == 2 * low.shape.frames
+    else:
+        assert mask.all() and torch.equal(concat, low.resize(8, 8).frames)
+
+
+@pytest.mark.parametrize("kind", ["tsr", "ssr", "interp"])
+def test_longer_videos_are_taken_and_wrong_sizes_refused(kind: str, stage_config: Make) -> None:
+    cfg, rule = stage_config(kind), plugin(kind)
+    takes = rule.takes(cfg)
+    out = rule.output(Shape(frames=11, height=takes.height, width=takes.width), cfg)
+    assert out.frames == {"tsr": 22, "ssr": 11, "interp": 21}[kind] and out.height == cfg.shape.height
+    with pytest.raises(ConfigError, match="the input is 6x"):
+        rule.output(Shape(frames=takes.frames, height=6, width=takes.width), cfg)
+    with pytest.raises(ConfigError, match=f"{kind} needs a video"):
+        rule.output(None, cfg)
+
+
+def test_a_base_stage_takes_nothing_or_its_own_size(stage_config: Make) -> None:
+    cfg, rule = stage_config("base"), plugin("base")
+    assert rule.output(None, cfg) == cfg.shape
+    with pytest.raises(ConfigError, match="known frames come as 3x8x8, expected 4x8x8"):
+        rule.output(Shape(frames=3, height=8, width=8), cfg)
+    with pytest.raises(AssertionError, match="without saying which are known"):
+        rule.condition(video(cfg.shape), cfg, cfg.shape)
+
+
+def test_a_base_stage_trains_with_some_known_frames(stage_config: Make) -> None:
+    cfg, rule = stage_config("base", known=0.3), plugin("base")
+    lows = [rule.degrade(video(cfg.shape), cfg, generator("base", i)) for i in range(300)]
+    given = [low for low in lows if low is not None]
+    assert 0.2 < len(given) / 300 < 0.4
+    counts = [int(low.known.sum()) for low in given]
+    assert {1, 2} <= set(counts) and all(torch.equal(low.frames, video(cfg.shape).frames) for low in given)
+    assert sum(bool(low.known[0, 0]) for low in given) > 0.75 * len(given)
+    assert rule.degrade(video(Shape(frames=1, height=8, width=8)), stage_config("base", known=1.0), generator()) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("base", {"known": 1.5}, "known is 1.5, expected 0 to 1"),
+        ("tsr", {"factor": 1}, "factor is 1, expected a divisor above 1 of 4"),
+        ("tsr", {"factor": 3}, r"factor is 3, .* of 4 \(shape.frames\)"),
+        ("interp", {"factor": 3}, r"factor is 3, .* of 5 - 1 \(shape.frames\)"),
+        ("interp", {"factor": 0}, "factor is 0"),
+        ("ssr", {"scale": 3}, r"scale is 3, .* of 8 and 8 \(shape\)"),
+        ("ssr", {"scale": 1}, "scale is 1"),
+    ],
+)
+def test_impossible_rules_are_refused(kind: str, changes: dict[str, Any], words: str, stage_config: Make) -> None:
+    with pytest.raises(ValueError, match=words):
+        stage_config(kind, **changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "crop", "words"),
+    [
+        ("tsr", (3, 8, 8), r"factor is 2, .* of 3 \(train.crop.frames\)"),
+        ("interp", (4, 8, 8), r"factor is 2, .* of 4 - 1 \(train.crop.frames\)"),
+        ("ssr", (4, 5, 8), r"scale is 2, .* of 5 and 8 \(train.crop\)"),
+    ],
+)
+def test_crops_that_do_not_fit_the_rule_are_refused(
+    kind: str, crop: tuple[int, int, int], words: str, stage_config: Make, train_config: Make
+) -> None:
+    frames, height, width = crop
+    train = train_config(crop=Shape(frames=frames, height=height, width=width))
+    with pytest.raises(ValueError, match=words):
+        stage_config(kind, train=train)
+
+
+@pytest.mark.parametrize("kind", ["tsr", "interp"])
+def test_images_cannot_teach_what_stands_between_frames(kind: str, stage_config: Make, train_config: Make) -> None:
+    with pytest.raises(ValueError, match=r"train\.images is 0\.1, expected 0"):
+        stage_config(kind, train=train_config(images=0.1))
+
+
+# shipped stages ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_stage_parses_and_fits_its_rule(name: str) -> None:
+    cfg, rule = shipped(name)
+    assert isinstance(cfg, StageConfig) and cfg.name == name.split("/")[-1] and cfg.train is not None
+    assert parse(plain(cfg), rule.Config) == cfg
+    assert rule.__name__ == f"stages.{cfg.kind}" and set(rule.METRICS)
+    assert rule.output(rule.takes(cfg), cfg) == cfg.shape
+    if cfg.windows.frames:
+        assert cfg.windows.starts(10 * cfg.shape.frames, rule.rate(cfg))
+    if cfg.train.crop is not None and cfg.net.fully_convolutional:
+        assert not cfg.net.frame_position  # a crop begins anywhere in the clip
+
+
+def test_the_tiny_chain_fits_together() -> None:
+    before = None
+    for name in BUDGET:
+        cfg, rule = shipped(name)
+        if before is not None:
+            assert rule.takes(cfg) == before.shape and before.fps * rule.rate(cfg) == cfg.fps
+        before = cfg
+    assert before is not None and str(before.shape) == "31x128x128"
+
+
+@pytest.mark.parametrize("name", BUDGET)
+def test_an_evaluation_stays_within_the_budget(name: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cfg, _ = shipped(name)
+    f, h, w = cfg.shape.frames, cfg.shape.height, cfg.shape.width
+    with torch.device("meta"):
+        net = VideoUNet(cfg.net)
+        text = Text(torch.zeros(1, 48, cfg.net.text), torch.ones(1, 48, dtype=torch.bool))
+        cond = Cond(torch.zeros(1, 3, f, h, w), torch.zeros(1, 1, f, 1, 1), torch.zeros(1), torch.ones(1), text)
+        with FlopCounterMode(display=False) as counter:
+            out = net(torch.zeros(1, 3, f, h, w), torch.zeros(1), cond)
+    assert out.shape == (1, 3, f, h, w)
+    assert 0.1 < counter.get_total_flops() / 1e9 / BUDGET[name] <= 1

@@ -1,0 +1,546 @@
+"""Laws of training: examples depend on their number alone, resuming is exact, sharing changes nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import deep_net, encode_text
+from torch import Tensor, nn
+
+from cascade import checkpoint, store
+from cascade.config import plain
+from cascade.errors import ConfigError, InputError, LockedError, NumericError
+from cascade.noise import generator
+from cascade.stage import Batch, Stage, TrainConfig
+from cascade.tasks import new_stage
+from cascade.train import Examples, Signals, State, batches, crop, fit, learning_rate, settings
+from cascade.video import Shape, Video
+
+TESTS = Path(__file__).resolve().parent
+Make = Callable[..., Any]
+
+
+@dataclass
+class Trap:
+    """A source that does something else when it makes training example `at`."""
+
+    clips: Any
+    at: int
+    then: Callable[[], Any]
+
+    def sample(self, shape: Shape, fps: float, *key: int | str) -> tuple[Tensor, str]:
+        clip, caption = self.clips.sample(shape, fps, *key)
+        if key[1:] == ("train", self.at):
+            changed = self.then()
+            clip = clip if changed is None else changed(clip)
+        return clip, caption
+
+
+@pytest.fixture
+def train(make_stage: Make, encode: Make, clips: Any, tmp_path: Path, one_thread: None) -> Make:
+    """`train(name, stage=..., source=..., **settings)`: trains a new stage into the directory `name`."""
+
+    def run(name: str, stage: Stage | None = None, source: Any = None, **changes: Any) -> Stage:
+        made = stage or make_stage("tsr", net=deep_net())
+        own = {key: changes.pop(key) for key in ("preview", "inputs", "loss", "progress") if key in changes}
+        cfg = TrainConfig(**({"steps": 6, "batch": 2, "lr": 1e-3, "ema": 0.9, "checkpoint_every": 3} | changes))
+        fit(made, source or clips, encode, cfg, tmp_path / name, **({"progress": False} | own))
+        return made
+
+    return run
+
+
+def saved(folder: Path, step: int = 6) -> dict[str, bytes]:
+    """Weights, average and moments after `step`."""
+    return store.read(folder / f"step-{step:07d}", "training").files
+
+
+def tensors(folder: Path, step: int = 6, part: str = "model") -> dict[str, Tensor]:
+    return store.bytes_to_tensors(saved(folder, step)[f"{part}.safetensors"])
+
+
+def gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name].float() - b[name].float()).abs().max()) for name in a)
+
+
+# examples ------------------------------------------------------------------------------------------------------------
+
+
+def examples(make_stage: Make, encode: Make, clips: Any, kind: str = "tsr", **changes: Any) -> Examples:
+    cfg = TrainConfig(**({"steps": 5, "batch": 4, "lr": 1e-3} | changes))
+    return Examples(make_stage(kind, augment_max=0.5), clips, encode, cfg)
+
+
+def test_an_example_depends_on_the_seed_and_its_number_alone(make_stage: Make, encode: Make, clips: Any) -> None:
+    one, other = examples(make_stage, encode, clips), examples(make_stage, encode, clips)
+    assert len(one) == 20
+    wanted = [one[i] for i in range(6)]
+    torch.rand(7)
+    for i in (5, 2, 0, 2):
+        again = other[i]
+        for name in ("x", "eps", "t"):
+            assert torch.equal(getattr(again, name), getattr(wanted[i], name))
+        assert torch.equal(again.cond.concat, wanted[i].cond.concat) and torch.equal(
+            again.cond.level, wanted[i].cond.level
+        )
+    seeded = examples(make_stage, encode, clips, seed=1)
+    assert not torch.equal(seeded[0].eps, wanted[0].eps) and not torch.equal(wanted[0].eps, wanted[1].eps)
+
+
+def test_drawing_examples_leaves_the_global_generator_alone(make_stage: Make, encode: Make, clips: Any) -> None:
+    state = torch.get_rng_state()
+    made = examples(make_stage, encode, clips, "base", images=0.5, drop_text=0.5)
+    loader = batches(made, made.cfg, 0, SimpleNamespace(num_processes=1, process_index=0))  # type: ignore[arg-type]
+    next(loader)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_the_times_of_a_step_are_spread_evenly(make_stage: Make, encode: Make, clips: Any) -> None:
+    made = examples(make_stage, encode, clips)
+    for step in range(2):
+        times = torch.cat([made[4 * step + i].t for i in range(4)]).sort().values
+        assert 0 <= times[0] < 0.25 and torch.allclose(times.diff(), torch.full((3,), 0.25))
+
+
+def test_text_is_dropped_as_often_as_asked(make_stage: Make, encode: Make, clips: Any) -> None:
+    kept = {}
+    for share in (0.0, 0.4, 1.0):
+        made = examples(make_stage, encode, clips, steps=50, drop_text=share)
+        kept[share] = sum(bool(made[i].cond.text.mask.any()) for i in range(200)) / 200
+    assert kept[0.0] == 1 and kept[1.0] == 0 and 0.5 < kept[0.4] < 0.7
+
+
+def test_images_are_frames_in_any_order_each_its_own_segment(make_stage: Make, encode: Make, clips: Any) -> None:
+    images, film = (examples(make_stage, encode, clips, "base", images=share) for share in (1.0, 0.0))
+    assert film[0].cond.segments is None
+    orders = set()
+    for i in range(5):
+        assert images[i].cond.segments is not None and images[i].cond.segments.tolist() == [[0, 1, 2, 3]]
+        frames, shuffled = film[i].x[0].unbind(1), images[i].x[0].unbind(1)
+        orders.add(tuple(next(f for f, old in enumerate(frames) if torch.equal(old, new)) for new in shuffled))
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders) and len(orders) > 1
+
+
+@pytest.mark.parametrize(("kind", "frames"), [("tsr", 2), ("interp", 3)])
+def test_known_frames_of_a_crop_are_known(kind: str, frames: int, make_stage: Make, encode: Make, clips: Any) -> None:
+    made = examples(make_stage, encode, clips, kind, crop=Shape(frames=frames, height=4, width=6))
+    for i in range(6):
+        example = made[i]
+        assert example.x.shape == (1, 3, frames, 4, 6) == example.cond.concat.shape
+        known = example.cond.mask[0, 0, :, 0, 0] > 0
+        assert known.tolist() == [f % 2 == 0 for f in range(frames)]
+
+
+def test_crops_are_everywhere_and_begin_at_multiples_of_the_rate() -> None:
+    place = torch.arange(9 * 6 * 5.0).view(1, 1, 9, 6, 5)
+    starts = set()
+    for i in range(200):
+        part = crop(Video(place, 8.0), Shape(frames=3, height=4, width=5), 2, generator("crop", i))
+        assert part.fps == 8.0 and part.shape == Shape(frames=3, height=4, width=5)
+        first = int(part.frames[0, 0, 0, 0, 0])
+        starts.add((first // 30, first % 30 // 5, first % 5))
+    assert starts == {(f, y, 0) for f in (0, 2, 4, 6) for y in range(3)}
+    with pytest.raises(ConfigError, match=r"train\.crop is 10x4x5, larger than the clip \(9x6x5\)"):
+        crop(Video(place, 8.0), Shape(frames=10, height=4, width=5), 2, generator())
+
+
+def test_of_several_crops_the_one_with_most_contrast_is_taken(make_stage: Make, encode: Make, clips: Any) -> None:
+    size = Shape(frames=2, height=4, width=2)
+    mean = {}
+    for tries in (1, 4):
+        made = examples(make_stage, encode, clips, steps=10, crop=size, crop_tries=tries)
+        mean[tries] = sum(float(made[i].x.std()) for i in range(40)) / 40
+    assert mean[4] > 1.5 * mean[1] > 0
+
+
+def test_processes_share_every_micro_batch(make_stage: Make, encode: Make, clips: Any) -> None:
+    made = examples(make_stage, encode, clips, steps=3, micro_batch=2)
+
+    def loader(world: int, rank: int) -> list[Batch]:
+        return list(batches(made, made.cfg, 1, SimpleNamespace(num_processes=world, process_index=rank)))  # type: ignore[arg-type]
+
+    alone, shares = loader(1, 0), [loader(2, rank) for rank in range(2)]
+    assert [len(batch) for batch in alone] == [2] * 4
+    for batch, *parts in zip(alone, *shares, strict=True):
+        assert torch.equal(batch.eps, torch.cat([part.eps for part in parts]))
+    assert torch.equal(alone[0].eps, torch.cat([made[4].eps, made[5].eps]))
+    with pytest.raises(ConfigError, match="2 clips at once cannot be shared by 3 processes"):
+        loader(3, 0)
+
+
+# the loop ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_warms_up_and_decays_to_nothing() -> None:
+    cfg = TrainConfig(steps=10, batch=1, lr=0.5, warmup=4)
+    assert [learning_rate(cfg, step) for step in (0, 1, 3, 4)] == [0.125, 0.25, 0.5, 0.5]
+    assert learning_rate(cfg, 7) == 0.25 and learning_rate(cfg, 10) == 0
+    assert learning_rate(replace(cfg, warmup=0), 0) == 0.5
+    assert [learning_rate(replace(cfg, warmup=20), step) for step in (0, 9)] == [0.025, 0.25]
+
+
+def test_a_small_problem_is_learned(train: Make, make_stage: Make, encode: Make, clips: Any) -> None:
+    stage = make_stage("tsr", net=deep_net())
+    made = Examples(stage, clips, encode, TrainConfig(steps=1, batch=8, lr=1e-3))
+    batch = Batch.cat([made[i] for i in range(8)])
+    before = float(stage.loss(batch).mean().detach())
+    trained = train("out", stage, steps=40, batch=4, lr=1e-2)
+    assert trained is stage and float(stage.loss(batch).mean().detach()) < 0.6 * before
+
+
+def test_the_average_follows_its_formula(train: Make, make_stage: Make, tmp_path: Path) -> None:
+    average = {name: value.detach().clone() for name, value in make_stage("tsr", net=deep_net()).net.named_parameters()}
+    train("out", steps=4, checkpoint_every=1, keep=9, ema=0.3)
+    for step in range(1, 5):
+        decay = min(0.3, (1 + step) / (10 + step))
+        model = tensors(tmp_path / "out", step)
+        average = {name: decay * value + (1 - decay) * model[name] for name, value in average.items()}
+        assert gap(average, tensors(tmp_path / "out", step, "ema")) <= 1e-6
+
+
+def test_old_checkpoints_go_and_sheets_and_logs_come(train: Make, tmp_path: Path) -> None:
+    sheets: list[tuple[int, dict[str, Tensor]]] = []
+
+    def preview(average: dict[str, Tensor], step: int) -> bytes:
+        sheets.append((step, {name: value.clone() for name, value in average.items()}))
+        return f"sheet {step}".encode()
+
+    train("out", preview=preview, checkpoint_every=1, keep=2, sample_every=4)
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.iterdir()) == [
+        "samples-0000004.png", "samples-0000006.png", "step-0000005", "step-0000006", "tensorboard",
+    ]  # fmt: skip
+    assert (out / "samples-0000004.png").read_bytes() == b"sheet 4"
+    assert gap(sheets[-1][1], tensors(out, 6, "ema")) == 0 and list((out / "tensorboard").iterdir())
+
+
+def test_the_bar_shows_the_stage_and_its_loss(train: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    train("out", steps=2, progress=True)
+    shown = capsys.readouterr().err
+    assert "tsr" in shown and "loss=" in shown and "lr=" in shown and "2/2" in shown
+
+
+@pytest.mark.parametrize("kind", ["base", "ssr"])
+def test_images_train(kind: str, train: Make, make_stage: Make, tmp_path: Path) -> None:
+    train("out", make_stage(kind, net=deep_net()), images=1.0, steps=3)
+    assert all(value.isfinite().all() for value in tensors(tmp_path / "out", 3).values())
+
+
+# resuming ------------------------------------------------------------------------------------------------------------
+
+
+class Broken(Exception):
+    pass
+
+
+def fail() -> None:
+    raise Broken
+
+
+@pytest.mark.parametrize("at", [5, 9])
+def test_resuming_is_never_having_stopped(at: int, train: Make, clips: Any, tmp_path: Path) -> None:
+    train("straight")
+    with pytest.raises(Broken):  # in step 3 or 5, counted from 1: before and after the checkpoint of step 3
+        train("broken", source=Trap(clips, at, fail))
+    assert (tmp_path / "broken/step-0000003").exists() == (at == 9)
+    resumed = train("broken")
+    assert saved(tmp_path / "broken") == saved(tmp_path / "straight")
+    assert gap(dict(resumed.net.state_dict()), tensors(tmp_path / "straight")) == 0
+
+
+def test_moments_come_back_in_the_memory_order_of_their_weights(train: Make, make_stage: Make, tmp_path: Path) -> None:
+    """The fused AdamW walks through memory: in another order it would mix the moments of different weights."""
+    train("out")
+    state = State.new(make_stage("tsr", net=deep_net()).net, TrainConfig(steps=6, batch=2, lr=1e-3), None)
+    state.restore(store.read(tmp_path / "out/step-0000006"))
+    assert state.step == 6 and state.files() == saved(tmp_path / "out")
+    moments = [(p, value["exp_avg"]) for p, value in state.optimizer.state.items() if value]
+    assert any(not p.is_contiguous() for p, _ in moments) and all(p.stride() == m.stride() for p, m in moments)
+
+
+def test_a_finished_training_is_not_trained_again(train: Make, clips: Any, tmp_path: Path) -> None:
+    train("out")
+    before, clips.calls = saved(tmp_path / "out"), 0
+    again = train("out")
+    assert clips.calls == 0 and saved(tmp_path / "out") == before
+    assert gap(dict(again.net.state_dict()), tensors(tmp_path / "out")) == 0
+
+
+def test_other_settings_are_refused_and_how_it_runs_is_not_a_setting(
+    train: Make, make_stage: Make, clips: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(Broken):
+        train("out", source=Trap(clips, 9, fail))
+    other = make_stage("tsr", net=replace(deep_net(), head=8))
+    for changes in ({"lr": 2e-3}, {"seed": 1}, {"inputs": "other data"}, {"stage": other}):
+        with pytest.raises(ConfigError, match="holds a training with other settings"):
+            train("out", **changes)
+    stage = make_stage("tsr", net=deep_net(), weights="elsewhere", augment=0.1, train=None)
+    train("out", stage, keep=5, checkpoint_every=2, checkpointing=True)
+    train("straight")
+    assert saved(tmp_path / "out") == saved(tmp_path / "straight")
+
+
+def test_a_loss_of_ones_own_may_see_the_sampler(make_stage: Make) -> None:
+    stage, cfg = make_stage("tsr"), TrainConfig(steps=1, batch=1, lr=1e-3)
+    assert (
+        "sampler" in settings(stage, cfg, own=False)["stage"]
+        and "sampler" not in settings(stage, cfg, own=True)["stage"]
+    )
+
+
+def test_two_trainings_never_share_a_directory(train: Make, tmp_path: Path) -> None:
+    with store.lock(tmp_path / "out"), pytest.raises(LockedError, match="out is in use"):
+        train("out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_remains_of_a_dead_run_are_swept(train: Make, tmp_path: Path) -> None:
+    dead = tmp_path / "out" / f".tmp-step-0000003-{2**22 + 1}-0123abcd"
+    dead.mkdir(parents=True)
+    train("out")
+    assert not dead.exists()
+
+
+def test_a_damaged_checkpoint_is_passed_over(train: Make, clips: Any, tmp_path: Path) -> None:
+    train("straight")
+    with pytest.raises(Broken):
+        train("out", source=Trap(clips, 11, fail), checkpoint_every=1, keep=9)
+    file = tmp_path / "out/step-0000005/model.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+    train("out", checkpoint_every=1, keep=9)
+    assert saved(tmp_path / "out") == saved(tmp_path / "straight")
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT as a terminal sends it: where a shell started the tests in the background, it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_waits_for_the_step_and_is_saved(train: Make, clips: Any, tmp_path: Path, ctrl_c: None) -> None:
+    train("straight")
+    with pytest.raises(KeyboardInterrupt):
+        train("out", source=Trap(clips, 6, lambda: signal.raise_signal(signal.SIGINT)), checkpoint_every=6)
+    assert [path.name for path in (tmp_path / "out").glob("step-*")] == ["step-0000004"]
+    train("out", checkpoint_every=6)
+    assert saved(tmp_path / "out") == saved(tmp_path / "straight")
+
+
+def test_sigterm_is_handed_on_and_a_second_signal_is_obeyed_at_once() -> None:
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        with pytest.raises(SystemExit, match="143"), Signals() as signals:
+            signal.raise_signal(signal.SIGTERM)
+            assert signals.seen == signal.SIGTERM
+        with pytest.raises(SystemExit), Signals() as signals:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            raise AssertionError("the second signal was ignored")
+        signal.signal(signal.SIGTERM, lambda number, frame: None)
+        with pytest.raises(KeyboardInterrupt), Signals():
+            signal.raise_signal(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        with Signals() as signals:
+            signal.raise_signal(signal.SIGTERM)
+        assert not signals.seen
+        signal.signal(signal.SIGTERM, leave)
+        with pytest.raises(Broken), Signals():  # an error says more than the signal
+            signal.raise_signal(signal.SIGTERM)
+            fail()
+        assert signal.getsignal(signal.SIGTERM) is leave
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_training_outside_the_main_thread_leaves_signals_alone(train: Make, tmp_path: Path) -> None:
+    thread = threading.Thread(target=train, args=("out",), kwargs={"steps": 1})
+    thread.start()
+    thread.join()
+    assert saved(tmp_path / "out", 1)
+
+
+# faults --------------------------------------------------------------------------------------------------------------
+
+
+def test_nan_never_reaches_the_weights(train: Make, make_stage: Make, clips: Any, tmp_path: Path) -> None:
+    train("straight")
+    broken, source = make_stage("tsr", net=deep_net()), Trap(clips, 9, lambda: lambda clip: clip * math.nan)
+    with pytest.raises(NumericError, match=r"training step 5: loss nan.*examples 8 to 9.*unchanged"):
+        train("out", broken, source)
+    assert all(value.isfinite().all() for value in broken.net.state_dict().values())
+    assert [path.name for path in (tmp_path / "out").glob("step-*")] == ["step-0000003"]
+    train("out")
+    assert saved(tmp_path / "out") == saved(tmp_path / "straight")
+
+
+def test_what_a_device_or_network_cannot_do_is_refused(train: Make, make_stage: Make, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.precision is fp16, which needs a GPU.* Fix: train\.precision=bf16"):
+        train("out", precision="fp16")
+    stage = make_stage("tsr")
+    plain_net = nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="Linear cannot recompute its activations"):
+        train("out", Stage(stage.cfg, stage.rule, plain_net), checkpointing=True)
+    assert not (tmp_path / "out").exists()
+
+
+# one result, however it is made --------------------------------------------------------------------------------------
+
+
+def test_recomputing_activations_changes_nothing(train: Make, tmp_path: Path) -> None:
+    train("plain", steps=3)
+    stage = train("again", steps=3, checkpointing=True)
+    assert saved(tmp_path / "again", 3) == saved(tmp_path / "plain", 3)
+    assert stage.net.checkpointing
+
+
+def test_accumulated_gradients_are_the_whole_batchs(train: Make, tmp_path: Path) -> None:
+    train("whole", steps=3, batch=4)
+    train("parts", steps=3, batch=4, micro_batch=2)
+    for part in ("model", "ema", "optimizer"):
+        assert gap(*(tensors(tmp_path / name, 3, part) for name in ("whole", "parts"))) <= 1e-5
+
+
+def test_workers_change_nothing(train: Make, tmp_path: Path) -> None:
+    train("alone", steps=3)
+    train("workers", steps=3, workers=2)
+    assert saved(tmp_path / "workers", 3) == saved(tmp_path / "alone", 3)
+
+
+def test_bfloat16_trains_on_the_cpu_and_leaves_the_network_as_it_was(
+    train: Make, make_stage: Make, tmp_path: Path
+) -> None:
+    stage = train("half", steps=3, precision="bf16")
+    train("full", steps=3)
+    half, full = tensors(tmp_path / "half", 3), tensors(tmp_path / "full", 3)
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in half.values())
+    assert 0 < gap(half, full) < 0.02
+    fresh = make_stage("tsr", net=deep_net())
+    fresh.net.load_state_dict(stage.net.state_dict())
+    made = Examples(stage, SimpleNamespace(sample=fixed), encode_text, TrainConfig(steps=1, batch=1, lr=0.0))
+    assert torch.equal(stage.loss(made[0]), fresh.loss(made[0]))
+
+
+def fixed(shape: Shape, fps: float, *key: int | str) -> tuple[Tensor, str]:
+    return torch.rand(3, shape.frames, shape.height, shape.width, generator=generator(*key)), "a red circle"
+
+
+def test_a_loss_of_ones_own_trains(train: Make) -> None:
+    """The network learns to say one, whatever it sees."""
+    values: list[float] = []
+
+    def ones(batch: Batch, net: Callable[..., Tensor]) -> Tensor:
+        error = (net(batch.x, batch.t, batch.cond) - 1).square().mean((1, 2, 3, 4))
+        values.append(error.mean().item())
+        return error
+
+    train("out", loss=ones, steps=30, lr=3e-2)
+    assert len(values) == 30 and values[0] == 1 and values[-1] < 0.3
+
+
+def test_training_starts_from_given_weights_strictly(make_stage: Make, tmp_path: Path) -> None:
+    stage = make_stage("tsr", 0.3, net=deep_net())
+    checkpoint.save(tmp_path / "weights", stage.net.state_dict(), {"net": plain(stage.cfg.net)})
+    cfg = TrainConfig(steps=1, batch=1, lr=1e-3, init=str(tmp_path / "weights"))
+    started = new_stage(stage.cfg, stage.rule, cfg)
+    assert gap(dict(started.net.state_dict()), dict(stage.net.state_dict())) == 0
+    other = replace(stage.cfg, net=replace(deep_net(), embedding=10))
+    with pytest.raises(InputError, match="embedding is 8 in the weights, 10 in the configuration"):
+        new_stage(other, stage.rule, cfg)
+    state = torch.get_rng_state()
+    fresh, again = (new_stage(stage.cfg, stage.rule, replace(cfg, init=None, seed=5)) for _ in range(2))
+    assert gap(dict(fresh.net.state_dict()), dict(again.net.state_dict())) == 0
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# processes -----------------------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+import accelerate, torch._dynamo
+from torch.utils.tensorboard import SummaryWriter
+from pathlib import Path
+from conftest import Clips, deep_net, encode_text, tiny_stage
+from cascade.stage import TrainConfig
+from cascade.train import fit
+
+def train(out, **changes):
+    cfg = TrainConfig(**({"steps": 8, "batch": 4, "lr": 1e-3, "ema": 0.9, "checkpoint_every": 1} | changes))
+    fit(tiny_stage("tsr", net=deep_net()), Clips(), encode_text, cfg, Path(out), progress=False)
+"""
+
+KILLED = """
+def child(out, seconds):
+    started, pid = time.monotonic(), os.fork()
+    if pid == 0:
+        train(out)
+        os._exit(0)
+    while time.monotonic() < started + seconds:
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return time.monotonic() - started, 0
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return seconds, 1
+
+whole, _ = child(sys.argv[1], 1e9)
+draw, kills = random.Random(0), 0
+for _ in range(4):
+    kills += child(sys.argv[2], whole * draw.uniform(0.15, 0.5))[1]
+child(sys.argv[2], 1e9)
+print("kills", kills)
+"""
+
+
+def script(tmp_path: Path, body: str) -> tuple[Path, dict[str, str]]:
+    file = tmp_path / "script.py"
+    file.write_text(SCRIPT + body)
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    return file, os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_and_run_again_it_is_the_same(tmp_path: Path) -> None:
+    file, environment = script(tmp_path, KILLED)
+    command = [sys.executable, str(file), str(tmp_path / "straight"), str(tmp_path / "killed")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) >= 1
+    assert saved(tmp_path / "killed", 8) == saved(tmp_path / "straight", 8)
+    assert not [path for path in (tmp_path / "killed").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_weights_as_one(train: Make, tmp_path: Path) -> None:
+    """Not `--cpu`: accelerate 1.15 would start one process then, whatever --num_processes says."""
+    body = "for _ in range(2):\n    train(sys.argv[1], steps=3)\nassert accelerate.PartialState().num_processes == 2\n"
+    file, environment = script(tmp_path, body)
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, *launch, str(file), str(tmp_path / "two")]
+    environment.pop("ACCELERATE_USE_CPU", None)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    train("one", steps=3, batch=4)
+    for part in ("model", "ema", "optimizer"):
+        assert gap(*(tensors(tmp_path / name, 3, part) for name in ("one", "two"))) <= 1e-5

@@ -1,0 +1,126 @@
+"""Laws of windows: they cover the video, one window is one call, what does not look around is not changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cascade.errors import ConfigError
+from cascade.noise import Noise, generator, sample_id
+from cascade.text import Text
+from cascade.unet import Cond
+from cascade.windows import Windows, ramp, windowed
+
+
+def clip(frames: int, rate: int = 1) -> tuple[Tensor, Cond]:
+    z = torch.randn(2, 3, frames, 2, 2, generator=generator("z", frames))
+    concat = torch.randn(2, 3, frames, 2, 2, generator=generator("concat", frames))
+    mask = (torch.arange(frames) % rate == 0).float().view(1, 1, -1, 1, 1).expand(2, -1, -1, -1, -1)
+    return z, Cond(concat, mask, torch.zeros(2), torch.ones(2), Text.empty(2, 1, 4))
+
+
+def per_frame(z: Tensor, cond: Cond) -> Tensor:
+    return torch.sin(z * 3) + cond.concat * (1 + cond.mask)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> tuple[int, Windows, int]:
+    rate = draw(st.integers(1, 4))
+    frames = draw(st.integers(max(2, rate), 20))
+    return draw(st.integers(1, 70)), Windows(frames=frames, overlap=draw(st.integers(0, frames - 1))), rate
+
+
+@settings(max_examples=40, deadline=None)
+@given(plans())
+def test_windows_cover_the_video_and_begin_at_known_frames(plan: tuple[int, Windows, int]) -> None:
+    total, windows, rate = plan
+    starts = windows.starts(total, rate)
+    stops = [start + windows.frames for start in starts[:-1]] + [total]
+    assert starts[0] == 0 and starts == sorted(set(starts))
+    assert all(start % rate == 0 for start in starts)
+    least = min(windows.overlap, windows.frames - rate)
+    assert all(stop - start >= least for start, stop in zip(starts[1:], stops, strict=False))
+    assert all(stop <= total for stop in stops)
+    if len(starts) > 1:
+        assert windows.frames <= total - starts[-1] < windows.frames + rate
+
+
+@settings(max_examples=40, deadline=None)
+@given(plans())
+def test_a_denoiser_of_single_frames_is_not_changed(plan: tuple[int, Windows, int]) -> None:
+    total, windows, rate = plan
+    z, cond = clip(total, rate)
+    assert (windowed(per_frame, z, cond, windows, rate) - per_frame(z, cond)).abs().max() <= 1e-6
+
+
+@settings(max_examples=40, deadline=None)
+@given(plans())
+def test_every_window_sees_its_part_of_everything(plan: tuple[int, Windows, int]) -> None:
+    total, windows, rate = plan
+    z, cond = clip(total, rate)
+    starts, seen = windows.starts(total, rate), []
+
+    def look(part: Tensor, told: Cond) -> Tensor:
+        start, stop = starts[len(seen)], starts[len(seen)] + part.shape[2]
+        assert torch.equal(part, z[:, :, start:stop]) and torch.equal(told.concat, cond.concat[:, :, start:stop])
+        assert told.mask[0, 0, 0] == 1 and torch.equal(told.mask, cond.mask[:, :, start:stop])
+        seen.append(stop)
+        return part
+
+    windowed(look, z, cond, windows, rate)
+    assert len(seen) == len(starts) and seen[-1] == total
+
+
+@pytest.mark.parametrize("windows", [Windows(), Windows(frames=9, overlap=3), Windows(frames=6)])
+def test_one_window_is_one_call_bit_for_bit(windows: Windows) -> None:
+    z, cond = clip(6)
+    calls = []
+
+    def whole(part: Tensor, told: Cond) -> Tensor:
+        calls.append(part is z and told is cond)
+        return part + torch.roll(part, 1, 2) / 3
+
+    assert torch.equal(windowed(whole, z, cond, windows), z + torch.roll(z, 1, 2) / 3) and calls == [True]
+
+
+@settings(deadline=None)
+@given(st.integers(2, 20), st.integers(0, 19), st.booleans(), st.booleans())
+def test_weights_are_positive_and_one_at_the_videos_own_ends(
+    frames: int, overlap: int, first: bool, last: bool
+) -> None:
+    weight = ramp(frames, min(overlap, frames - 1), first, last)
+    assert weight.min() > 0 and weight.max() <= 1
+    assert torch.equal(ramp(frames, min(overlap, frames - 1), last, first), weight.flip(0))
+    if first and last:
+        assert torch.equal(weight, torch.ones(frames))
+
+
+def test_neighbours_weights_sum_to_one_where_two_overlap() -> None:
+    both = ramp(8, 3, True, False)[5:] + ramp(8, 3, False, True)[:3]
+    assert torch.allclose(both, torch.ones(3))
+
+
+def test_the_noise_of_a_frame_is_the_same_in_every_window() -> None:
+    noise = Noise(3, "tsr", (sample_id("a"),))
+    whole = noise((1, 3, 10, 2, 2), 4, "step")
+    for start in Windows(frames=4, overlap=2).starts(10):
+        assert torch.equal(noise.window(start)((1, 3, 4, 2, 2), 4, "step"), whole[:, :, start : start + 4])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"frames": -1}, {"frames": 4, "overlap": 4}, {"overlap": 1}, {"frames": 4, "overlap": -1}]
+)
+def test_impossible_windows_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="expected 0 <= overlap < frames"):
+        Windows(**wrong)
+
+
+def test_windows_shorter_than_the_way_between_known_frames_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"windows\.frames is 2, less than the 3 frames"):
+        Windows(frames=2).starts(10, 3)
+    assert Windows(frames=2).starts(2, 3) == [0]
