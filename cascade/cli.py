@@ -18,7 +18,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cascade import __version__
-from cascade.config import compose, fingerprint, package_root, parse, plain, split_prompts, suggest
+from cascade.compose import compose, split_prompts
+from cascade.config import fingerprint, package_root, parse, plain, suggest
 from cascade.errors import CascadeError, ConfigError, HostError, MemoryLimitError
 from cascade.request import Prompts, bars, jobs_of, take
 
@@ -159,9 +160,8 @@ def info(tree: dict[str, Any]) -> None:
     from cascade import attention
 
     print(f"cascade {__version__}, python {sys.version.split()[0]}, torch {torch.__version__}")
-    print(
-        f"cuda: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none'}, threads {torch.get_num_threads()}"
-    )
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    print(f"cuda: {gpu}, threads {torch.get_num_threads()}")
     q = torch.zeros(1, 1, 1, 8, device="cuda" if torch.cuda.is_available() else "cpu")
     print(f"attention: {', '.join(attention.kernels())}; auto is {attention.select('auto', q)}")
 

@@ -11,20 +11,16 @@ import difflib
 import hashlib
 import importlib
 import json
-import os
 import re
 import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from cascade.errors import ConfigError
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
 
 T = TypeVar("T")
 
@@ -46,7 +42,7 @@ def parse(tree: Mapping[str, Any], cls: type[T], where: str = "") -> T:
     Raises ConfigError for an unknown or missing key, a wrong type, a number that is not finite, `_target_`, and for a
     ValueError of `__post_init__`.
     """
-    _refuse_targets(tree, where)
+    refuse_targets(tree, where)
     built: T = _dataclass(tree, cls, where)
     return built
 
@@ -62,20 +58,6 @@ def fingerprint(obj: Any) -> str:
     """SHA-256 (hex) of the canonical JSON of dataclasses and plain data."""
     text = json.dumps(_plain(obj), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def split_prompts(
-    argv: Sequence[str], keys: Sequence[str] = ("prompt", "negative_prompt")
-) -> tuple[dict[str, str], list[str]]:
-    """Takes `key=<free text>` out of `argv` so that Hydra never reads, splits or interpolates it; the last one wins."""
-    prompts, rest = {}, []
-    for argument in argv:
-        key, equals, text = argument.partition("=")
-        if equals and key in keys:
-            prompts[key] = text
-        else:
-            rest.append(argument)
-    return prompts, rest
 
 
 def package_root() -> Path:
@@ -111,7 +93,7 @@ def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
-def _join(where: str, key: object) -> str:
+def join(where: str, key: object) -> str:
     return f"{where}.{key}" if where else str(key)
 
 
@@ -119,18 +101,18 @@ def _setting(where: str) -> str:
     return f"setting {where}" if where else "the settings"
 
 
-def _refuse_targets(value: Any, where: str) -> None:
+def refuse_targets(value: Any, where: str) -> None:
     if isinstance(value, Mapping):
         for key, item in value.items():
             if key == "_target_":
                 raise ConfigError(
-                    f"{_setting(_join(where, key))}: settings are data, they cannot name code to run",
-                    fix=f"remove {_join(where, key)}",
+                    f"{_setting(join(where, key))}: settings are data, they cannot name code to run",
+                    fix=f"remove {join(where, key)}",
                 )
-            _refuse_targets(item, _join(where, key))
+            refuse_targets(item, join(where, key))
     elif isinstance(value, list | tuple):
         for i, item in enumerate(value):
-            _refuse_targets(item, f"{where}[{i}]")
+            refuse_targets(item, f"{where}[{i}]")
 
 
 def _dataclass(tree: Any, cls: type, where: str) -> Any:
@@ -140,14 +122,14 @@ def _dataclass(tree: Any, cls: type, where: str) -> Any:
     for key in tree:
         if key not in fields:
             raise ConfigError(
-                f"{_setting(_join(where, key))}: there is no such setting",
-                fix=f"write {suggest(str(key), fields, _join(where, ''))}",
+                f"{_setting(join(where, key))}: there is no such setting",
+                fix=f"write {suggest(str(key), fields, join(where, ''))}",
             )
     for name, field in fields.items():
         if name not in tree and field.default is MISSING and field.default_factory is MISSING:
-            raise ConfigError(f"{_setting(_join(where, name))}: is missing", fix=f"set {_join(where, name)}")
+            raise ConfigError(f"{_setting(join(where, name))}: is missing", fix=f"set {join(where, name)}")
     hints = _hints(cls)
-    values = {key: _value(item, hints[key], _join(where, key)) for key, item in tree.items()}
+    values = {key: _value(item, hints[key], join(where, key)) for key, item in tree.items()}
     try:
         return cls(**values)
     except ConfigError as error:
@@ -159,7 +141,7 @@ def _dataclass(tree: Any, cls: type, where: str) -> Any:
 def _mend(message: str, where: str) -> str:
     """The fix in `name is value, expected ...`, as our own checks say it."""
     found = re.match(r"([\w.]+) (?:and .*)?(?:is|are) .*expected (.+)", message, re.DOTALL)
-    return f"{_join(where, found[1])}={found[2]}" if found else f"another value in {where or 'the settings'}"
+    return f"{join(where, found[1])}={found[2]}" if found else f"another value in {where or 'the settings'}"
 
 
 def _value(value: Any, hint: Any, where: str) -> Any:
@@ -186,7 +168,7 @@ def _scalar(value: Any, hint: type, where: str) -> Any:
         return Path(value)
     number = type(value) in (int, float)
     if number and not -(2.0**63) <= value < 2.0**63:
-        raise ConfigError(f"{_setting(where)}: {_show(value)} is not a finite 64-bit number", fix=f"set {where}")
+        raise ConfigError(f"{_setting(where)}: {show(value)} is not a finite 64-bit number", fix=f"set {where}")
     if hint is float and number:
         return float(value)
     if type(value) is not hint:
@@ -215,7 +197,7 @@ def _choice(value: Any, choices: dict[Any, Any], where: str) -> Any:
             return item
     names = [str(key) for key in choices]
     raise ConfigError(
-        f"{_setting(where)}: {_show(value)} is not one of {', '.join(names)}",
+        f"{_setting(where)}: {show(value)} is not one of {', '.join(names)}",
         fix=suggest(str(value), names, f"{where}="),
     )
 
@@ -226,9 +208,9 @@ def _container(value: Any, kind: type, args: tuple[Any, ...], where: str) -> Any
             raise _wrong(value, "a mapping", where)
         for key in value:
             if not isinstance(key, str):
-                raise _wrong(key, "text for a name", _join(where, key))
+                raise _wrong(key, "text for a name", join(where, key))
         hint = args[1] if args else Any
-        return {key: _value(item, hint, _join(where, key)) for key, item in value.items()}
+        return {key: _value(item, hint, join(where, key)) for key, item in value.items()}
     if not isinstance(value, list | tuple):
         raise _wrong(value, "a list", where)
     if kind is tuple and args and args[-1] is not Ellipsis:
@@ -246,7 +228,7 @@ def _data(value: Any, where: str) -> Any:
     return _scalar(value, type(value), where)
 
 
-def _show(value: Any) -> str:
+def show(value: Any) -> str:
     if isinstance(value, int) and abs(value) > 10**30:
         return "a huge integer"
     text = repr(value)
@@ -254,7 +236,7 @@ def _show(value: Any) -> str:
 
 
 def _wrong(value: Any, expected: str, where: str) -> ConfigError:
-    given = "null" if value is None else f"{_show(value)} ({type(value).__name__})"
+    given = "null" if value is None else f"{show(value)} ({type(value).__name__})"
     return ConfigError(f"{_setting(where)}: {given}, expected {expected}", fix=f"set {where or 'them'} to {expected}")
 
 
@@ -271,162 +253,3 @@ def _plain(value: Any) -> Any:
         return str(value)
     assert value is None or isinstance(value, str | int | float | bool), f"{type(value).__name__} is not plain data"
     return value
-
-
-# compose -------------------------------------------------------------------------------------------------------------
-
-HYDRA_KEY = re.compile(r"[+~]*(?:hydra(?:[./@:=]|$)|[^=]*@[^=]*hydra)")
-
-
-def compose(
-    name: str, overrides: Sequence[str] = (), config_dir: Path | None = None, *, root: Path | None = None
-) -> dict[str, Any]:
-    """The primary configuration `name` of conf/ with its groups and `overrides` merged, as plain data.
-
-    `config_dir` adds a folder to the search path; `root` replaces conf/. A plain `key=value` may also name a setting
-    that no YAML file writes: `parse` decides which names are legal and suggests the nearest.
-    Only `${another.setting}` interpolation is allowed. Raises ConfigError.
-    """
-    root = (root or package_root() / "conf").resolve()
-    roots = [root]
-    if config_dir is not None:
-        if not config_dir.is_dir():
-            raise ConfigError(f"config directory {config_dir}: is not a directory", fix="--config-dir DIR")
-        roots.append(config_dir.resolve())
-    if not re.fullmatch("[a-z_]+", name) or not any((path / f"{name}.yaml").is_file() for path in roots):
-        raise ConfigError(f"configuration {name!r}: there is no {name}.yaml in conf/", fix="`cascade list`")
-    for override in overrides:
-        _refuse_interpolation(override, override)
-        if HYDRA_KEY.match(override):
-            raise ConfigError(f"override {_show(override)}: Hydra's own settings are fixed", fix="remove it")
-    return _composed(name, list(overrides), roots)
-
-
-def _composed(name: str, overrides: list[str], roots: list[Path]) -> dict[str, Any]:
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_dir
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError  # type: ignore[import-untyped]
-
-    try:
-        groups = _groups(name, roots)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise _refusal(error, name, [], roots) from error
-    _check_syntax(overrides, groups, roots)
-    # A group's name that this configuration does not use as a group (`weights=DIR` of one stage) is a plain setting.
-    values = [item for item in overrides if not _is_group(item, groups, roots)]
-    own = [item for item in values if any(os.path.isdir(root / _key(item)) for root in roots)]
-    handed = [_forced(item) if item in values else item for item in overrides if item not in own]
-    if len(roots) > 1:
-        quoted = str(roots[1]).replace("\\", "\\\\").replace("'", "\\'")
-        handed.append(f"hydra.searchpath=['file://{quoted}']")
-    try:
-        with initialize_config_dir(str(roots[0]), version_base="1.3"):
-            config = hydra_compose(name, overrides=handed)
-        _set(config, own)
-        for path, text in _texts(OmegaConf.to_container(config, resolve=False), ""):
-            _refuse_interpolation(text, path)
-        tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
-        raise _refusal(error, name, overrides, roots) from error
-    assert isinstance(tree, dict)
-    _refuse_targets(tree, "")
-    return {str(key): value for key, value in tree.items()}
-
-
-def _key(override: str) -> str:
-    return override.partition("=")[0]
-
-
-def _forced(override: str) -> str:
-    return override if override.startswith(("+", "~")) else f"++{override}"
-
-
-def _groups(name: str, roots: list[Path]) -> set[str]:
-    """The groups that the primary configuration itself selects from."""
-    from omegaconf import OmegaConf
-
-    file = next(path / f"{name}.yaml" for path in roots if (path / f"{name}.yaml").is_file())
-    tree = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    defaults = tree.get("defaults") if isinstance(tree, dict) else None
-    entries = [str(key) for item in defaults or () if isinstance(item, dict) for key in item]
-    return {entry.split()[-1].lstrip("/").partition("@")[0] for entry in entries}
-
-
-def _is_group(override: str, groups: set[str], roots: list[Path]) -> bool:
-    key, _, option = override.partition("=")
-    if "/" in key or "@" in key:
-        return True
-    key = key.lstrip("+~")
-    return key in groups or any(os.path.isfile(root / key / f"{option}.yaml") for root in roots)
-
-
-def _check_syntax(overrides: list[str], groups: set[str], roots: list[Path]) -> None:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser = OverridesParser.create()
-    for override in overrides:
-        which = f"override {_show(override)}"
-        try:
-            parsed = parser.parse_override(override)
-        except HydraException as error:
-            raise ConfigError(
-                f"{which}: is not key=value as Hydra reads it", fix="quote the value: \"key='value'\""
-            ) from error
-        key, _, value = override.partition("=")
-        group = _is_group(override, groups, roots)
-        if len(key) > 200 or (group and len(value) > 200):  # they become file names
-            raise ConfigError(f"{which}: there is no such setting or file", fix="shorten it")
-        if parsed.is_sweep_override():
-            raise ConfigError(f"{which}: is several values", fix=f"{key}='{value}' or {key}=[{value}]")
-        chosen = parsed.is_delete() or isinstance(parsed.value(), str | list)
-        if group and not chosen:
-            raise ConfigError(f"{which}: {_show(value)} is not the name of a file in conf/{key}", fix=f"{key}=NAME")
-
-
-def _set(config: DictConfig, overrides: list[str]) -> None:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from omegaconf import OmegaConf
-
-    for override in OverridesParser.create().parse_overrides(overrides):
-        OmegaConf.update(config, override.key_or_group, override.value(), force_add=True)
-
-
-def _texts(value: Any, where: str) -> Iterator[tuple[str, str]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _texts(item, _join(where, key))
-    elif isinstance(value, list):
-        for i, item in enumerate(value):
-            yield from _texts(item, f"{where}[{i}]")
-    elif isinstance(value, str):
-        yield where, value
-
-
-def _refuse_interpolation(text: str, where: str) -> None:
-    # An allow-list: `${oc.${a}:HOME}` hides the resolver from any search for a colon.
-    if "${" in re.sub(r"\$\{[\w.\[\]]+\}", "", text):
-        raise ConfigError(
-            f"setting {_show(where)}: only ${{another.setting}} may be interpolated, not {_show(text)}",
-            fix="write the value itself",
-        )
-
-
-def _refusal(error: Exception, name: str, overrides: list[str], roots: list[Path]) -> ConfigError:
-    """Hydra's many lines as one, naming the override at fault where Hydra's message tells it."""
-    from hydra.errors import MissingConfigException
-
-    reason = " ".join(re.split("Config search path|full_key:", str(error))[0].split())
-    guilty = [item for item in overrides if _key(item).lstrip("+~").partition("@")[0] in re.split(r"[^\w.]", reason)]
-    which = f"override {', '.join(map(_show, guilty or overrides))}" if overrides else f"configuration {name}"
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
-        missing = error.missing_cfg_file
-        group = _key(guilty[0]).lstrip("+~").partition("@")[0] if guilty else missing.rpartition("/")[0]
-        files = [(file, root / group) for root in roots for file in (root / group).rglob("*.yaml")]
-        options = {file.relative_to(folder).with_suffix("").as_posix() for file, folder in files}
-        fix = suggest(missing.removeprefix(f"{group}/"), options, f"{group}=")
-        return ConfigError(f"{which}: there is no conf/{missing}.yaml", fix=fix)
-    return ConfigError(f"{which}: {reason}", fix=f"see conf/{name}.yaml")

@@ -27,7 +27,8 @@ from cascade.data.source import Source, open_source
 from cascade.diffusion import Diffusion, Prediction
 from cascade.errors import ConfigError
 from cascade.noise import generator
-from cascade.pipeline import load_stage
+from cascade.pipeline import load_stage, save_stage
+from cascade.preview import Preview as Sheet
 from cascade.sampler import Denoise, Rule, ddim, keep_known
 from cascade.stage import Batch, Stage, StageConfig, TrainConfig
 from cascade.text import Text, text_source
@@ -317,10 +318,8 @@ def save(
     directory: Path, cfg: StageConfig, average: dict[str, Tensor], step: Round, teacher: str, identity: str
 ) -> None:
     """A student's weights; their config records its range of w, its sampler and (halving) its number of steps."""
-    from cascade.tasks import save as save_weights
-
     steps = {"steps": step.steps} if step.steps else {}
-    save_weights(
+    save_stage(
         directory,
         cfg,
         average,
@@ -336,8 +335,6 @@ def save(
 
 def stage_task(ask: Request) -> None:
     """Distils the stage (`task=distill`); prints where the last student's weights are."""
-    from cascade.tasks import Preview as Sheet
-
     cfg = parse(ask.own.get("distill", {}), DistillConfig, "distill")
     train, weights = ask.training, ask.cfg.weights if cfg.teacher is None else cfg.teacher
     rounds(cfg, train, guided=True)  # says what is wrong with the settings before anything is read

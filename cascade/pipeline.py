@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from cascade import attention, checkpoint, media, store
 from cascade.config import fingerprint, locate, parse, plain, plugin, suggest
@@ -195,6 +196,17 @@ def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stag
     stage.net.to(device, torch.float32).eval().requires_grad_(False)
     stage.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return stage, weights.hash
+
+
+def save_stage(directory: Path, cfg: StageConfig, state: dict[str, Tensor], recipe: str, **extra: Any) -> None:
+    """Weights with the architecture they belong to and a model card."""
+    config = {"kind": cfg.kind, "net": plain(cfg.net), "diffusion": plain(cfg.diffusion), **extra}
+    millions = sum(value.numel() for value in state.values()) / 1e6
+    card = (
+        f"# {cfg.name}\n\n{cfg.kind} stage of Cascade: {cfg.shape} (frames x height x width) at {cfg.fps:g} fps, "
+        f"{millions:.2f} M parameters.\n\n{recipe}\n\nLicence: Apache-2.0.\n"
+    )
+    checkpoint.save(directory, state, config, card=card)
 
 
 def stage_key(

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from cascade import checkpoint, media, store
 from cascade.config import fingerprint, locate, parse, plain, plugin, suggest
-from cascade.data.source import DataConfig, Source, open_source
+from cascade.data.source import DataConfig, open_source
 from cascade.errors import ConfigError
-from cascade.noise import Noise, generator, sample_id
-from cascade.pipeline import Chain, Device, Runner, digest, first_frame, load_stage, read_input, video_bytes
+from cascade.pipeline import Chain, Device, Runner, digest, first_frame, load_stage, read_input, save_stage, video_bytes
+from cascade.preview import Preview
 from cascade.request import Prompts, bars, jobs_of, take
 from cascade.stage import Rule, Stage, StageConfig, TrainConfig
-from cascade.text import Text, TextConfig, text_source
+from cascade.text import TextConfig, text_source
 from cascade.train import fit
 from cascade.video import Video
 
@@ -109,7 +106,7 @@ def train(ask: Request) -> None:
     source = open_source(ask.data, ask.cfg.shape, ask.cfg.fps, out / "clips")
     encoder = text_source(ask.text)
     average = fit(stage, source, encoder.encode, cfg, out, preview=Preview(stage, source, encoder.encode, cfg))
-    save(out / "weights", stage.cfg, average, f"Trained for {cfg.steps} steps of {cfg.batch} clips.")
+    save_stage(out / "weights", stage.cfg, average, f"Trained for {cfg.steps} steps of {cfg.batch} clips.")
     print(out / "weights")
 
 
@@ -123,42 +120,6 @@ def new_stage(cfg: StageConfig, rule: Rule, train: TrainConfig) -> Stage:
         checkpoint.compatible(weights.config["net"], plain(cfg.net), f"{cfg.name}.net in {train.init}")
         checkpoint.apply(stage.net, weights.state, train.init)
     return stage
-
-
-def save(directory: Path, cfg: StageConfig, state: dict[str, Tensor], recipe: str, **extra: Any) -> None:
-    """Weights with the architecture they belong to and a model card."""
-    config = {"kind": cfg.kind, "net": plain(cfg.net), "diffusion": plain(cfg.diffusion), **extra}
-    card = (
-        f"# {cfg.name}\n\n{cfg.kind} stage of Cascade: {cfg.shape} (frames x height x width) at {cfg.fps:g} fps, "
-        f"{sum(value.numel() for value in state.values()) / 1e6:.2f} M parameters.\n\n{recipe}\n\nLicence: Apache-2.0.\n"
-    )
-    checkpoint.save(directory, state, config, card=card)
-
-
-@dataclass
-class Preview:
-    """Contact sheet of a training: truth, input and samples of the averaged weights, for clips never trained on."""
-
-    stage: Stage
-    source: Source
-    encode: Callable[[list[str]], Text]
-    cfg: TrainConfig
-    clips: int = 4
-
-    def __call__(self, average: dict[str, Tensor], step: int) -> bytes:
-        net = copy.deepcopy(self.stage.net).eval()
-        checkpoint.apply(net, average, "the average")
-        stage = Stage(self.stage.cfg, self.stage.rule, net)
-        rows, captions = [], []
-        for i in range(self.clips):
-            clip, caption = self.source.sample(stage.cfg.shape, stage.cfg.fps, self.cfg.seed, "preview", i)
-            low = stage.rule.degrade(
-                Video(clip[None], stage.cfg.fps), stage.cfg, generator(self.cfg.seed, "preview", i)
-            )
-            noise = Noise(self.cfg.seed, stage.cfg.name, (sample_id(caption, i),))
-            rows += [clip[None], stage.sample(low, self.encode([caption]), None, noise).frames]
-            captions += [f"truth: {caption}", "sample"]
-        return media.sheet(torch.cat(rows), captions)
 
 
 def distill(ask: Request) -> None:

@@ -20,7 +20,6 @@ from cascade import cli, pipeline, store
 from cascade.config import parse, plugin
 from cascade.errors import CascadeError, ConfigError
 from cascade.stage import Stage
-from cascade.tasks import save
 from cascade.text import TextConfig
 
 PROMPT = "a large red circle moves left on a black background"
@@ -58,7 +57,7 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
             net = Stage(cfg, plugin(own["kind"])).net
             for parameter in net.parameters():
                 torch.nn.init.normal_(parameter, std=0.1)
-        save(conf / "weights" / name, cfg, net.state_dict(), "Random.")
+        pipeline.save_stage(conf / "weights" / name, cfg, net.state_dict(), "Random.")
     defaults = [{f"/stage@{name}": f"mini_{name}"} for name in STAGES]
     chain = {"defaults": [*defaults, "_self_"], "stages": list(STAGES), "text": {"max_tokens": 48}}
     (conf / "chain" / "mini.yaml").write_text(f"# @package _global_\n{yaml.safe_dump(chain, sort_keys=False)}")
@@ -244,7 +243,7 @@ FAULTS: list[tuple[list[str], int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("words", "code", "named"), FAULTS, ids=lambda value: " ".join(value) if isinstance(value, list) else None)
+@pytest.mark.parametrize(("words", "code", "named"), FAULTS, ids=[" ".join(words) for words, _, _ in FAULTS])
 def test_a_mistake_is_one_line_and_creates_nothing(
     mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     words: list[str], code: int, named: str,
@@ -269,7 +268,8 @@ def test_damaged_weights_are_refused_before_anything_runs(mini: Path, tmp_path: 
     data = bytearray((weights / "model.safetensors").read_bytes())
     data[-5] ^= 1
     (weights / "model.safetensors").write_bytes(data)
-    cfg = parse({**yaml.safe_load((mini / "stage" / "mini_tsr.yaml").read_text()), "weights": str(weights)}, plugin("tsr").Config)
+    settings = yaml.safe_load((mini / "stage" / "mini_tsr.yaml").read_text())
+    cfg = parse({**settings, "weights": str(weights)}, plugin("tsr").Config)
     with pytest.raises(CascadeError, match="SHA-256") as error:
         pipeline.load_stage(cfg, plugin("tsr"), torch.device("cpu"))
     assert error.value.code == 3
@@ -304,7 +304,7 @@ def test_killed_in_any_stage_and_run_again_is_equal_bit_for_bit(mini: Path, tmp_
 
 
 def test_the_shipped_encoder_fits_the_shipped_chain() -> None:
-    from cascade.config import compose
+    from cascade.compose import compose
     from cascade.text import known_width
 
     tree = compose("generate")

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade import config
-from cascade.config import compose, fingerprint, locate, package_root, parse, plain, plugin, split_prompts
+from cascade.compose import compose, split_prompts
+from cascade.config import fingerprint, locate, package_root, parse, plain, plugin
 from cascade.errors import ConfigError
 
 

@@ -22,11 +22,11 @@ from cascade.distill import DistillConfig, Lesson, halved, progressive, rounds, 
 from cascade.errors import ConfigError
 from cascade.noise import Key, Noise, generator
 from cascade.pipeline import Device, load_stage
+from cascade.pipeline import save_stage as save_weights
 from cascade.request import Prompts
 from cascade.sampler import Rule, Sampler, Threshold, ddim, sample
 from cascade.stage import Batch, Stage, StageConfig, TrainConfig
 from cascade.tasks import Request
-from cascade.tasks import save as save_weights
 from cascade.text import Text, TextConfig
 from cascade.train import fit
 from cascade.unet import Cond, LevelSpec, Mixer, UNetConfig
@@ -378,9 +378,7 @@ def training(steps: int = 300, **changes: Any) -> TrainConfig:
 def test_guidance_distillation_of_a_linear_teacher_is_its_guidance(tmp_path: Path) -> None:
     cfg = config(guidance=2.0)
     teacher = Linear()
-    plan = DistillConfig(
-        steps=[8], round_steps=1, guidance_steps=120, guidance=[0.0, 4.0], lr=0.1, warmup=0, ema=0.9
-    )
+    plan = DistillConfig(steps=[8], round_steps=1, guidance_steps=120, guidance=[0.0, 4.0], lr=0.1, warmup=0, ema=0.9)
     progressive(
         Stage(cfg, base, teacher), "teacher", Dots(), encode, plan, training(), tmp_path, progress=False  # type: ignore[arg-type]
     )  # fmt: skip
@@ -637,9 +635,7 @@ def samples(cfg: StageConfig, net: nn.Module, steps: int, w: float, w_range: lis
 @pytest.mark.slow
 def test_a_student_beats_the_undistilled_sampler_at_equal_steps(tmp_path: Path) -> None:
     """Distance to what the guided teacher makes of the same noise in 32 steps: a third at most, for any w."""
-    net = UNetConfig(
-        levels=[LevelSpec(channels=24, mixer=Mixer.CONV)], embedding=32, text=WIDTH, frame_position=True
-    )
+    net = UNetConfig(levels=[LevelSpec(channels=24, mixer=Mixer.CONV)], embedding=32, text=WIDTH, frame_position=True)
     cfg = config(
         Shape(frames=4, height=8, width=8), net=net, sampler=Sampler(steps=16, guidance=1.0, threshold=Threshold.STATIC)
     )

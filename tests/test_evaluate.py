@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from cascade import checkpoint, evaluate, store
-from cascade.config import compose, kinds, parse, plain, plugin
+from cascade.compose import compose
+from cascade.config import kinds, parse, plain, plugin
 from cascade.data.captions import held_out
 from cascade.data.shapes import ShapesConfig
 from cascade.data.source import DataConfig, World

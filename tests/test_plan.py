@@ -16,7 +16,8 @@ import torch
 from cascade import plan as planning
 from cascade.cli import command
 from cascade.codec import Codec, Kind
-from cascade.config import compose, package_root, plugin
+from cascade.compose import compose
+from cascade.config import package_root, plugin
 from cascade.errors import CascadeError, InputError
 from cascade.noise import Noise, sample_id
 from cascade.pipeline import Chain

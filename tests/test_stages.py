@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from cascade.config import compose, package_root, parse, plain, plugin
+from cascade.compose import compose
+from cascade.config import package_root, parse, plain, plugin
 from cascade.errors import ConfigError
 from cascade.noise import generator
 from cascade.stage import StageConfig

@@ -13,3 +13,8 @@ def judge(frames: Tensor, given: Tensor, known: Tensor) -> dict[str, Tensor]:
     """
     worst = (frames - given).abs().amax((1, 3, 4)).where(known, -torch.inf).amax(1)
     return {"error": worst.where(known.any(1), torch.nan)}
+
+
+def total(values: dict[str, Tensor]) -> dict[str, float]:
+    """The largest of all clips."""
+    return {"error": float(values["error"].max())}
