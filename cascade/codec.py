@@ -79,7 +79,7 @@ class Codec:
         if mask.shape[3:] == (1, 1) or self.stride == 1:
             return mask
         flat = -F.max_pool2d(-mask.flatten(0, 2)[:, None], self.stride)
-        return flat[:, 0].unflatten(0, mask.shape[:3])
+        return flat.reshape(*mask.shape[:3], *flat.shape[2:])
 
     def folder(self) -> Path | None:
         """Where the weights are, None for pixels. Raises InputError for a folder that is none of an AutoencoderKL."""
@@ -178,8 +178,9 @@ class Autoencoder:
     def _each(self, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
         frames = x.transpose(1, 2).flatten(0, 1).float()
         with torch.autocast(self.model.device.type, enabled=False):
-            parts = [run(part.to(self.model.device)).to(x.device) for part in frames.split(self.codec.chunk)]
-        return torch.cat(parts).unflatten(0, (x.shape[0], x.shape[2])).transpose(1, 2)
+            parts = [run(part.to(self.model.device)).to(x.device) for part in torch.split(frames, self.codec.chunk)]
+        out = torch.cat(parts)
+        return out.view(x.shape[0], x.shape[2], *out.shape[1:]).transpose(1, 2)
 
 
 def _loaded(folder: Path) -> Any:

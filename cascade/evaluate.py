@@ -317,11 +317,11 @@ def picture(report: Report) -> bytes:
     metrics = list(dict.fromkeys(row.metric for row in rows))
     sheet = imread(io.BytesIO(report.sheet))
     high, bars = sheet.shape[0], 80 + 14 * max([8, *(sum(row.metric == metric for row in rows) for metric in metrics)])
-    wide, dpi = max(sheet.shape[1], 420 * len(metrics)), 100  # pixels
+    wide, dpi = max(sheet.shape[1], 560 * len(metrics)), 100  # pixels
     figure = Figure(figsize=(wide / dpi, (high + bars) / dpi), dpi=dpi)
     figure.figimage(sheet, 0, 0)
     for i, metric in enumerate(metrics):
-        box = ((i + 0.45) / len(metrics), (high + 35) / (high + bars), 0.5 / len(metrics), (bars - 65) / (high + bars))
+        box = ((i + 0.53) / len(metrics), (high + 35) / (high + bars), 0.44 / len(metrics), (bars - 65) / (high + bars))
         _bars(figure.add_axes(box), metric, [row for row in rows if row.metric == metric])
     data = io.BytesIO()
     figure.savefig(data, format="png", metadata={"Software": None})

@@ -183,12 +183,14 @@ def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stag
     cfg.codec.folder()
     weights = checkpoint.load(locate(cfg.weights))
     saved = weights.config
-    checkpoint.compatible(saved["net"], plain(cfg.net), f"{cfg.name}.net in {cfg.weights}")
-    if "kind" in saved and saved["kind"] != cfg.kind:
-        raise InputError(
-            f"{cfg.name}: weights {cfg.weights} are of a stage of kind {saved['kind']}, not {cfg.kind}",
-            fix=f"{cfg.name}.weights=DIRECTORY",
-        )
+    # `shift` may differ: networks are told the noise level, whatever the schedule that leads there.
+    wanted = {"kind": cfg.kind, "prediction": cfg.diffusion.prediction.value, "net": plain(cfg.net)}
+    found = {
+        "kind": saved.get("kind"),
+        "prediction": saved.get("diffusion", {}).get("prediction"),
+        "net": saved.get("net"),
+    }
+    checkpoint.compatible(found, wanted, f"{cfg.name} in {cfg.weights}")
     cfg = replace(cfg, w_range=saved.get("w_range"))
     with torch.device("meta"):
         stage = Stage(cfg, rule)
@@ -198,15 +200,22 @@ def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stag
     return stage, weights.hash
 
 
-def save_stage(directory: Path, cfg: StageConfig, state: dict[str, Tensor], recipe: str, **extra: Any) -> None:
-    """Weights with the architecture they belong to and a model card."""
+def save_stage(
+    directory: Path,
+    cfg: StageConfig,
+    state: dict[str, Tensor],
+    recipe: str,
+    dtype: torch.dtype | None = None,
+    **extra: Any,
+) -> None:
+    """Weights (in half precision, if `dtype` says so) with the architecture they belong to and a model card."""
     config = {"kind": cfg.kind, "net": plain(cfg.net), "diffusion": plain(cfg.diffusion), **extra}
     millions = sum(value.numel() for value in state.values()) / 1e6
     card = (
         f"# {cfg.name}\n\n{cfg.kind} stage of Cascade: {cfg.shape} (frames x height x width) at {cfg.fps:g} fps, "
         f"{millions:.2f} M parameters.\n\n{recipe}\n\nLicence: Apache-2.0.\n"
     )
-    checkpoint.save(directory, state, config, card=card)
+    checkpoint.save(directory, state, config, card=card, dtype=dtype)
 
 
 def stage_key(

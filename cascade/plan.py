@@ -139,7 +139,7 @@ def _told(cfg: StageConfig) -> list[float] | None:
 # counting ------------------------------------------------------------------------------------------------------------
 
 
-class Count(TorchDispatchMode):
+class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Operations, and the greatest number of bytes alive at once, of what runs on the meta device inside `running`.
 
     A storage counts from the operation that makes it until it is collected. What a kernel allocates and frees by
@@ -147,7 +147,7 @@ class Count(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops, self.peak, self._alive = 0, 0, 0
         self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 

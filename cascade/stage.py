@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cascade.codec import COLOURS, Codec, Coder, Kind
-from cascade.diffusion import Diffusion, Prediction
+from cascade.diffusion import Diffusion
 from cascade.noise import Noise
 from cascade.sampler import Hook, Sampler, Threshold, keep_known, sample
 from cascade.text import Text
@@ -226,15 +226,11 @@ class Stage:
         return x, self.condition(low, video.shape, text, video.fps, level, eps)
 
     def loss(self, batch: Batch, net: Callable[..., Tensor] | None = None) -> Tensor:
-        """Mean squared error of the network's target (B,); that of x weighs min(max(SNR, 1), 5)."""
+        """Mean squared error of what the network says, v, eps or x, (B,)."""
         diffusion = self.cfg.diffusion
         z = diffusion.noised(batch.x, batch.eps, batch.t)
         out = (self.net if net is None else net)(z, diffusion.level(batch.t), batch.cond)
-        error = (out - diffusion.target(batch.x, batch.eps, batch.t)).square().mean((1, 2, 3, 4))
-        # Truncated SNR (Salimans & Ho 2022, sec. 4) within min-SNR-5 (Hang et al. 2023, eq. 6).
-        if diffusion.prediction is Prediction.X:
-            error = error * diffusion.log_snr(batch.t).exp().clamp(1, 5).to(error.dtype)
-        return error
+        return (out - diffusion.target(batch.x, batch.eps, batch.t)).square().mean((1, 2, 3, 4))
 
     def denoise(self, z: Tensor, t: Tensor, cond: Cond, w: float | None = None) -> Tensor:
         """x_hat of shape (B, C, F, H, W); `w` is for a guidance-distilled network. Long clips go in windows."""

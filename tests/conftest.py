@@ -30,10 +30,6 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than ten seconds")
-
-
 def tiny_net(**changes: Any) -> UNetConfig:
     """One level of eight channels."""
     from cascade.unet import LevelSpec, UNetConfig

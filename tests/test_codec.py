@@ -49,7 +49,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def latent(folder: Path) -> Callable[..., Codec]:
     def make(**changes: Any) -> Codec:
-        return Codec(**({"kind": Kind.LATENT, "weights": str(folder), "channels": 4, "stride": 2} | changes))
+        settings: dict[str, Any] = {"kind": Kind.LATENT, "weights": str(folder), "channels": 4, "stride": 2}
+        return Codec(**(settings | changes))
 
     return make
 

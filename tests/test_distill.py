@@ -58,17 +58,17 @@ def encode(captions: list[str]) -> Text:
 
 
 class Dots:
-    """A square of the caption's colour that moves to the right or left, on black."""
+    """A square of the caption's colour in one of eight places, on black, that moves to the right."""
 
     def sample(self, shape: Shape, fps: float, *key: Key) -> tuple[Tensor, str]:
         rng = generator("dots", *key)
-        size = shape.height // 2
-        rooms = (3, shape.width, shape.height - size + 1, 2)
-        colour, x, y, left = (int(torch.randint(room, (), generator=rng)) for room in rooms)
+        colour, column, row = (int(torch.randint(room, (), generator=rng)) for room in (3, 4, 2))
+        side = shape.height // 2
         clip = torch.full((3, shape.frames, shape.height, shape.width), -1.0)
         for frame in range(shape.frames):
-            for side in range(size):
-                clip[colour, frame, y : y + size, (x + side + (-frame if left else frame)) % shape.width] = 1
+            for x in range(side):
+                at = (column * shape.width // 4 + frame + x) % shape.width
+                clip[colour, frame, row * side : (row + 1) * side, at] = 1
         return clip, CAPTIONS[colour]
 
 

@@ -246,7 +246,11 @@ def test_the_task_writes_a_report(
 def saved(stage: Stage, folder: Path) -> Any:
     """The stage's configuration, its weights written to `folder`."""
     cfg = stage.cfg
-    checkpoint.save(folder / cfg.name, stage.net.state_dict(), {"kind": cfg.kind, "net": plain(cfg.net)})
+    checkpoint.save(
+        folder / cfg.name,
+        stage.net.state_dict(),
+        {"kind": cfg.kind, "net": plain(cfg.net), "diffusion": plain(cfg.diffusion)},
+    )
     cfg.weights = str(folder / cfg.name)
     return cfg
 

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cascade import plan as planning
 from cascade.cli import command
 from cascade.codec import Codec, Kind
 from cascade.compose import compose
-from cascade.config import package_root, plugin
-from cascade.errors import CascadeError, InputError
+from cascade.config import package_root, parse, plugin
+from cascade.errors import CascadeError, ConfigError, InputError
 from cascade.noise import Noise, sample_id
 from cascade.pipeline import Chain
 from cascade.plan import Count, Plan, measure, plan, stored, verb
@@ -63,7 +65,8 @@ def chain(name: str = "tiny", **changes: Any) -> Chain:
 
 
 def numbers(cfg: Any) -> Any:
-    return measure(cfg, plugin(cfg.kind), TEXT)  # type: ignore[arg-type]
+    rule: Any = plugin(cfg.kind)
+    return measure(cfg, rule, TEXT)
 
 
 # every chain
@@ -74,9 +77,9 @@ def test_every_chain_plans_with_its_true_parameters(name: str) -> None:
     made = chain(name)
     planned = plan(made)
     assert [stage.name for stage in planned.stages] == [cfg.name for cfg in made.stages]
-    for cfg, stage in zip(made.stages, planned.stages, strict=True):
+    for cfg, rule, stage in zip(made.stages, made.rules, planned.stages, strict=True):
         with torch.device("meta"):
-            net = Stage(cfg, plugin(cfg.kind)).net  # type: ignore[arg-type]
+            net = Stage(cfg, rule).net
         assert stage.params == sum(p.numel() for p in net.parameters())
         assert (stage.frames, stage.height, stage.width) == (cfg.shape.frames, cfg.shape.height, cfg.shape.width)
         assert stage.flops > 0 and stage.peak_bytes > 4 * stage.params
@@ -102,7 +105,7 @@ def test_the_table_has_a_line_for_every_stage(capsys: pytest.CaptureFixture[str]
 
 
 def test_weights_need_not_be_there() -> None:
-    settings = {"stages": ["base"], "base/weights": "/nowhere", "text/encoder": "/nowhere/either"}
+    settings: dict[str, Any] = {"stages": ["base"], "base/weights": "/nowhere", "text/encoder": "/nowhere/either"}
     (text,) = plan(chain(**settings)).others
     assert text.params is None
 
@@ -111,7 +114,8 @@ def test_an_encoder_that_is_not_here_is_said_not_guessed(
     caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with caplog.at_level(logging.INFO, "cascade"):
-        verb(tree(**{"stages": ["base"], "text/encoder": "/nowhere", "format": "json"}))
+        settings: dict[str, Any] = {"stages": ["base"], "text/encoder": "/nowhere", "format": "json"}
+        verb(tree(**settings))
     assert "was not checked" in caplog.text and json.loads(capsys.readouterr().out)["others"][0]["params"] is None
 
 
@@ -153,7 +157,8 @@ def test_latents_are_smaller_than_pixels(stage_config: Make, net_config: Make) -
     codec = Codec(kind=Kind.LATENT, weights="/nowhere", channels=3, stride=2)
     big, small = (stage_config("base", codec=c, shape=Shape(frames=4, height=16, width=16)) for c in (Codec(), codec))
     assert numbers(small).flops == numbers(stage_config("base")).flops < numbers(big).flops
-    made = plan(Chain([small], [plugin("base")], TextConfig(encoder="/nowhere")))  # type: ignore[list-item]
+    rule: Any = plugin("base")
+    made = plan(Chain([small], [rule], TextConfig(encoder="/nowhere")))
     assert [(other.kind, other.name, other.params) for other in made.others[1:]] == [("autoencoder", "/nowhere", None)]
 
 
@@ -257,6 +262,62 @@ def test_a_broken_chain_is_refused_in_one_line(
         verb(tree(**changes))
     assert caught.value.code == 2 and expected in str(caught.value)
     assert "\n" not in str(caught.value) and capsys.readouterr().out == ""
+
+
+def mostly(*legal: Any, wrong: Any) -> st.SearchStrategy[Any]:
+    """One of `legal`, now and then `wrong`."""
+    return st.sampled_from([*legal * 6, wrong])
+
+
+LEVEL = st.fixed_dictionaries(
+    {
+        "channels": mostly(8, 16, 24, wrong=12),
+        "blocks": mostly(1, 2, wrong=0),
+        "mixer": st.sampled_from([mixer.value for mixer in Mixer]),
+        "spatial_attention": st.booleans(),
+        "text_attention": st.booleans(),
+    }
+)
+NET = {
+    "levels": st.lists(LEVEL, min_size=1, max_size=3),
+    "patch": mostly(1, 2, wrong=3),
+    "embedding": mostly(2, 8, 10, wrong=7),
+    "head": mostly(4, 8, 64, wrong=5),
+    "text": mostly(1, 3, wrong=0),
+    "channels": mostly(1, 3, 4, wrong=0),
+    "frame_position": st.booleans(),
+}
+STAGE = st.fixed_dictionaries(
+    {
+        "shape": st.fixed_dictionaries(
+            {
+                "frames": mostly(1, 4, 7, 10, wrong=0),
+                "height": mostly(12, 24, wrong=6),
+                "width": mostly(12, 24, 36, wrong=9),
+            }
+        ),
+        "net": st.fixed_dictionaries(NET),
+        "windows": st.fixed_dictionaries({"frames": mostly(0, 4, 7, wrong=3), "overlap": mostly(0, wrong=3)}),
+        "w_range": st.sampled_from([None, [0.0, 2.0]]),
+    }
+)
+OWN: dict[str, dict[str, int]] = {"base": {}, "tsr": {"factor": 2}, "ssr": {"scale": 3}, "interp": {"factor": 3}}
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(st.sampled_from(sorted(OWN)), STAGE)
+def test_what_is_accepted_runs(kind: str, drawn: dict[str, Any]) -> None:
+    """One evaluation on the meta device: no setting that passes the check fails later for its shape."""
+    common = {"name": kind, "kind": kind, "fps": 8, "diffusion": {}, "sampler": {"steps": 2, "guidance": 1.0}}
+    rule: Any = plugin(kind)
+    try:
+        cfg = parse({**common, **OWN[kind], **drawn}, rule.Config)
+        Chain([cfg], [rule], TextConfig(encoder="/nowhere")).check()
+    except ConfigError as error:
+        assert "\n" not in str(error)
+        return
+    assert rule.output(rule.takes(cfg), cfg) == cfg.shape
+    assert numbers(cfg).evaluations == (2 if cfg.w_range else 4)
 
 
 def test_a_plan_is_data() -> None:

@@ -242,13 +242,13 @@ def test_the_loss_of_the_truth_is_zero_and_of_silence_is_finite(
     assert torch.equal(loss, stage.loss(batch, stage.net))
 
 
-def test_the_loss_of_x_is_weighted_by_the_signal(make_stage: Make, encode: Make) -> None:
-    stage = make_stage("ssr", diffusion=Diffusion(prediction=Prediction.X))
+@pytest.mark.parametrize("prediction", list(Prediction))
+def test_the_loss_is_the_mean_square_of_what_is_missing(prediction: Prediction, make_stage: Make, encode: Make) -> None:
+    stage = make_stage("ssr", diffusion=Diffusion(prediction=prediction))
     batch = batch_of(stage, encode, 4)
-    batch.t[:] = torch.tensor([0.9, 0.5, 0.2, 0.0])
-    snr = 1 / torch.tan(batch.t * torch.pi / 2) ** 2
-    loss = stage.loss(batch, lambda z, t, cond: batch.x + 1)
-    assert torch.allclose(loss, snr.clamp(1, 5), rtol=1e-4)
+    missing = torch.tensor([0.0, 0.5, 1.0, 3.0]).view(-1, 1, 1, 1, 1)
+    said = stage.cfg.diffusion.target(batch.x, batch.eps, batch.t) + missing
+    assert torch.allclose(stage.loss(batch, lambda z, t, cond: said), missing.flatten().square(), atol=1e-5)
 
 
 @pytest.mark.parametrize("prediction", list(Prediction))
