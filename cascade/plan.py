@@ -26,7 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cascade import codec, store
 from cascade.config import locate, plain
-from cascade.errors import InputError
+from cascade.errors import ConfigError, InputError
 from cascade.pipeline import Chain
 from cascade.request import take
 from cascade.stage import Rule, Stage, StageConfig
@@ -93,7 +93,12 @@ class Plan:
 def plan(chain: Chain) -> Plan:
     """Checks `chain` and measures its denoisers. Raises ConfigError if it cannot work; loads no weights."""
     chain.check()
-    chain.rules[0].output(None, chain.stages[0])
+    try:
+        chain.rules[0].output(None, chain.stages[0])
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error.message}, and no stage is before it", fix="begin with a stage that needs no input"
+        ) from error
     stages = [measure(cfg, rule, chain.text) for cfg, rule in zip(chain.stages, chain.rules, strict=True)]
     return Plan(stages=stages, others=[_text(chain.text), *_codecs(chain.stages)])
 

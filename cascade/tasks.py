@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cascade import checkpoint, media, store
+from cascade import attention, checkpoint, media, store
 from cascade.config import fingerprint, locate, parse, plain, plugin, suggest
 from cascade.data.source import DataConfig, open_source
 from cascade.errors import ConfigError
@@ -105,9 +105,21 @@ def train(ask: Request) -> None:
     stage = new_stage(ask.cfg, ask.rule, cfg).to(ask.on.torch)
     source = open_source(ask.data, ask.cfg.shape, ask.cfg.fps, out / "clips")
     encoder = text_source(ask.text)
-    average = fit(stage, source, encoder.encode, cfg, out, preview=Preview(stage, source, encoder.encode, cfg))
-    save_stage(out / "weights", stage.cfg, average, f"Trained for {cfg.steps} steps of {cfg.batch} clips.")
-    print(out / "weights")
+    preview = Preview(stage, source, encoder.encode, cfg)
+    with attention.use(ask.on.attention):
+        average = fit(
+            stage, source, encoder.encode, cfg, out, preview=preview, inputs=[plain(ask.data), encoder.fingerprint]
+        )
+    if first_process():
+        save_stage(out / "weights", stage.cfg, average, f"Trained for {cfg.steps} steps of {cfg.batch} clips.")
+        print(out / "weights")
+
+
+def first_process() -> bool:
+    """Whether this is the process that writes, under `accelerate launch`."""
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
 
 
 def new_stage(cfg: StageConfig, rule: Rule, train: TrainConfig) -> Stage:

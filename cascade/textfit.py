@@ -8,7 +8,6 @@ their mean (what its pooled condition sees). With two things they must be told a
 from __future__ import annotations
 
 import io
-import json
 import logging
 import math
 import re
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cascade import store
 from cascade.data.shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, Spec, draw_spec, say
 from cascade.text import CONFIG, TOKENIZER, WEIGHTS
 
@@ -267,11 +267,11 @@ def _statistics(model: T5EncoderModel, tokenizer: SentencePieceProcessor, cfg: F
 
 
 def _save(out: Path, model: T5EncoderModel, tokenizer: SentencePieceProcessor) -> None:
-    from safetensors.torch import save
-
     # transformers ties the second name of the token embeddings to the first, so it is not stored.
     state = {key: value for key, value in model.state_dict().items() if key != "encoder.embed_tokens.weight"}
-    out.mkdir(parents=True, exist_ok=True)
-    (out / CONFIG).write_text(json.dumps(ARCHITECTURE, indent=2) + "\n")
-    (out / TOKENIZER).write_bytes(tokenizer.serialized_model_proto())
-    (out / WEIGHTS).write_bytes(save(state, {"format": "pt"}))
+    files = {
+        CONFIG: store.canonical(ARCHITECTURE),
+        TOKENIZER: tokenizer.serialized_model_proto(),
+        WEIGHTS: store.tensors_to_bytes(state, metadata=("format", "pt")),
+    }
+    store.commit(out, files, kind="text", replace=True)

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from cascade.pipeline import Chain
 from cascade.plan import Count, Plan, measure, plan, stored, verb
 from cascade.sampler import Rule, Sampler
 from cascade.stage import Stage
-from cascade.text import TextConfig
+from cascade.text import TextConfig, known_width, local_file
 from cascade.unet import LevelSpec, Mixer
 from cascade.video import Shape
 from cascade.windows import Windows
@@ -119,6 +120,18 @@ def test_an_encoder_that_is_not_here_is_said_not_guessed(
     assert "was not checked" in caplog.text and json.loads(capsys.readouterr().out)["others"][0]["params"] is None
 
 
+def test_the_width_of_embeddings_is_known_without_the_encoder(tmp_path: Path) -> None:
+    assert known_width(TextConfig()) == 128 and local_file("tiny/text", "nothing.json") is None
+    for absent in ("/nowhere", "nobody/has-this-one", "not--a-name", "tiny/no such"):
+        assert known_width(TextConfig(encoder=absent)) is None and local_file(absent, "config.json") is None
+    assert known_width(TextConfig(store=str(tmp_path))) is None
+    (tmp_path / "index.json").write_text(json.dumps({"encoder": "x", "width": 6, "max_tokens": 8}))
+    assert known_width(TextConfig(store=str(tmp_path))) == 6
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="has no d_model"):
+        known_width(TextConfig(encoder=str(tmp_path)))
+
+
 # what is counted
 
 
@@ -204,14 +217,14 @@ def test_evaluations_are_the_calls_of_the_network(
     assert len(calls) == numbers(stage.cfg).evaluations == expected
 
 
-def test_a_student_is_known_by_what_stands_beside_its_weights(tmp_path: Any, stage_config: Make) -> None:
+def test_a_student_is_known_by_what_stands_beside_its_weights(tmp_path: Path, stage_config: Make) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"w_range": [0.0, 4.0]}))
     teacher = stage_config("base", sampler=Sampler(steps=4, guidance=2))
     assert numbers(teacher).evaluations == 8
     assert numbers(replace(teacher, weights=str(tmp_path))).evaluations == 4
 
 
-def test_numbers_in_a_file_are_counted_from_its_header(tmp_path: Any) -> None:
+def test_numbers_in_a_file_are_counted_from_its_header(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(2, 3), "decoder.b": torch.zeros(7)}, tmp_path / "x.safetensors")
@@ -244,7 +257,7 @@ BROKEN = {
     "factor": ({"interp/shape/frames": 30, "interp/train": None}, "factor is 2"),
     "no frames": ({"base/shape/frames": 0}, "frames is 0"),
     "empty": ({"stages": []}, "stages is empty"),
-    "needs an input": ({"stages": ["tsr", "ssr1"]}, "tsr needs a video"),
+    "needs an input": ({"stages": ["tsr", "ssr1"]}, "tsr needs a video to add frames to, and no stage"),
     "unknown setting of a stage": ({"base/stepz": 3}, "base.stepz"),
     "unknown setting": ({"sed": 3}, "unknown setting sed"),
     "unknown section": ({"bass": {"fps": 3}}, "unknown setting bass. Fix: base"),
