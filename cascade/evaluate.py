@@ -32,7 +32,7 @@ from cascade.noise import Noise, generator, sample_id
 from cascade.pipeline import VIDEO, Chain, Device, Progress, Runner, load_stage, precision, read_clip
 from cascade.request import bars, jobs_of, take
 from cascade.stage import Stage, StageConfig
-from cascade.text import Text, TextConfig, text_source
+from cascade.text import Text, text_source
 from cascade.video import Shape, Video
 
 if TYPE_CHECKING:
@@ -519,12 +519,12 @@ def judge_chain(runner: Runner, source: Source, cfg: EvaluateConfig, out: Path) 
         raise ConfigError("image is for a stage alone", fix="python -m stages.base task=evaluate evaluate.image=true")
     last = chain.stages[-1]
     names = cfg.metrics if cfg.metrics is not None else list(chain.rules[0].METRICS)
+    stages = {stage.name: described(stage, weights_of(stage)) for stage in chain.stages}
     questions = exam.questions(last.shape, last.fps)
     jobs = jobs_of([question.prompt for question in questions], 1, out / "videos")
     runner.run(jobs, None)
     rows: list[Row] = []
     skipped: dict[str, str] = {}
-    stages = {}
     for stage in chain.stages:
         parts = []
         for first in range(0, cfg.n, cfg.batch):
@@ -543,45 +543,36 @@ def judge_chain(runner: Runner, source: Source, cfg: EvaluateConfig, out: Path) 
                 runner.progress(f"judge {stage.name}", first + len(group), cfg.n)
         found = joined(parts)
         rows += rows_of(found, questions, stage, cfg.seed)
-        weights = store.read(locate(stage.weights), "weights").hash if stage.weights else ""
-        stages[stage.name] = described(stage, weights)
     subject = {"what": "chain", "stages": stages}
     return Report(subject, cfg, rows, skipped, about(names), clips_of(found, questions), sheet_of(found, questions))
 
 
-@dataclass(kw_only=True)
-class _Stages:
-    stages: list[str]
+def weights_of(stage: StageConfig) -> str:
+    """The hash of a stage's weights, whose files are all read for it: before any of them is used."""
+    if stage.weights is None:
+        raise ConfigError(f"{stage.name} has no weights", fix=f"{stage.name}.weights=DIRECTORY")
+    return store.read(locate(stage.weights), "weights").hash
 
 
 def chain_verb(tree: dict[str, Any]) -> None:
     """`cascade evaluate`: judges a chain; report.json and report.png in `out`, and a table on stdout."""
     cfg, on = take(tree, EvaluateConfig), take(tree, Device)
     data = parse(tree.pop("data", {}), DataConfig, "data")
-    text = parse(tree.pop("text", {}), TextConfig, "text")
     given = tree.pop("out", None)
-    chain = chain_of(tree, text)
+    chain = Chain.read(tree, ["out", "data", *(f.name for cls in (EvaluateConfig, Device) for f in fields(cls))])
     for name in cfg.metrics or chain.rules[0].METRICS:
         measure(name)
     chain.rules[0].output(None, chain.stages[0])
-    parts = [plain(part) for part in (*chain.stages, cfg, on, data, text)]
+    on.torch  # noqa: B018  no such device: before anything loads
+    for stage in chain.stages:
+        weights_of(stage)
+    parts = [plain(part) for part in (*chain.stages, cfg, on, data, chain.text)]
     out = Path(given) if given else Path("runs") / f"evaluate-{fingerprint(parts)[:12]}"
     last = chain.stages[-1]
     with store.lock(out), bars() as progress:
-        runner = Runner(chain, text_source(text), on, cfg.seed, None, progress)
+        runner = Runner(chain, text_source(chain.text), on, cfg.seed, None, progress)
         source = open_source(data, last.shape, last.fps, out / "clips")
         report = judge_chain(runner, source, cfg, out)
         write(report, out)
     print(table(report))
     print(out / "report.png")
-
-
-def chain_of(tree: dict[str, Any], text: TextConfig) -> Chain:
-    """The chain that the remaining settings describe; anything left over is unknown."""
-    names = parse({"stages": tree.pop("stages", [])}, _Stages).stages
-    sections = {name: tree.pop(name) for name in names if name in tree}
-    for key in tree:
-        own = [f.name for cls in (EvaluateConfig, Device) for f in fields(cls)]
-        legal = [*names, "stages", "text", "data", "out", *own]
-        raise ConfigError(f"unknown setting {key}", fix=suggest(key, legal))
-    return Chain.build(names, sections, text)
