@@ -383,7 +383,10 @@ def _fingerprint(folder: Path, verified: Mapping[str, bytes], precision: Precisi
     digest = hashlib.sha256(precision.value.encode())
     for path in (folder / CONFIG, folder / TOKENIZER, *_weight_files(folder)):
         with io.BytesIO(_data(path, verified)) if verified else path.open("rb") as file:
-            digest.update(f"\n{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}".encode())
+            content = hashlib.sha256()
+            while chunk := file.read(1 << 20):
+                content.update(chunk)
+        digest.update(f"\n{path.name} {content.hexdigest()}".encode())
     return digest.hexdigest()
 
 
