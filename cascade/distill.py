@@ -318,7 +318,7 @@ def save(
     directory: Path, cfg: StageConfig, average: dict[str, Tensor], step: Round, teacher: str, identity: str
 ) -> None:
     """A student's weights; their config records its range of w, its sampler and (halving) its number of steps."""
-    steps = {"steps": step.steps} if step.steps else {}
+    steps: dict[str, Any] = {"steps": step.steps} if step.steps else {}
     save_stage(
         directory,
         cfg,

@@ -232,8 +232,7 @@ def test_a_clip_has_its_features_whatever_stands_beside_it(one_thread: None) -> 
 def test_the_network_knows_the_world_and_its_features_are_normalised() -> None:
     net, _ = features.shipped()
     right = features.accuracy(net, seed=1, count=300)
-    least = {"colour": 0.98, "motion": 0.98, "background": 0.98, "size": 0.9, "shape": 0.5}
-    assert all(right[name] >= share for name, share in least.items()), right
+    assert all(share >= 0.98 for share in right.values()), right
     found = features.extract(films(300, "normalised"))
     assert found.mean(0).abs().max() < 0.3 and (found.std(0) - 1).abs().max() < 0.3
 
@@ -252,7 +251,9 @@ def test_what_is_wrong_with_clips_raises_their_distance() -> None:
         "noise": normal(other.shape, "noise").clamp(-1, 1),
     }
     distance = {name: fvd.frechet(features.extract(clips), truth) for name, clips in wrong.items()}
-    assert all(value > 3 * floor for value in distance.values()), (floor, distance)
+    # Rolled channels are mostly colours of the world again, only in other shares.
+    least = {"shuffled": 5, "frozen": 5, "colour": 2, "noise": 5}
+    assert all(distance[name] > times * floor for name, times in least.items()), (floor, distance)
     slight = other + 0.05 * normal(other.shape, "slight")
     assert fvd.frechet(features.extract(slight), truth) < min(distance.values())
 
@@ -266,8 +267,8 @@ def test_the_totals_state_what_they_depend_on() -> None:
 
 
 def test_training_is_repeatable_and_its_weights_are_checked(tmp_path: Path, one_thread: None) -> None:
-    features.fit(tmp_path / "a", steps=2, size=4, count=8)
-    features.fit(tmp_path / "b", steps=2, size=4, count=8)
+    features.fit(tmp_path / "a", steps=2, size=4, validate=8)
+    features.fit(tmp_path / "b", steps=2, size=4, validate=8)
     first, second = (features.load(tmp_path / name) for name in ("a", "b"))
     assert first[1] == second[1]
     state = checkpoint.load(tmp_path / "a").state

@@ -193,10 +193,13 @@ def calibrate(net: Features, seed: int) -> None:
     found = extract(clips[classes["order"] == 0], net.eval())
     mean, std = found.mean(0), found.std(0)
     for head in net.heads.values():
-        head.bias += head.weight @ mean
-        head.weight *= std
-    net.norm.running_mean += mean * (net.norm.running_var + net.norm.eps).sqrt()
-    net.norm.running_var.copy_((net.norm.running_var + net.norm.eps) * std.square() - net.norm.eps)
+        assert isinstance(head, nn.Linear)
+        head.bias.add_(head.weight @ mean)
+        head.weight.mul_(std)
+    past, variance, eps = net.norm.running_mean, net.norm.running_var, net.norm.eps
+    assert past is not None and variance is not None
+    past.add_(mean * (variance + eps).sqrt())
+    variance.copy_((variance + eps) * std.square() - eps)
 
 
 @torch.no_grad()
