@@ -164,7 +164,7 @@ class TextAttention(nn.Module):
         self.norm = Norm(channels)
         self.q = nn.Linear(channels, channels, bias=False)
         self.kv = nn.Linear(text, 2 * channels, bias=False)
-        self.null = nn.Parameter(torch.randn(1, 1, text) * 0.02)
+        self.null = nn.Parameter(nn.init.uniform_(torch.empty(1, 1, text), -0.035, 0.035))
         self.out = zero(nn.Linear(channels, channels))
 
     def forward(self, h: Tensor, clip: Clip, text: Text) -> Tensor:

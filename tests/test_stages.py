@@ -103,9 +103,9 @@ def test_a_base_stage_trains_with_some_known_frames(stage_config: Make) -> None:
     ("kind", "changes", "words"),
     [
         ("base", {"known": 1.5}, "known is 1.5, expected 0 to 1"),
-        ("tsr", {"factor": 1}, "factor is 1, expected a divisor above 1 of 4"),
-        ("tsr", {"factor": 3}, r"factor is 3, .* of 4 \(shape.frames\)"),
-        ("interp", {"factor": 3}, r"factor is 3, .* of 5 - 1 \(shape.frames\)"),
+        ("tsr", {"factor": 1}, "factor is 1, expected at least 2"),
+        ("tsr", {"factor": 3}, "shape.frames is 4, but factor 3 makes 3 frames of 1 and 6 of 2"),
+        ("interp", {"factor": 3}, "shape.frames is 5, but factor 3 makes 4 frames of 2 and 7 of 3"),
         ("interp", {"factor": 0}, "factor is 0"),
         ("ssr", {"scale": 3}, r"scale is 3, .* of 8 and 8 \(shape\)"),
         ("ssr", {"scale": 1}, "scale is 1"),
@@ -119,8 +119,8 @@ def test_impossible_rules_are_refused(kind: str, changes: dict[str, Any], words:
 @pytest.mark.parametrize(
     ("kind", "crop", "words"),
     [
-        ("tsr", (3, 8, 8), r"factor is 2, .* of 3 \(train.crop.frames\)"),
-        ("interp", (4, 8, 8), r"factor is 2, .* of 4 - 1 \(train.crop.frames\)"),
+        ("tsr", (3, 8, 8), "train.crop.frames is 3, but factor 2 makes 2 frames of 1 and 4 of 2"),
+        ("interp", (4, 8, 8), "train.crop.frames is 4, but factor 2 makes 3 frames of 2 and 5 of 3"),
         ("ssr", (4, 5, 8), r"scale is 2, .* of 5 and 8 \(train.crop\)"),
     ],
 )
