@@ -39,7 +39,7 @@ class TrainConfig:
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.0  # decay of the average of the weights; it grows from 0 as (1 + step) / (10 + step)
     drop_text: float = 0.0  # fraction of clips trained without their caption (classifier-free guidance)
-    images: float = 0.0  # fraction of clips whose frames are trained as images, each a segment of its own
+    images: float = 0.0  # fraction of steps that train on single frames, each of a clip of its own
     crop: Shape | None = None  # train on random crops of this size (fully convolutional stages)
     crop_tries: int = 1  # of so many random crops the one with the most contrast is taken
     init: str | None = None  # weights to start from

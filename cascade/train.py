@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import FrameType
@@ -41,7 +41,11 @@ SAMPLING = ("sampler", "windows", "augment")  # settings of a stage that its own
 
 
 class Examples(torch.utils.data.Dataset[Batch]):
-    """Training examples of `stage`, example `index` being the same whenever and wherever it is asked for."""
+    """Training examples of `stage`, example `index` being the same whenever and wherever it is asked for.
+
+    In a step of images an example is not a clip but as many single frames, each of a clip of its own: the same work
+    shows the network that many more scenes (joint training on images and videos, Ho et al. 2022, VDM).
+    """
 
     def __init__(self, stage: Stage, source: Source, encode: Callable[[list[str]], Text], cfg: TrainConfig) -> None:
         self.stage = Stage(stage.cfg, stage.rule, net=nn.Identity())
@@ -53,25 +57,30 @@ class Examples(torch.utils.data.Dataset[Batch]):
 
     def __getitem__(self, index: int) -> Batch:
         cfg, shape = self.cfg, self.stage.cfg.shape
-        rng = generator(cfg.seed, "train", index)
-        frames, caption = self.source.sample(shape, self.stage.cfg.fps, cfg.seed, "train", index)
+        step, place = divmod(index, cfg.batch)
+        images = torch.rand((), generator=generator(cfg.seed, "images", step)) < cfg.images
+        parts = (cfg.crop or shape).frames if images else 1
+        # Times are spread evenly over a step's batch: a uniform law with less variance than independent draws.
+        offset = torch.rand(1, generator=generator(cfg.seed, "time", step))
+        t = (offset + (place + torch.arange(parts) / parts) / cfg.batch) % 1
+        if not images:
+            return self.example(shape, cfg.crop, t, index)
+        still, part = replace(shape, frames=1), cfg.crop and replace(cfg.crop, frames=1)
+        return Batch.cat([self.example(still, part, t[i : i + 1], index, i) for i in range(parts)])
+
+    def example(self, shape: Shape, size: Shape | None, t: Tensor, *key: int) -> Batch:
+        """The training example of `key`: a clip of `shape`, or its part of `size`, at time `t` (1,)."""
+        cfg = self.cfg
+        rng = generator(cfg.seed, "train", *key)
+        frames, caption = self.source.sample(shape, self.stage.cfg.fps, cfg.seed, "train", *key)
         video = Video(frames[None], self.stage.cfg.fps)
-        if cfg.crop is not None:
+        if size is not None:
             rate = self.stage.rule.rate(self.stage.cfg)
-            tries = [crop(video, cfg.crop, rate, rng) for _ in range(cfg.crop_tries)]
+            tries = [crop(video, size, rate, rng) for _ in range(cfg.crop_tries)]
             video = max(tries, key=lambda part: float(part.frames.std()))
         text = self.encode(caption).drop(torch.rand(1, generator=rng) >= cfg.drop_text)
-        segments = None
-        if torch.rand((), generator=rng) < cfg.images:
-            length = video.shape.frames
-            segments = torch.arange(length)[None]
-            video = Video(video.frames[:, :, torch.randperm(length, generator=rng)], video.fps)
         x, cond = self.stage.example(video, text, rng)
-        cond.segments = segments
-        # Times are spread evenly over a step's batch: a uniform law with less variance than independent draws.
-        step, place = divmod(index, cfg.batch)
-        offset = torch.rand(1, generator=generator(cfg.seed, "time", step))
-        return Batch(x, torch.randn(x.shape, generator=rng), (offset + place / cfg.batch) % 1, cond)
+        return Batch(x, torch.randn(x.shape, generator=rng), t, cond)
 
 
 def crop(video: Video, size: Shape, rate: int, rng: torch.Generator) -> Video:

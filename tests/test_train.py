@@ -123,15 +123,27 @@ def test_text_is_dropped_as_often_as_asked(make_stage: Make, encode: Make, clips
     assert kept[0.0] == 1 and kept[1.0] == 0 and 0.5 < kept[0.4] < 0.7
 
 
-def test_images_are_frames_in_any_order_each_its_own_segment(make_stage: Make, encode: Make, clips: Any) -> None:
-    images, film = (examples(make_stage, encode, clips, "base", images=share) for share in (1.0, 0.0))
-    assert film[0].cond.segments is None
-    orders = set()
-    for i in range(5):
-        assert images[i].cond.segments is not None and images[i].cond.segments.tolist() == [[0, 1, 2, 3]]
-        frames, shuffled = film[i].x[0].unbind(1), images[i].x[0].unbind(1)
-        orders.add(tuple(next(f for f, old in enumerate(frames) if torch.equal(old, new)) for new in shuffled))
-    assert all(sorted(order) == [0, 1, 2, 3] for order in orders) and len(orders) > 1
+def test_a_step_of_images_shows_as_many_frames_each_of_a_clip_of_its_own(
+    make_stage: Make, encode: Make, clips: Any
+) -> None:
+    made = examples(make_stage, encode, clips, "base", images=1.0)
+    step = [made[i] for i in range(4)]
+    assert all(part.x.shape[:3] == (4, 3, 1) and part.cond.segments is None for part in step)
+    frames = torch.cat([part.x for part in step]).flatten(1)
+    assert len(frames.unique(dim=0)) > 4, "one clip of 4 frames could not show so many"
+    times = torch.cat([part.t for part in step]).sort().values
+    assert torch.allclose(times.diff(), torch.full((15,), 1 / 16), atol=1e-6)
+
+
+def test_so_many_steps_are_of_images_as_asked(make_stage: Make, encode: Make, clips: Any) -> None:
+    made = examples(make_stage, encode, clips, "base", images=0.3, steps=100)
+    frames = [[made[4 * step + i].x.shape[2] for i in (0, 3)] for step in range(100)]
+    assert all(first == last for first, last in frames) and 20 < sum(first == 1 for first, _ in frames) < 40
+
+
+def test_images_of_crops_are_crops(make_stage: Make, encode: Make, clips: Any) -> None:
+    made = examples(make_stage, encode, clips, "ssr", images=1.0, crop=Shape(frames=2, height=4, width=6))
+    assert made[0].x.shape == (2, 3, 1, 4, 6)
 
 
 @pytest.mark.parametrize(("kind", "frames"), [("tsr", 2), ("interp", 3)])
