@@ -254,7 +254,7 @@ BROKEN = {
     "window, rate, plus one": ({"interp/windows/frames": 30}, "expected 1 more than a multiple of 2"),
     "window below rate": ({"interp/windows": {"frames": 1, "overlap": 0}}, "interp.windows.frames=3"),
     "size": ({"base/shape/height": 36}, "shape.height is 36, expected a multiple of 8"),
-    "factor": ({"interp/shape/frames": 30, "interp/train": None}, "factor is 2"),
+    "factor": ({"interp/shape/frames": 30, "interp/train": None}, "factor 2 makes 29 frames of 15"),
     "no frames": ({"base/shape/frames": 0}, "frames is 0"),
     "empty": ({"stages": []}, "stages is empty"),
     "needs an input": ({"stages": ["tsr", "ssr1"]}, "tsr needs a video to add frames to, and no stage"),
