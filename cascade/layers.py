@@ -164,6 +164,7 @@ class TextAttention(nn.Module):
         self.norm = Norm(channels)
         self.q = nn.Linear(channels, channels, bias=False)
         self.kv = nn.Linear(text, 2 * channels, bias=False)
+        # Standard deviation 0.02. randn and normal_ would import torch._dynamo under the meta device: seconds.
         self.null = nn.Parameter(nn.init.uniform_(torch.empty(1, 1, text), -0.035, 0.035))
         self.out = zero(nn.Linear(channels, channels))
 
