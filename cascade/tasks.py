@@ -12,6 +12,7 @@ from cascade import attention, checkpoint, media, store
 from cascade.config import fingerprint, locate, parse, plain, plugin, suggest
 from cascade.data.source import DataConfig, open_source
 from cascade.errors import ConfigError
+from cascade.examples import pool_of
 from cascade.pipeline import Chain, Device, Runner, digest, first_frame, load_stage, read_input, save_stage, video_bytes
 from cascade.preview import Preview
 from cascade.request import Prompts, bars, jobs_of, take
@@ -106,10 +107,10 @@ def train(ask: Request) -> None:
     source = open_source(ask.data, ask.cfg.shape, ask.cfg.fps, out / "clips")
     encoder = text_source(ask.text)
     preview = Preview(stage, source, encoder.encode, cfg)
+    pool, before = pool_of(stage, source, encoder, cfg)
+    inputs = [plain(ask.data), encoder.fingerprint, *before]
     with attention.use(ask.on.attention):
-        average = fit(
-            stage, source, encoder.encode, cfg, out, preview=preview, inputs=[plain(ask.data), encoder.fingerprint]
-        )
+        average = fit(stage, source, encoder.encode, cfg, out, preview=preview, inputs=inputs, pool=pool)
     if first_process():
         save_stage(out / "weights", stage.cfg, average, f"Trained for {cfg.steps} steps of {cfg.batch} clips.")
         print(out / "weights")

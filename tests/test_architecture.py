@@ -19,7 +19,7 @@ KINDS = [path for path in FILES if path.parent == ROOT / "stages" and path.stem 
 # Imports go to the left or stay within a group.
 ORDER = """
 errors config compose store noise video diffusion | attention layers text media codec | request | unet sampler windows |
-stage temporal checkpoint | pipeline data metrics plan textfit | train preview evaluate importers |
+stage temporal checkpoint | pipeline data metrics plan textfit | examples | train preview evaluate importers |
 distill export tasks | cli
 """
 RANK = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}
