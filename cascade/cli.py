@@ -35,6 +35,7 @@ cascade: cascaded text-to-video, stage by stage.
   cascade generate start=ssr1 input=clip.mp4      your own video through the rest of the chain
   cascade plan [chain=tiny] [format=json]         check a chain; sizes, parameters, work and memory of its stages
   cascade evaluate [chain=tiny] [n=64]            judge a chain by what its videos show
+  cascade report runs=DIR [out=docs]              all evaluations below DIR as one page with plots and gates
   cascade embed prompts=FILE out=DIR              write text embeddings once, for text.store=DIR
   cascade info                                    versions, device, attention kernels
   cascade list                                    chains and stages that can be named
@@ -140,6 +141,13 @@ def evaluate(tree: dict[str, Any]) -> None:
     chain_verb(tree)
 
 
+def results(tree: dict[str, Any]) -> None:
+    """Evaluations collected into a page."""
+    from cascade.report import verb
+
+    verb(tree)
+
+
 def embed(tree: dict[str, Any]) -> None:
     """Text embeddings of a file of prompts, written once."""
     from cascade.text import EmbeddingStore, T5Text, TextConfig
@@ -179,6 +187,7 @@ VERBS: dict[str, tuple[str | None, Callable[[dict[str, Any]], None]]] = {
     "generate": ("generate", generate),
     "plan": ("plan", plan),
     "evaluate": ("evaluate", evaluate),
+    "report": ("report", results),
     "embed": ("embed", embed),
     "info": (None, info),
     "list": (None, list_),
