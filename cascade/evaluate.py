@@ -103,16 +103,10 @@ def judge_stage(
     stages = {stage.cfg.name: described(stage.cfg, weights, config or {})}
     return Report(
         subject("stage", stages, cfg, stage.device, dtype),
-        cfg,
-        rows,
-        skipped,
-        about(names),
-        clips_of(found, questions),
-        sheet=sheet_of(found, questions),
-        strips=strips_of(found),
-        laps={stage.cfg.name: laps},
-        machine=device_name(stage.device),
-    )
+        cfg, rows, skipped, about(names), clips_of(found, questions),
+        sheet=sheet_of(found, questions), strips=strips_of(found),
+        laps={stage.cfg.name: laps}, machine=device_name(stage.device),
+    )  # fmt: skip
 
 
 def subject(what: str, stages: dict[str, Any], cfg: EvaluateConfig, device: torch.device, dtype: str) -> dict[str, Any]:
@@ -278,16 +272,10 @@ def judge_chain(runner: Runner, source: Source, cfg: EvaluateConfig, out: Path) 
     on = runner.on.torch
     return Report(
         subject("chain", stages, cfg, on, runner.on.dtype),
-        cfg,
-        rows,
-        skipped,
-        about(names),
-        clips_of(found, questions),
-        sheet=sheet_of(found, questions),
-        strips=strips_of(found),
-        laps=runner.laps,
-        machine=device_name(on),
-    )
+        cfg, rows, skipped, about(names), clips_of(found, questions),
+        sheet=sheet_of(found, questions), strips=strips_of(found),
+        laps=runner.laps, machine=device_name(on),
+    )  # fmt: skip
 
 
 def read_weights(stage: StageConfig) -> checkpoint.Weights:
