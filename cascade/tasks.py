@@ -24,7 +24,10 @@ from cascade.video import Video
 
 @dataclass
 class Request:
-    """A command on one stage, typed. `own` holds the sections that a single task reads: distill, evaluate."""
+    """A command on one stage, typed. `own` holds the sections that a single task reads: distill, evaluate.
+
+    `command` is what was typed, without `out`.
+    """
 
     cfg: StageConfig
     rule: Rule
@@ -33,6 +36,7 @@ class Request:
     text: TextConfig
     data: DataConfig
     own: dict[str, Any]
+    command: str = ""
 
     @property
     def training(self) -> TrainConfig:
@@ -55,7 +59,8 @@ def request(kind: str, tree: dict[str, Any]) -> Request:
     text = parse(tree.pop("text", {}), TextConfig, "text")
     data = parse(tree.pop("data", {}), DataConfig, "data")
     own = {name: tree.pop(name) for name in ("distill", "evaluate") if name in tree}
-    return Request(parse(tree, rule.Config), rule, run, on, text, data, own)  # type: ignore[arg-type]
+    command = str(tree.pop("command", None) or "")
+    return Request(parse(tree, rule.Config), rule, run, on, text, data, own, command)  # type: ignore[arg-type]
 
 
 def sample(ask: Request) -> None:
