@@ -18,9 +18,9 @@ LIBRARY = [path for path in FILES if path.is_relative_to(ROOT / "cascade")]
 KINDS = [path for path in FILES if path.parent == ROOT / "stages" and path.stem != "__init__"]
 # Imports go to the left or stay within a group.
 ORDER = """
-errors config compose store noise video diffusion | kernels | attention layers text media codec | request | unet sampler windows |
-stage temporal checkpoint | pipeline data metrics plan textfit | train preview evaluate importers |
-distill export tasks | cli
+errors config compose store noise video diffusion | kernels | attention layers text media codec | request |
+unet sampler windows | stage temporal checkpoint | pipeline data metrics plan textfit |
+train preview evaluate importers | distill export tasks | cli
 """
 RANK = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}
 HOMES = {  # the files that may import a package
@@ -188,7 +188,9 @@ def test_modules_only_define() -> None:
     for path in FILES:
         for node in tree(path).body:
             docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-            docstring |= isinstance(node, ast.Expr) and last(dotted(getattr(node.value, "func", node))) == "register_autograd"
+            docstring |= (
+                isinstance(node, ast.Expr) and last(dotted(getattr(node.value, "func", node))) == "register_autograd"
+            )
             guard = isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'")
             if not (isinstance(node, legal) or docstring or guard):
                 wrong.append(f"{label(path)}:{node.lineno}")
@@ -230,7 +232,11 @@ print("clean")
 
 
 def test_importing_everything_touches_nothing(tmp_path: Path) -> None:
-    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in FILES if path not in LATE]
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in FILES
+        if path not in LATE
+    ]
     command = [sys.executable, "-c", IMPORT_ALL, ",".join(LIGHT), ",".join(names), ",".join(HEAVY - {"tqdm"})]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)

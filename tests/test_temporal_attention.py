@@ -55,7 +55,9 @@ def test_the_answer_and_gradients_are_the_references(shape: tuple[int, ...], for
         for got, wanted in zip(answer(kernel, draw(shape, form)), want, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
     half = [None if x is None else x.bfloat16() for x in draw(shape, form)]
-    for got, wanted in zip(answer("temporal", half), answer("reference", [x if x is None else x.double() for x in half]), strict=True):
+    for got, wanted in zip(
+        answer("temporal", half), answer("reference", [x if x is None else x.double() for x in half]), strict=True
+    ):
         assert got.dtype is torch.bfloat16 and (got.double() - wanted).norm() <= 1e-2 * wanted.norm() + 1e-3
 
 
@@ -89,7 +91,9 @@ def test_gradcheck_with_a_learned_bias() -> None:
 @pytest.mark.parametrize("form", BIASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_operators_keep_torch_librarys_rules(form: str, dtype: torch.dtype) -> None:
-    q, k, v, bias = (x if x is None else x.detach().requires_grad_() for x in draw((2, 3, 2, 2, 8), form, torch.float32))
+    q, k, v, bias = (
+        x if x is None else x.detach().requires_grad_() for x in draw((2, 3, 2, 2, 8), form, torch.float32)
+    )
     q, k, v = (x.to(dtype).detach().requires_grad_() for x in (q, k, v))  # type: ignore[union-attr]
     for lse in (False, True):
         torch.library.opcheck(torch.ops.cascade.temporal_attention.default, (q, k, v, bias, 0.5, lse))
@@ -147,9 +151,7 @@ def test_auto_takes_it_on_cuda_for_positions_alone_or_says_why_not(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     reasons: dict[str, str | None] = {"temporal": None, "xformers": None}
-    monkeypatch.setattr(
-        attention, "_load", lambda name: SimpleNamespace(available=lambda q, bias: reasons[name])
-    )
+    monkeypatch.setattr(attention, "_load", lambda name: SimpleNamespace(available=lambda q, bias: reasons[name]))
     attention._say_once.cache_clear()
     frames, space = (SimpleNamespace(device=torch.device("cuda"), ndim=n) for n in (5, 4))
     with caplog.at_level(logging.INFO, "cascade"):
@@ -205,7 +207,9 @@ def through_xformers(*tensors: Tensor, bias: Tensor | None = None, **rest: objec
 def test_xformers_reaches_the_kernel(form: str, groups: bool) -> None:
     q, k, v, _ = (x if x is None else x.contiguous().requires_grad_() for x in draw((2, 5, 3, 2, 8), "none"))
     assert q is not None and k is not None and v is not None
-    dims = {"none": None, "heads": (1, 2, 5, 5), "batch": (2, 1, 5, 5), "shared": (1, 1, 5, 5), "full": (2, 2, 5, 5)}[form]
+    dims = {"none": None, "heads": (1, 2, 5, 5), "batch": (2, 1, 5, 5), "shared": (1, 1, 5, 5), "full": (2, 2, 5, 5)}[
+        form
+    ]
     table = None if dims is None else torch.randn(dims, dtype=torch.float64, requires_grad=True)
     leaves = [x for x in (q, k, v, table) if x is not None]
     if groups:  # no gradient there
@@ -253,7 +257,12 @@ def test_xformers_log_sum_is_the_scores() -> None:
     fmha = pytest.importorskip("xformers.ops.fmha")
     q, k, v, _ = draw((2, 5, 3, 2, 8), "none")
     assert q is not None and k is not None
-    for tensors, equation in [((q, k, v), "bmghd,bnghd->bghmn"), ([x.flatten(2, 3) for x in (q, k, v)], "bmhd,bnhd->bhmn")]:  # type: ignore[union-attr]
-        _, lse = fmha.memory_efficient_attention_forward_requires_grad(*tensors, op=our_xformers.temporal_operators()[0])
+    for tensors, equation in [
+        ((q, k, v), "bmghd,bnghd->bghmn"),
+        ([x.flatten(2, 3) for x in (q, k, v)], "bmhd,bnhd->bhmn"),
+    ]:  # type: ignore[union-attr]
+        _, lse = fmha.memory_efficient_attention_forward_requires_grad(
+            *tensors, op=our_xformers.temporal_operators()[0]
+        )
         scores = torch.einsum(equation, *tensors[:2]) * 8**-0.5
         torch.testing.assert_close(lse, scores.logsumexp(-1))

@@ -180,11 +180,12 @@ def _folded(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
     step = max(1, 65535 // heads) if q.device.type == "cuda" else positions  # heads are a grid dim as well
 
     def part(i: slice) -> Tensor:
-        few = [x[:, :, i].flatten(2, 3) for x in (q, k, v)]
+        some = slice(None), slice(None), i
+        few = q[some].flatten(2, 3), k[some].flatten(2, 3), v[some].flatten(2, 3)
         each = bias
         if bias is not None and bias.shape[1] > 1:  # one of a single head is broadcast as it is
             each = bias[:, None].expand(-1, few[0].shape[2] // heads, -1, -1, -1).flatten(1, 2)
-        return _in_launches(kernel, *few, each).unflatten(2, (-1, heads))
+        return torch.unflatten(_in_launches(kernel, *few, each), 2, (-1, heads))
 
     if positions <= step:
         return part(slice(None))

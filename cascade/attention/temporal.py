@@ -1,4 +1,4 @@
-"""Our own kernel for attention over the frames (`cascade.kernels.temporal`), which copies nothing and has no grid limit.
+"""Our kernel for attention over the frames (`cascade.kernels.temporal`), which copies nothing and has no grid limit.
 
 For the layout with positions alone. "auto" takes it on CUDA; on the CPU it is plain torch and there for tests.
 """

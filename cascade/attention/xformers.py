@@ -176,8 +176,9 @@ def temporal_operators() -> tuple[type, type]:
     """The pair by which memory_efficient_attention(..., op=temporal_operators()) reaches `cascade.kernels.temporal`.
 
     For sequences of at most 128 with themselves, on CUDA and the CPU, also where xformers' own library does not load;
-    BMHK, or without a gradient (xformers has none for it) BMGHK, of which the G share a bias. `attend` does not come this way: xformers wants a bias expanded to all
-    positions and returns its gradient in that size. A dim of the bias that was expanded is read and summed once.
+    BMHK, or without a gradient (xformers has none for it) BMGHK, of which the G share a bias. `attend` does not come
+    this way: xformers wants a bias expanded to all positions and returns its gradient in that size. A dim of the bias
+    that was expanded is read and summed once.
     """
     return _temporal_forward(), _temporal_backward()
 

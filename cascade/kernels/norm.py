@@ -75,7 +75,9 @@ def group_norm(
     channels = x.shape[1]
     if x.ndim != 4 or weight.shape != (channels,) or bias.shape != (channels,) or channels % groups:
         shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, bias))
-        raise ValueError(f"group norm of x, weight, bias {shapes} in {groups} groups: expected (N, C, H, W), (C,), (C,)")
+        raise ValueError(
+            f"group norm of x, weight, bias {shapes} in {groups} groups: expected (N, C, H, W), (C,), (C,)"
+        )
     if film is not None and film.shape != (len(x), 2 * channels):
         raise ValueError(f"group norm with film {tuple(film.shape)}: expected (N, 2 C) = {(len(x), 2 * channels)}")
     x = x.contiguous(memory_format=torch.channels_last)
@@ -95,10 +97,17 @@ def group_norm(
     " -> (Tensor, Tensor, Tensor)",
 )
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor, film: Tensor | None, groups: int, eps: float, silu: bool, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    film: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    variance, mean = torch.var_mean(wide.flatten(2).unflatten(1, (groups, -1)), (2, 3), correction=0)
+    variance, mean = torch.var_mean(torch.unflatten(wide.flatten(2), 1, (groups, -1)), (2, 3), correction=0)
     rstd = (variance + eps).rsqrt()
     gain, offset, _ = _affine(weight, bias, film, wide)
     u = _normal(wide, mean, rstd) * gain + offset
@@ -108,7 +117,14 @@ def _forward(
 
 @_forward.register_kernel("cuda")
 def _forward_cuda(
-    x: Tensor, weight: Tensor, bias: Tensor, film: Tensor | None, groups: int, eps: float, silu: bool, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    film: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from cascade.kernels import norm_triton
 
@@ -117,7 +133,14 @@ def _forward_cuda(
 
 @_forward.register_fake
 def _forward_shapes(
-    x: Tensor, weight: Tensor, bias: Tensor, film: Tensor | None, groups: int, eps: float, silu: bool, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    film: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
     mean, rstd = (x.new_empty((len(x), groups), dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2))
@@ -149,8 +172,8 @@ def _backward(
         u = normal * gain + offset
         du = du * u.sigmoid() * (1 + u * (1 - u.sigmoid()))
     slopes, sums = (du * normal).sum((2, 3)), du.sum((2, 3))  # (N, C)
-    inner = (du * gain).flatten(2).unflatten(1, (groups, -1))  # (N, G, C / G, HW)
-    along = normal.flatten(2).unflatten(1, (groups, -1))
+    inner = torch.unflatten((du * gain).flatten(2), 1, (groups, -1))  # (N, G, C / G, HW)
+    along = torch.unflatten(normal.flatten(2), 1, (groups, -1))
     centred = inner - inner.mean((2, 3), keepdim=True) - along * (inner * along).mean((2, 3), keepdim=True)
     dx = (centred * rstd[:, :, None, None]).reshape(x.shape)
     daffine = torch.stack([(slopes * one[..., 0, 0]).sum(0), (sums * one[..., 0, 0]).sum(0)])
@@ -216,7 +239,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 def _normal(x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
     """(x - mean) / deviation of its group, (N, C, H, W)."""
-    groups = x.flatten(2).unflatten(1, (mean.shape[1], -1))
+    groups = torch.unflatten(x.flatten(2), 1, (mean.shape[1], -1))
     return ((groups - mean[:, :, None, None]) * rstd[:, :, None, None]).reshape(x.shape)
 
 

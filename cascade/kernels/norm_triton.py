@@ -145,7 +145,7 @@ def _backward(
         if PHASE == APPLY:
             sum1 = tl.zeros((G, CP), tl.float32)
             sum2 = tl.zeros((G, CP), tl.float32)
-            for t in range(0, parts):
+            for t in range(parts):
                 at = (n * parts + t) * 2 * C + c
                 sum1 += tl.load(PARTS + at, mask=real, other=0.0)
                 sum2 += tl.load(PARTS + at + C, mask=real, other=0.0)
@@ -194,10 +194,17 @@ WARPS = 4
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor, film: Tensor | None, groups: int, eps: float, silu: bool, dtype: torch.dtype
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    film: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `cascade.kernels.norm.group_norm`, and the mean and 1 / deviation of every group, (N, G) float32."""
-    frames, channels, height, width = x.shape
+    frames, _, height, width = x.shape
     constants = _constants(x, film, groups, silu, FORWARD)
     chunk, parts = _spread(frames, height * width, int(constants["ROWS"]), x.device)
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)

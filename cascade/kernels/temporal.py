@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cascade.kernels import unfit
 
-__all__ = ["FRAMES", "FRAMES_FLOAT32", "HEAD", "attention", "refusal"]
+__all__ = ["FRAMES", "FRAMES_FLOAT32", "HEAD", "attention", "precision", "refusal"]
 
 FRAMES, HEAD = 128, 128  # the largest tile that a multiprocessor holds
 FRAMES_FLOAT32 = 64
@@ -34,14 +34,12 @@ def refusal(q: Tensor) -> str | None:
     return unfit(q)
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float | None = None
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float | None = None) -> Tensor:
     """softmax(scale q k^T + bias) v over the frames of every position, and nothing else.
 
-    q, k, v (B, F, S, h, D), any strides whose last is 1 -> (B, F, S, h, D) contiguous. bias (B | 1, h | 1, F | 1, F | 1)
-    is shared by the positions and gets a gradient. scale defaults to D ** -0.5. Raises ValueError for tensors that do
-    not fit together or that no kernel takes (`refusal`).
+    q, k, v (B, F, S, h, D), any strides whose last is 1 -> (B, F, S, h, D) contiguous. bias (B | 1, h | 1, F | 1,
+    F | 1) is shared by the positions and gets a gradient. scale defaults to D ** -0.5. Raises ValueError for tensors
+    that do not fit together or that no kernel takes (`refusal`).
     """
     _check(q, k, v, bias)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -64,7 +62,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"temporal attention of {shapes}: {reason}")
 
 
-def _precision() -> str:
+def precision() -> str:
     """How products of float32 are made: as torch's own."""
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
@@ -78,9 +76,7 @@ def _precision() -> str:
     device_types="cpu",
     schema="(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, bool lse) -> (Tensor, Tensor)",
 )
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, lse: bool
-) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, lse: bool) -> tuple[Tensor, Tensor]:
     a = _scores(q, k, bias, scale)
     out = torch.einsum("bshmn,bnshd->bmshd", a.softmax(-1), v.to(a.dtype)).to(q.dtype).contiguous()
     return out, a.logsumexp(-1).contiguous() if lse else a.new_empty(0)
@@ -92,7 +88,7 @@ def _forward_cuda(
 ) -> tuple[Tensor, Tensor]:
     from cascade.kernels import temporal_triton
 
-    return temporal_triton.forward(q, k, v, bias, scale, lse, _precision())
+    return temporal_triton.forward(q, k, v, bias, scale, lse, precision())
 
 
 @_forward.register_fake
@@ -123,7 +119,8 @@ def _backward(
     dbias = p.new_empty(0)
     if bias is not None and bias_gradient:
         dbias = (da.sum(1) if bias.shape[0] > 1 else da.sum((0, 1))[None]).contiguous()
-    return *((x.to(q.dtype).contiguous()) for x in (dq * scale, dk * scale, dv)), dbias
+    dq, dk, dv = (x.to(q.dtype).contiguous() for x in (dq * scale, dk * scale, dv))
+    return dq, dk, dv, dbias
 
 
 @_backward.register_kernel("cuda")
@@ -132,7 +129,7 @@ def _backward_cuda(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from cascade.kernels import temporal_triton
 
-    return temporal_triton.backward(grad, q, k, v, bias, scale, bias_gradient, _precision())
+    return temporal_triton.backward(grad, q, k, v, bias, scale, bias_gradient, precision())
 
 
 @_backward.register_fake

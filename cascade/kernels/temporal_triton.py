@@ -237,7 +237,7 @@ def backward(
     precision: str,
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv (B, F, S, h, D) and the bias' gradient (B | 1, h, F, F) in float32, empty where it is not asked for."""
+    """dq, dk, dv (B, F, S, h, D) and the bias' gradient (B | 1, h, F, F) in float32, empty if not asked for."""
     frames, heads = q.shape[1], q.shape[3]
     grid = _grid(q, bias, precision, True, launch)
     dq, dk, dv = (torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(3))
