@@ -107,12 +107,19 @@ class Pooled:
         t = (torch.rand((), generator=noise, device=device) + torch.arange(count, device=device) / count) % 1
         return Batch(x, eps, t, u, cond)
 
-    def imitation(self, text: Text, rng: torch.Generator) -> Callable[[Video, Text], Video] | None:
-        """Makes the stage's input as the stage before does."""
+    def imitation(self, text: Text, rng: torch.Generator) -> Callable[[Video], Video] | None:
+        """Makes a share of the clips that come in as the stage before does."""
         gap, before = self.cfg.gap, self.before
         if gap is None or before is None or gap.share == 0:
             return None
-        return lambda low, _: before.imitate(low, text, rng, gap.strength).to(rng.device)
+
+        def mixed(low: Video) -> Video:
+            with torch.autocast(rng.device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16"):
+                made = before.imitate(low, text, rng, gap.strength).to(rng.device)
+            chosen = torch.rand(len(low.frames), generator=rng, device=rng.device) < gap.share
+            return Video(torch.where(chosen.view(-1, 1, 1, 1, 1), made.frames, low.frames), low.fps, low.known)
+
+        return mixed
 
     def batches(self, start: int, accelerator: Accelerator) -> Iterator[Batch]:
         """This process's share of every micro-batch from step `start` on."""

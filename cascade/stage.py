@@ -250,22 +250,18 @@ class Stage:
         return Cond(concat, mask, level, rate, text)
 
     def example(
-        self, video: Video, text: Text, rng: torch.Generator, before: Callable[[Video, Text], Video] | None = None
+        self, video: Video, text: Text, rng: torch.Generator, before: Callable[[Video], Video] | None = None
     ) -> tuple[Tensor, Cond]:
         """Training pairs from clean clips (B, C, F, H, W): the targets x and their conditioning.
 
-        Clips, text and `rng` are on one device. A clip of which `before` is given comes in as the stage before makes
-        it for a share `train.gap.share` of the clips, else degraded.
+        Clips, text and `rng` are on one device. `before` turns the degraded clips into what comes in.
         """
         x = self.encode(video.frames)
         low = self.rule.degrade(video, self.cfg, rng)
-        drawn = torch.rand(2, len(x), generator=rng, device=rng.device)
-        level = (2 * drawn[0] - 1).clamp(min=0) * self.cfg.augment_max  # half of them without
+        drawn = torch.rand(len(x), generator=rng, device=rng.device)
+        level = (2 * drawn - 1).clamp(min=0) * self.cfg.augment_max  # half of them without
         if before is not None and low is not None:
-            assert self.cfg.train is not None and self.cfg.train.gap is not None
-            made = before(low, text).frames
-            mine = (drawn[1] < self.cfg.train.gap.share).view(-1, 1, 1, 1, 1)
-            low = Video(torch.where(mine, made, low.frames), low.fps, low.known)
+            low = before(low)
         eps = torch.randn(x.shape, generator=rng, device=rng.device)
         return x, self.condition(low, video.shape, text, video.fps, level, eps)
 

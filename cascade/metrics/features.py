@@ -213,3 +213,9 @@ def accuracy(net: Features, seed: int, count: int) -> dict[str, float]:
     logits = net.classify(extract(clips, net))
     right = {name: (logits[name].argmax(1) == known)[known != NONE] for name, known in classes.items()}
     return {name: float(found.float().mean()) for name, found in right.items()}
+
+
+if __name__ == "__main__":
+    import sys
+
+    fit(Path(sys.argv[1]))

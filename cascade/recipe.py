@@ -1,0 +1,231 @@
+"""A recipe: every training that made a chain's weights, as steps that need one another; `cascade train recipe=tiny`.
+
+A step is a command of one stage, or the fit of a network that belongs to no stage, in a folder of its own below `out`.
+`@name` in its words stands for the weights of the step `name`, `@name/08` for those of a round of a distillation. A
+step that is done is not done again; one that was cut short goes on, as its command does when it is given again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cascade import checkpoint, store
+from cascade.compose import compose
+from cascade.config import parse, suggest
+from cascade.errors import CascadeError, ConfigError
+
+log = logging.getLogger("cascade")
+FITS = {"text": "cascade.textfit", "features": "cascade.metrics.features"}  # what belongs to no stage
+PROFILES = ("cpu", "gpu")
+REFERENCE = re.compile(r"@([\w-]+)((?:/\w+)?)")
+
+
+@dataclass(kw_only=True)
+class Step:
+    """One training or evaluation: of `stage` (a name in conf/stage), or the `fit` of one of FITS.
+
+    `set` are the words of its command, `cpu` or `gpu` those that only this profile adds. With `each`, the step stands
+    for one of every value, which is appended to its name and replaces {} in its words. `minutes` say what it cost.
+    """
+
+    stage: str | None = None
+    task: str = "train"
+    fit: str | None = None
+    set: list[str] = field(default_factory=list)
+    cpu: list[str] = field(default_factory=list)
+    gpu: list[str] = field(default_factory=list)
+    each: list[int] = field(default_factory=list)
+    minutes: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.stage is None) == (self.fit is None):
+            raise ValueError(f"stage and fit are {self.stage} and {self.fit}, expected one of them")
+        if self.fit is not None and self.fit not in FITS:
+            raise ValueError(f"fit is {self.fit}, expected one of {', '.join(FITS)}")
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """`steps` in any order, and which step's weights each part of the chain ships with (`ships`).
+
+    `only` names steps that are wanted; what they need comes along. `jobs` steps run at the same time, their output in
+    <out>/<step>.log if there are several.
+    """
+
+    steps: dict[str, Step]
+    ships: dict[str, str] = field(default_factory=dict)
+    out: str = "runs/train"
+    profile: str = "auto"
+    jobs: int = 1
+    only: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if self.profile not in (*PROFILES, "auto"):
+            raise ValueError(f"profile is {self.profile}, expected cpu, gpu or auto")
+        if self.jobs < 1:
+            raise ValueError(f"jobs is {self.jobs}, expected at least 1")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A step as it runs: its words with references still in them, what it waits for, and its cost if known."""
+
+    name: str
+    step: Step
+    words: tuple[str, ...]
+    minutes: float
+
+    @property
+    def needs(self) -> set[str]:
+        return {name for word in self.words for name, _ in REFERENCE.findall(word)}
+
+
+def tasks_of(recipe: Recipe, profile: str) -> dict[str, Task]:
+    """All tasks in an order in which each follows what it needs. ConfigError for a reference to nothing or a circle."""
+    known = {task.name: task for name, step in recipe.steps.items() for task in expanded(name, step, profile)}
+    ordered: dict[str, Task] = {}
+
+    def add(name: str, path: tuple[str, ...]) -> None:
+        if name not in known:
+            raise ConfigError(f"recipe: there is no step {name}", fix=suggest(name, known))
+        if name in path:
+            raise ConfigError(f"recipe: {' needs '.join((*path, name))}", fix="steps that do not need themselves")
+        for need in sorted(known[name].needs):
+            add(need, (*path, name))
+        ordered.setdefault(name, known[name])
+
+    for name in known if recipe.only is None else recipe.only:
+        add(name, ())
+    return ordered
+
+
+def expanded(name: str, step: Step, profile: str) -> list[Task]:
+    """The step, or one for each of its values; in a reference a number has two digits, as a distillation's folders."""
+    words: list[str] = [*step.set, *getattr(step, profile)]
+    cost = step.minutes.get(profile, 0.0)
+    if not step.each:
+        return [Task(name, step, tuple(words), cost)]
+    return [
+        Task(f"{name}-{n}", step, tuple(w.replace("{}", f"{n:02d}" if "@" in w else str(n)) for w in words), cost)
+        for n in step.each
+    ]
+
+
+def resolve(word: str, out: Path) -> str:
+    """References as directories below `out`."""
+    root = str(out) if out.is_absolute() else f"./{out}"
+    return REFERENCE.sub(lambda m: f"{root}/{m[1]}{m[2]}/weights", word)
+
+
+def command(task: Task, out: Path) -> list[str]:
+    """The command line of a step."""
+    words = [resolve(word, out) for word in task.words]
+    if task.step.stage is None:
+        return [sys.executable, "-m", FITS[str(task.step.fit)], str(out / task.name / "weights"), *words]
+    kind = compose("stage", [f"stage={task.step.stage}"])["kind"]
+    start = [sys.executable, "-m", f"stages.{kind}", f"stage={task.step.stage}", f"task={task.step.task}"]
+    return [*start, f"out={out / task.name}", *words]
+
+
+def is_done(task: Task, out: Path) -> bool:
+    """Whether the step was finished with the same words."""
+    mark = out / f"{task.name}.done"
+    return mark.is_file() and json.loads(mark.read_bytes()) == {"words": list(task.words)}
+
+
+class Run:
+    """The tasks of a recipe at work, `jobs` at a time."""
+
+    def __init__(self, tasks: Mapping[str, Task], out: Path, jobs: int, say: Callable[[str], None]) -> None:
+        self.out, self.jobs, self.say = out, jobs, say
+        self.tasks = dict(tasks)
+        self.left = {name: task for name, task in tasks.items() if not is_done(task, out)}
+        self.ready = tasks.keys() - self.left.keys()
+        self.busy: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
+
+    def __call__(self) -> None:
+        """Raises CascadeError with the exit code of a step that failed, once the others that run have ended."""
+        try:
+            while self.left or self.busy:
+                for name in [n for n, t in self.left.items() if t.needs <= self.ready][: self.jobs - len(self.busy)]:
+                    self.start(self.left[name])
+                time.sleep(0.2)
+                for name, (process, since) in list(self.busy.items()):
+                    if process.poll() is not None:
+                        self.finish(name, process.returncode, since)
+        finally:
+            for process, _ in self.busy.values():  # they have heard the signal too, and save what they have
+                process.wait()
+
+    def start(self, task: Task) -> None:
+        cost = sum(other.minutes for other in self.left.values())
+        number = len(self.tasks) - len(self.left) + 1
+        self.say(f"[{number}/{len(self.tasks)}] {task.name}" + (f", about {cost:.0f} min left in all" if cost else ""))
+        del self.left[task.name]
+        words = command(task, self.out)
+        if self.jobs == 1:
+            process = subprocess.Popen(words)
+        else:
+            with (self.out / f"{task.name}.log").open("ab") as file:
+                process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+        self.busy[task.name] = process, time.monotonic()
+
+    def finish(self, name: str, code: int, since: float) -> None:
+        del self.busy[name]
+        if code in (130, 143, -2, -15):
+            raise KeyboardInterrupt
+        if code:
+            where = f", see {self.out / name}.log" if self.jobs > 1 else ""
+            error = CascadeError(f"recipe step {name} failed{where}", fix="mend it and give the same command again")
+            error.code = max(code, 1)
+            raise error
+        store.write_file(self.out / f"{name}.done", store.canonical({"words": list(self.tasks[name].words)}))
+        self.ready |= {name}
+        self.say(f"      {name} done in {(time.monotonic() - since) / 60:.1f} min")
+
+
+def ship(ships: Mapping[str, str], out: Path) -> list[Path]:
+    """Half-precision copies of the weights that the chain ships with, as <out>/checkpoints/<name>."""
+    made = []
+    for name, reference in ships.items():
+        source, target = Path(resolve(reference, out)), out / "checkpoints" / name
+        if source.is_dir():  # not every step need have been asked for
+            halved(source, target)
+            made.append(target)
+    return made
+
+
+def halved(source: Path, target: Path) -> None:
+    """A weights directory in float16; whatever else it says stays."""
+    artefact = store.read(source)
+    files = dict(artefact.files)
+    state = {key: value.to(torch.float16) if value.is_floating_point() else value
+             for key, value in store.bytes_to_tensors(files[checkpoint.MODEL]).items()}  # fmt: skip
+    files[checkpoint.MODEL] = store.tensors_to_bytes(state)
+    store.commit(target, files, kind=artefact.kind, meta=artefact.meta, replace=True)
+
+
+def verb(tree: dict[str, Any]) -> None:
+    """`cascade train`: runs a recipe; prints where the weights are."""
+    recipe = parse(tree, Recipe)
+    profile = recipe.profile if recipe.profile != "auto" else ("gpu" if torch.cuda.is_available() else "cpu")
+    tasks, out = tasks_of(recipe, profile), Path(recipe.out)
+    for part, reference in recipe.ships.items():
+        for name, _ in REFERENCE.findall(reference):
+            if name not in recipe.steps:
+                raise ConfigError(f"recipe: {part} ships {reference}, which is no step", fix=f"a step {name}")
+    with store.lock(out):
+        Run(tasks, out, recipe.jobs, log.info)()
+        for target in ship(recipe.ships, out):
+            print(target)
