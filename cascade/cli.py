@@ -34,6 +34,7 @@ cascade: cascaded text-to-video, stage by stage.
   cascade generate start=ssr1 input=clip.mp4      your own video through the rest of the chain
   cascade plan [chain=tiny] [format=json]         check a chain; sizes, parameters, work and memory of its stages
   cascade evaluate [chain=tiny] [n=64]            judge a chain by what its videos show
+  cascade assets [only=[i3d]] [out=DIR]           fetch the networks that FVD, FID and LPIPS of the papers need
   cascade embed prompts=FILE out=DIR              write text embeddings once, for text.store=DIR
   cascade info                                    versions, device, attention kernels
   cascade list                                    chains and stages that can be named
@@ -139,6 +140,13 @@ def evaluate(tree: dict[str, Any]) -> None:
     chain_verb(tree)
 
 
+def assets(tree: dict[str, Any]) -> None:
+    """Networks of others, for measures."""
+    from cascade.assets import verb
+
+    verb(tree)
+
+
 def embed(tree: dict[str, Any]) -> None:
     """Text embeddings of a file of prompts, written once."""
     from cascade.text import EmbeddingStore, T5Text, TextConfig
@@ -178,6 +186,7 @@ VERBS: dict[str, tuple[str | None, Callable[[dict[str, Any]], None]]] = {
     "generate": ("generate", generate),
     "plan": ("plan", plan),
     "evaluate": ("evaluate", evaluate),
+    "assets": ("assets", assets),
     "embed": ("embed", embed),
     "info": (None, info),
     "list": (None, list_),
