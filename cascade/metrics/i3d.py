@@ -113,7 +113,8 @@ class I3D(nn.Sequential):
         super().__init__(OrderedDict(layers))
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).mean((2, 3, 4))
+        logits: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return logits.mean((2, 3, 4))
 
 
 def prepare(frames: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ def prepare(frames: Tensor) -> Tensor:
     shrink = clip.shape[3] > INPUT.height or clip.shape[4] > INPUT.width
     flat = clip.transpose(1, 2).flatten(0, 1)
     flat = F.interpolate(flat, (INPUT.height, INPUT.width), mode="bilinear", align_corners=False, antialias=shrink)
-    return flat.unflatten(0, (len(frames), -1)).transpose(1, 2)
+    return torch.unflatten(flat, 0, (len(frames), INPUT.frames)).transpose(1, 2)
 
 
 @torch.no_grad()

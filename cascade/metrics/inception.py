@@ -50,12 +50,10 @@ class Fork(nn.ModuleDict):
         return torch.cat([branch(x) for branch in self.values()], 1)
 
 
-def line(*units: nn.Module, mixed: nn.Module | None = None) -> nn.Sequential:
-    """Units one after another: conv, conv_1, conv_2 ... after a `pool`, before a fork `mixed`."""
-    pools = {"pool": unit for unit in units if not isinstance(unit, Unit)}
-    convs = [unit for unit in units if isinstance(unit, Unit)]
-    named = {f"conv_{i}" if i else "conv": unit for i, unit in enumerate(convs)}
-    return nn.Sequential(OrderedDict({**pools, **named, **({} if mixed is None else {"mixed": mixed})}))
+def line(*units: Unit, pool: nn.Module | None = None, mixed: Fork | None = None) -> nn.Sequential:
+    """One after another: the pool, the units, the fork."""
+    named = {"pool": pool, **{f"conv_{i}" if i else "conv": unit for i, unit in enumerate(units)}, "mixed": mixed}
+    return nn.Sequential(OrderedDict({name: part for name, part in named.items() if part is not None}))
 
 
 def block_35(inputs: int, pooled: int) -> Fork:
@@ -64,7 +62,7 @@ def block_35(inputs: int, pooled: int) -> Fork:
         "conv": Unit(inputs, 64, 1),
         "tower": line(Unit(inputs, 48, 1), Unit(48, 64, 5, padding=2)),
         "tower_1": line(Unit(inputs, 64, 1), Unit(64, 96, 3, padding=1), Unit(96, 96, 3, padding=1)),
-        "tower_2": line(mean(), Unit(inputs, pooled, 1)),
+        "tower_2": line(Unit(inputs, pooled, 1), pool=mean()),
     })  # fmt: skip
 
 
@@ -82,7 +80,7 @@ def block_17(c: int) -> Fork:
         "conv": Unit(768, 192, 1),
         "tower": line(Unit(768, c, 1), wide(c, c, 7), high(c, 192, 7)),
         "tower_1": line(Unit(768, c, 1), high(c, c, 7), wide(c, c, 7), high(c, c, 7), wide(c, 192, 7)),
-        "tower_2": line(mean(), Unit(768, 192, 1)),
+        "tower_2": line(Unit(768, 192, 1), pool=mean()),
     })  # fmt: skip
 
 
@@ -102,7 +100,7 @@ def block_8(inputs: int, pool: nn.Module) -> Fork:
         "conv": Unit(inputs, 320, 1),
         "tower": line(Unit(inputs, 384, 1), mixed=three),
         "tower_1": line(Unit(inputs, 448, 1), Unit(448, 384, 3, padding=1), mixed=four),
-        "tower_2": line(pool, Unit(inputs, 192, 1)),
+        "tower_2": line(Unit(inputs, 192, 1), pool=pool),
     })  # fmt: skip
 
 
