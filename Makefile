@@ -43,7 +43,7 @@ pathlib.Path(".venv/pip.conf").write_text(f"[install]\nconstraint = {pin.as_uri(
 endef
 export PIN_TORCH
 
-.PHONY: help setup generate test test-fast lint types format lock clean FORCE
+.PHONY: help setup generate assets test test-fast lint types format lock clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +52,9 @@ setup: $(READY)  ## .venv with all that is needed (the other targets do this by 
 
 generate: $(READY)  ## a video from a prompt: make generate PROMPT="..." [ARGS="seed=1 out=DIR"]
 	@$(CASCADE) generate $(if $(value PROMPT),prompt="$$P") $(value ARGS)
+
+assets: $(READY)  ## fetch the networks that FVD, FID and LPIPS of the papers need (150 MB; `make test` then tests them too)
+	@$(CASCADE) assets $(value ARGS)
 
 test: $(READY)  ## the whole suite, in JOBS=2 processes
 	$(PYTEST) $(value ARGS)

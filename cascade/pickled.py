@@ -156,7 +156,7 @@ def _leaves(
 
 
 def _array(call: Call, where: str) -> Tensor:
-    """ndarray.__reduce__ of protocols 2 to 4: an empty array, then (version, shape, dtype, Fortran order, bytes)."""
+    """ndarray.__reduce__ of protocols 3 and 4: an empty array, then (version, shape, dtype, Fortran order, bytes)."""
     try:
         if call.what.full not in RECONSTRUCT:
             raise ValueError(call.what.full)
@@ -186,6 +186,8 @@ def _stored(call: Call, archive: zipfile.ZipFile, folder: str, where: str) -> Te
 
 
 def _from_bytes(data: bytes, dtype: torch.dtype) -> Tensor:
+    if not data:
+        return torch.empty(0, dtype=dtype)
     return torch.frombuffer(bytearray(data), dtype=dtype)  # a bytearray: torch wants memory that may be written
 
 
