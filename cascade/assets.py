@@ -33,7 +33,6 @@ VARIABLE = "CASCADE_ASSETS"  # of the environment: another folder than the defau
 LAYOUT = 1  # of what `convert` writes; a new number makes every artefact again
 WEIGHTS, TOKENIZER, VOCABULARY = "weights", "tokenizer", "spiece.model"
 EPS = 1e-3  # of the batch normalisation in both Inceptions
-
 Files = dict[str, bytes]
 
 
@@ -290,7 +289,8 @@ def verb(tree: dict[str, Any]) -> None:
     names = list(ASSETS) if cfg.only is None else cfg.only
     for name in names:
         if name not in ASSETS:
-            raise ConfigError(f"only names {name!r}, which is no asset", fix=suggest(name, ASSETS, "only="))
+            near = suggest(name, ASSETS).replace(" or ", ",")
+            raise ConfigError(f"only names {name!r}, which is no asset", fix=f"only=[{near}]")
     root = Path(cfg.out) if cfg.out else folder()
     with store.lock(root):
         store.sweep(root)

@@ -181,7 +181,7 @@ def test_the_command(index: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert f"{assets.VARIABLE}={tmp_path / 'own'}" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="lpis") as error:
         cli.command(["assets", "only=[lpis]", f"out={tmp_path / 'none'}"])
-    assert error.value.fix == "only=lpips" and not (tmp_path / "none").exists()
+    assert error.value.fix == "only=[lpips]" and not (tmp_path / "none").exists()
 
 
 def test_where_assets_are_and_that_they_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

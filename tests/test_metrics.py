@@ -237,9 +237,19 @@ def test_kernel_distance_is_unbiased_and_sees_a_shift() -> None:
     null = torch.tensor([fvd.kernel(a[:12], b[:12]) for a, b in zip(rows[::2], rows[1::2], strict=True)])
     assert abs(null.mean()) < 3 * null.std() / 10**0.5 and (null < 0).any()
     assert fvd.kernel(rows[0], rows[1] + 1) > 20 * abs(fvd.kernel(rows[0], rows[1]))
-    d = 3
-    a, b = torch.ones(2, d), torch.zeros(3, d)
-    assert fvd.kernel(a, b) == pytest.approx(8 + 1 - 2)  # (1 + 1)^3 and 1 within, 1 across
+    assert fvd.kernel(torch.ones(2, 3), torch.zeros(2, 3)) == pytest.approx(8 + 1 - 2)  # (1 + 1)^3, 1 within; 1 across
+
+
+def test_kernel_distance_of_pairs_and_of_several_frames_of_a_clip_is_unbiased() -> None:
+    rows = torch.randn(50, 12, 8, generator=generator("pairs"))
+    paired = torch.tensor([fvd.kernel(row, row + 1e-3) for row in rows])
+    assert paired.abs().max() < 0.05
+    clips = 2 * torch.randn(200, 2, 6, 1, 8, generator=generator("clips"))
+    alike = clips + 0.1 * torch.randn(200, 2, 6, 3, 8, generator=generator("frames"))
+    null = torch.tensor([fvd.kernel(a, b) for a, b in alike])
+    assert abs(null.mean()) < 3 * null.std() / 200**0.5
+    apart = torch.tensor([fvd.kernel(a.flatten(0, 1), b.flatten(0, 1)) for a, b in alike])
+    assert apart.mean() > 3 * apart.std() / 200**0.5  # frames taken for clips
 
 
 # the feature network

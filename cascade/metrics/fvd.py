@@ -37,15 +37,16 @@ def _spread(samples: Tensor) -> Tensor:
 
 
 def kernel(a: Tensor, b: Tensor) -> float:
-    """Squared maximum mean discrepancy of samples (n, d), (m, d) under the kernel (x y / d + 1)^3, in float64.
+    """Squared maximum mean discrepancy under the kernel (x y / d + 1)^3 of samples (n, d), or (n, k, d) of n clips.
 
-    Unbiased (Binkowski et al. 2018, "Demystifying MMD GANs"): of equal distributions it is 0 on average for any number
-    of samples, and so it may come out negative.
+    Unbiased (Binkowski et al. 2018, "Demystifying MMD GANs"; Gretton et al. 2012, eq. 4): of equal distributions it is
+    0 on average for any n, and so may come out negative. Pairs from one clip, or from a clip and its own truth, are
+    not independent and do not count.
     """
-    a, b = a.double(), b.double()
+    clip = torch.arange(len(a)).repeat_interleave(a[0].numel() // a.shape[-1])
+    a, b = a.double().reshape(len(clip), -1), b.double().reshape(len(clip), -1)
     aa, bb, ab = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
-    within = [(k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for k in (aa, bb)]
-    return float(within[0] + within[1] - 2 * ab.mean())
+    return float((aa + bb - ab - ab.T)[clip[:, None] != clip].mean())
 
 
 def judge(frames: Tensor, truth: Tensor) -> dict[str, Tensor]:

@@ -166,8 +166,8 @@ def total(values: dict[str, Tensor]) -> dict[str, float]:
     """FID and the kernel distance (KID) of all frames. Without two clips of each there is none."""
     if len(values["made"]) < 2:
         return {}
-    made, real = (values[name].flatten(0, 1) for name in ("made", "real"))
-    return {"fid": frechet(made, real), "kid": kernel(made, real)}
+    made, real = values["made"], values["real"]
+    return {"fid": frechet(made.flatten(0, 1), real.flatten(0, 1)), "kid": kernel(made, real)}
 
 
 def about() -> dict[str, Any]:
