@@ -8,6 +8,7 @@ TORCH ?= torch==2.13.0
 # The interpreter to build .venv with; the first fit one on PATH unless given.
 PYTHON ?= python3 python3.13 python3.12 python3.11 python3.10 python3.14
 JOBS ?= 2
+RUNS ?= runs
 PIP_TOOL := pip==26.3
 UV_TOOL := uv==0.13.9
 
@@ -43,7 +44,7 @@ pathlib.Path(".venv/pip.conf").write_text(f"[install]\nconstraint = {pin.as_uri(
 endef
 export PIN_TORCH
 
-.PHONY: help setup generate assets test test-fast lint types format lock clean FORCE
+.PHONY: help setup generate assets report test test-fast lint types format lock clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -52,6 +53,9 @@ setup: $(READY)  ## .venv with all that is needed (the other targets do this by 
 
 generate: $(READY)  ## a video from a prompt: make generate PROMPT="..." [ARGS="seed=1 out=DIR"]
 	@$(CASCADE) generate $(if $(value PROMPT),prompt="$$P") $(value ARGS)
+
+report: $(READY)  ## docs/results.md from the evaluations below RUNS=runs: make report [RUNS=DIR] [ARGS="out=DIR"]
+	@$(CASCADE) report runs='$(RUNS)' cards=checkpoints/tiny $(value ARGS)
 
 assets: $(READY)  ## fetch the networks that FVD, FID and LPIPS of the papers need (150 MB; `make test` then tests them too)
 	@$(CASCADE) assets $(value ARGS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ cascade: cascaded text-to-video, stage by stage.
   cascade generate start=ssr1 input=clip.mp4      your own video through the rest of the chain
   cascade plan [chain=tiny] [format=json]         check a chain; sizes, parameters, work and memory of its stages
   cascade evaluate [chain=tiny] [n=64]            judge a chain by what its videos show
+  cascade report runs=DIR [out=docs]              all evaluations below DIR as one page with plots and gates
   cascade assets [only=[i3d]] [out=DIR]           fetch the networks that FVD, FID and LPIPS of the papers need
   cascade embed prompts=FILE out=DIR              write text embeddings once, for text.store=DIR
   cascade info                                    versions, device, attention kernels
@@ -147,6 +149,13 @@ def assets(tree: dict[str, Any]) -> None:
     verb(tree)
 
 
+def results(tree: dict[str, Any]) -> None:
+    """Evaluations collected into a page."""
+    from cascade.report import verb
+
+    verb(tree)
+
+
 def embed(tree: dict[str, Any]) -> None:
     """Text embeddings of a file of prompts, written once."""
     from cascade.text import EmbeddingStore, T5Text, TextConfig
@@ -186,6 +195,7 @@ VERBS: dict[str, tuple[str | None, Callable[[dict[str, Any]], None]]] = {
     "generate": ("generate", generate),
     "plan": ("plan", plan),
     "evaluate": ("evaluate", evaluate),
+    "report": ("report", results),
     "assets": ("assets", assets),
     "embed": ("embed", embed),
     "info": (None, info),
@@ -204,7 +214,7 @@ def stage_main(kind: str) -> None:
 def stage_command(kind: str, argv: Sequence[str]) -> None:
     from cascade import tasks
 
-    for tree in settings("stage", argv):
+    for tree in settings("stage", argv, f"python -m stages.{kind}"):
         if tree.get("kind") != kind:
             raise ConfigError(
                 f"the stage is of kind {tree.get('kind')}, this is stages.{kind}",
@@ -240,12 +250,15 @@ def command(argv: Sequence[str]) -> None:
             raise ConfigError(f"cascade {verb} takes no settings, not {rest[0]!r}", fix=f"cascade {verb}")
         run({})
         return
-    for tree in settings(primary, rest):
+    for tree in settings(primary, rest, f"cascade {verb}"):
         run(tree)
 
 
-def settings(primary: str, argv: Sequence[str]) -> list[dict[str, Any]]:
-    """The composed settings of a command, several with -m; none if they were only to be shown."""
+def settings(primary: str, argv: Sequence[str], program: str = "") -> list[dict[str, Any]]:
+    """The composed settings of a command, several with -m; none if they were only to be shown.
+
+    A configuration with a key `command` is told there what was typed, see `typed`.
+    """
     texts, rest = split_prompts(argv)
     config_dir, show, many, overrides = None, False, False, []
     words = iter(rest)
@@ -273,7 +286,17 @@ def settings(primary: str, argv: Sequence[str]) -> list[dict[str, Any]]:
 
         print(yaml.safe_dump_all(trees, sort_keys=False, allow_unicode=True), end="")
         return []
+    said = [f"{key}={text}" for key, text in texts.items()]
+    options = ["--config-dir", str(config_dir)] if config_dir is not None else []
+    for tree, combination in zip(trees, combinations, strict=True):
+        if "command" in tree:
+            tree["command"] = typed(program, [*said, *combination, *options])
     return trees
+
+
+def typed(program: str, words: Sequence[str]) -> str:
+    """A command line for a shell that does the same again, without `out`: where a result went is no part of it."""
+    return f"{program} {shlex.join(word for word in words if not word.startswith('out='))}".strip()
 
 
 def sweep(overrides: Sequence[str]) -> list[list[str]]:

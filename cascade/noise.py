@@ -16,11 +16,14 @@ from torch import Tensor
 Key = int | str
 
 
-def generator(*key: Key) -> torch.Generator:
-    """A CPU generator seeded by the first 63 bits of the SHA-256 of `key`, whose texts have no "|"."""
+def generator(*key: Key, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator seeded by the first 63 bits of the SHA-256 of `key`, whose texts have no "|".
+
+    Videos are made with CPU generators alone; on a GPU the same key draws other numbers.
+    """
     assert not any("|" in part for part in key if isinstance(part, str)), f"{key}: a | would join two parts of a key"
     digest = hashlib.sha256("|".join(f"{type(part).__name__}:{part}" for part in key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def sample_id(prompt: str, copy: int = 0) -> str:

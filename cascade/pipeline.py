@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -288,6 +289,7 @@ class Runner:
     seed: int = 0
     negative: str | None = None
     progress: Progress | None = None
+    laps: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # by stage, of every call: clips, seconds
     _texts: dict[str, Text] = field(default_factory=dict)
 
     def run(self, jobs: Sequence[Job], given: Video | None) -> dict[Path, Video]:
@@ -349,11 +351,13 @@ class Runner:
         text = self.text([job.prompt for job in jobs])
         negative = None if self.negative is None else self.text([self.negative] * len(jobs))
         noise = Noise(self.seed, stage.cfg.name, tuple(job.sample for job in jobs))
+        start = time.perf_counter()
         try:
             with attention.use(self.on.attention), precision(self.on):
                 video = stage.sample(low, text, negative, noise, tick)
         except CascadeError as error:
             raise type(error)(f"{stage.cfg.name}: {error.message}", error.fix) from error
+        self.laps.setdefault(stage.cfg.name, []).append((len(jobs), time.perf_counter() - start))
         return [Video(video.frames[i : i + 1], video.fps) for i in range(len(jobs))]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from cascade.codec import COLOURS, Codec, Coder, Kind
 from cascade.diffusion import Diffusion
-from cascade.noise import Noise
-from cascade.sampler import Hook, Sampler, Threshold, keep_known, sample
+from cascade.sampler import Draw, Hook, Sampler, Threshold, keep_known, sample
 from cascade.text import Text
 from cascade.unet import Cond, UNetConfig, VideoUNet
 from cascade.video import Shape, Video
@@ -27,8 +26,32 @@ from cascade.windows import Windows, windowed
 
 
 @dataclass(kw_only=True)
+class Gap:
+    """Cascade-gap training: a `share` of the clips come in as the stage before really makes them.
+
+    `stage` names its settings in conf/stage, `weights` its weights if not those. It makes them from a degraded real
+    clip, so that the truth is known; a stage that starts from text alone goes on from the real clip noised to the time
+    `strength` (SDEdit, Meng et al. 2022). Its sampler takes `steps` steps (None: as its settings say).
+    """
+
+    stage: str
+    share: float = 0.0
+    strength: float = 0.5
+    weights: str | None = None
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1 or not 0 < self.strength <= 1:
+            raise ValueError(f"share and strength are {self.share} and {self.strength}, expected 0 to 1")
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
-    """How a stage is trained (`task=train`). Every step's data follow from (seed, step) alone."""
+    """How a stage is trained (`task=train`). Every step's data follow from (seed, step) alone.
+
+    With `pool` > 0 so many scenes of the procedural world are drawn beforehand, and each step's batch of them is
+    rendered on the device that trains; with 0 each example is made by itself, by `workers` processes.
+    """
 
     steps: int
     batch: int  # clips a step, over all processes
@@ -47,8 +70,10 @@ class TrainConfig:
     checkpoint_every: int = 500
     sample_every: int = 0  # contact sheet of samples every so many steps; 0 = never
     keep: int = 2  # checkpoints kept
-    workers: int = 0  # processes that make training clips
-    precision: str = "no"  # no | bf16 | fp16, as `accelerate` has it
+    workers: int = 0  # processes that make training clips, or draw the pool
+    pool: int = 0  # scenes drawn beforehand
+    gap: Gap | None = None  # train on what the stage before makes
+    precision: str = "no"  # no | bf16 | fp16, as `accelerate` has it; tf32: float32 with TF32 products on a GPU
     checkpointing: bool = False  # recompute activations in the backward pass: less memory, more time
 
     def __post_init__(self) -> None:
@@ -56,14 +81,16 @@ class TrainConfig:
             ("steps", 1, 10**9), ("batch", 1, 10**6), ("lr", 0, 1), ("warmup", 0, 10**9), ("ema", 0, 0.99999999),
             ("drop_text", 0, 1), ("images", 0, 1), ("clip", 1e-9, 1e9), ("weight_decay", 0, 10), ("seed", 0, 2**62),
             ("checkpoint_every", 1, 10**9), ("sample_every", 0, 10**9), ("keep", 1, 10**6), ("workers", 0, 1024),
-            ("crop_tries", 1, 100),
+            ("crop_tries", 1, 100), ("pool", 0, 10**8),
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {low} to {high}")
         if self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch):
             raise ValueError(f"micro_batch is {self.micro_batch}, expected a divisor of batch ({self.batch})")
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"precision is {self.precision!r}, expected no, bf16 or fp16")
+        if self.precision not in ("no", "bf16", "fp16", "tf32"):
+            raise ValueError(f"precision is {self.precision!r}, expected no, bf16, fp16 or tf32")
+        if self.gap is not None and self.gap.share > 0 and not self.pool:
+            raise ValueError(f"gap.share is {self.gap.share}, which needs batches made on the device: pool=20000")
 
 
 @dataclass(kw_only=True)
@@ -157,26 +184,31 @@ class Rule(Protocol):
 
 @dataclass
 class Batch:
-    """Training examples: clean x (B, C, F, H, W), noise eps, time t (B,) and what the denoiser is told."""
+    """Training examples: clean x (B, C, F, H, W), noise eps, time t (B,) and what the denoiser is told.
+
+    `u` (B,) is uniform in [0, 1), for whatever else a loss draws for each example.
+    """
 
     x: Tensor
     eps: Tensor
     t: Tensor
+    u: Tensor
     cond: Cond
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, index: slice) -> Batch:
-        return Batch(self.x[index], self.eps[index], self.t[index], self.cond[index])
+        return Batch(self.x[index], self.eps[index], self.t[index], self.u[index], self.cond[index])
 
     @staticmethod
     def cat(parts: Sequence[Batch]) -> Batch:
-        x, eps, t = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "eps", "t"))
-        return Batch(x, eps, t, Cond.cat([part.cond for part in parts]))
+        x, eps, t, u = (torch.cat([getattr(part, name) for part in parts]) for name in ("x", "eps", "t", "u"))
+        return Batch(x, eps, t, u, Cond.cat([part.cond for part in parts]))
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(self.x.to(device), self.eps.to(device), self.t.to(device), self.cond.to(device))
+        x, eps, t, u = (tensor.to(device) for tensor in (self.x, self.eps, self.t, self.u))
+        return Batch(x, eps, t, u, self.cond.to(device))
 
 
 class Stage:
@@ -207,23 +239,49 @@ class Stage:
     def condition(self, low: Video | None, shape: Shape, text: Text, fps: float, level: Tensor, eps: Tensor) -> Cond:
         """What the denoiser is told: `low` at size `shape`, encoded, noised to `level` (B,) with `eps` of its size."""
         batch, c = len(text.mask), self.cfg.net.channels
-        rate = torch.full((batch,), fps)
+        rate = torch.full((batch,), fps, device=level.device)
         if low is None:
-            blank = torch.zeros(batch, c, *self.cfg.codec.inside(shape))
-            return Cond(blank, blank[:, :1, :, :1, :1], torch.zeros(batch), rate, text)
+            blank = torch.zeros(batch, c, *self.cfg.codec.inside(shape), device=level.device)
+            return Cond(blank, blank[:, :1, :, :1, :1], torch.zeros_like(level), rate, text)
         concat, mask = self.rule.condition(low, self.cfg, shape)
         concat, mask = self.encode(concat), self.cfg.codec.mask(mask)
         if bool((level > 0).any()):
             concat = torch.where(level.view(-1, 1, 1, 1, 1) > 0, AUGMENTATION.noised(concat, eps, level), concat)
         return Cond(concat, mask, level, rate, text)
 
-    def example(self, video: Video, text: Text, rng: torch.Generator) -> tuple[Tensor, Cond]:
-        """A training pair from one clean clip (1, C, F, H, W): the target x and its conditioning."""
+    def example(
+        self, video: Video, text: Text, rng: torch.Generator, before: Callable[[Video, Text], Video] | None = None
+    ) -> tuple[Tensor, Cond]:
+        """Training pairs from clean clips (B, C, F, H, W): the targets x and their conditioning.
+
+        Clips, text and `rng` are on one device. A clip of which `before` is given comes in as the stage before makes
+        it for a share `train.gap.share` of the clips, else degraded.
+        """
         x = self.encode(video.frames)
         low = self.rule.degrade(video, self.cfg, rng)
-        level = (2 * torch.rand(1, generator=rng) - 1).clamp(min=0) * self.cfg.augment_max  # half of them without
-        eps = torch.randn(x.shape, generator=rng)
+        drawn = torch.rand(2, len(x), generator=rng, device=rng.device)
+        level = (2 * drawn[0] - 1).clamp(min=0) * self.cfg.augment_max  # half of them without
+        if before is not None and low is not None:
+            assert self.cfg.train is not None and self.cfg.train.gap is not None
+            made = before(low, text).frames
+            mine = (drawn[1] < self.cfg.train.gap.share).view(-1, 1, 1, 1, 1)
+            low = Video(torch.where(mine, made, low.frames), low.fps, low.known)
+        eps = torch.randn(x.shape, generator=rng, device=rng.device)
         return x, self.condition(low, video.shape, text, video.fps, level, eps)
+
+    def imitate(self, video: Video, text: Text, rng: torch.Generator, strength: float) -> Video:
+        """What this stage makes of its own input to `video` (B, C, F, H, W), noise drawn from `rng`.
+
+        A stage whose input is text alone goes on from `video` noised to the time `strength`.
+        """
+
+        def draw(shape: Sequence[int], step: int, purpose: str) -> Tensor:
+            return torch.randn(tuple(shape), generator=rng, device=rng.device)
+
+        low = self.rule.degrade(video, self.cfg, rng)
+        if low is not None and low.known is None:
+            return self.sample(low, text, None, draw)
+        return self.sample(None, text, None, draw, start=(video, strength))
 
     def loss(self, batch: Batch, net: Callable[..., Tensor] | None = None) -> Tensor:
         """Mean squared error of what the network says, v, eps or x, (B,)."""
@@ -247,21 +305,29 @@ class Stage:
         low: Video | None,
         text: Text,
         negative: Text | None,
-        noise: Noise,
+        noise: Draw,
         progress: Callable[[int], None] | None = None,
+        start: tuple[Video, float] | None = None,
     ) -> Video:
-        """A video from the one before (None: from text alone); see `Noise` for what its randomness depends on."""
-        cfg = self.cfg
+        """A video from the one before (None: from text alone), on the CPU.
+
+        `noise` says what its randomness depends on (see `Noise`). With `start`, a video and a time, sampling goes on
+        from that video noised to that time, on as fine a grid.
+        """
+        cfg, sampler = self.cfg, self.cfg.sampler
         shape = self.rule.output(None if low is None else low.shape, cfg)
         full = (len(text.mask), cfg.net.channels, *cfg.codec.inside(shape))
-        level = torch.full((full[0],), cfg.augment)
+        if start is not None:
+            sampler = replace(sampler, strength=start[1], steps=max(1, round(sampler.steps * start[1])))
+        here = torch.device("cpu") if low is None else low.frames.device
+        level = torch.full((full[0],), cfg.augment, device=here)
         augmentation = noise(full, 0, "augment") if cfg.augment > 0 else torch.zeros(full)
         # The network is told the rate it was trained at; the video keeps its own.
-        cond = self.condition(low, shape, text, cfg.fps, level, augmentation).to(self.device)
+        cond = self.condition(low, shape, text.to(here), cfg.fps, level, augmentation.to(here)).to(self.device)
         dropped = cond.without_text() if negative is None else cond.with_text(negative.to(self.device))
 
         def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
-            w = cfg.sampler.weight(step)
+            w = sampler.weight(step)
             if cfg.w_range is not None:
                 return self.denoise(z, t, cond, w)
             x = self.denoise(z, t, cond)
@@ -273,7 +339,11 @@ class Stage:
             known, mask = self.rule.condition(low, cfg, shape)  # type: ignore[arg-type]
             known, mask = known.to(self.device), mask.to(self.device)
             hooks.append(keep_known(self.encode(known), cfg.codec.mask(mask)))
-        x = sample(cfg.diffusion, denoise, cfg.sampler, noise, full, hooks=hooks, progress=progress, device=self.device)
+        first = None if start is None else self.encode(start[0].frames.to(self.device))
+        x = sample(
+            cfg.diffusion, denoise, sampler, noise, full,
+            start=first, hooks=hooks, progress=progress, device=self.device,
+        )  # fmt: skip
         x = self.coder.to(self.device).decode(x).clamp(-1, 1)
         fps = cfg.fps if low is None else low.fps * self.rule.rate(cfg)
         return Video((torch.where(mask > 0, known, x) if keeps else x).cpu(), fps)

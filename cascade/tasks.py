@@ -12,6 +12,7 @@ from cascade import attention, checkpoint, media, store
 from cascade.config import fingerprint, locate, parse, plain, plugin, suggest
 from cascade.data.source import DataConfig, open_source
 from cascade.errors import ConfigError
+from cascade.examples import pool_of
 from cascade.pipeline import Chain, Device, Runner, digest, first_frame, load_stage, read_input, save_stage, video_bytes
 from cascade.preview import Preview
 from cascade.request import Prompts, bars, jobs_of, take
@@ -23,7 +24,10 @@ from cascade.video import Video
 
 @dataclass
 class Request:
-    """A command on one stage, typed. `own` holds the sections that a single task reads: distill, evaluate."""
+    """A command on one stage, typed. `own` holds the sections that a single task reads: distill, evaluate.
+
+    `command` is what was typed, without `out`.
+    """
 
     cfg: StageConfig
     rule: Rule
@@ -32,6 +36,7 @@ class Request:
     text: TextConfig
     data: DataConfig
     own: dict[str, Any]
+    command: str = ""
 
     @property
     def training(self) -> TrainConfig:
@@ -54,7 +59,8 @@ def request(kind: str, tree: dict[str, Any]) -> Request:
     text = parse(tree.pop("text", {}), TextConfig, "text")
     data = parse(tree.pop("data", {}), DataConfig, "data")
     own = {name: tree.pop(name) for name in ("distill", "evaluate") if name in tree}
-    return Request(parse(tree, rule.Config), rule, run, on, text, data, own)  # type: ignore[arg-type]
+    command = str(tree.pop("command", None) or "")
+    return Request(parse(tree, rule.Config), rule, run, on, text, data, own, command)  # type: ignore[arg-type]
 
 
 def sample(ask: Request) -> None:
@@ -106,10 +112,10 @@ def train(ask: Request) -> None:
     source = open_source(ask.data, ask.cfg.shape, ask.cfg.fps, out / "clips")
     encoder = text_source(ask.text)
     preview = Preview(stage, source, encoder.encode, cfg)
+    pool, before = pool_of(stage, source, encoder, cfg)
+    inputs = [plain(ask.data), encoder.fingerprint, *before]
     with attention.use(ask.on.attention):
-        average = fit(
-            stage, source, encoder.encode, cfg, out, preview=preview, inputs=[plain(ask.data), encoder.fingerprint]
-        )
+        average = fit(stage, source, encoder.encode, cfg, out, preview=preview, inputs=inputs, pool=pool)
     if first_process():
         save_stage(out / "weights", stage.cfg, average, f"Trained for {cfg.steps} steps of {cfg.batch} clips.")
         print(out / "weights")

@@ -185,8 +185,28 @@ class T5Text:
         """
         return _padded([self._tokens(prompt) for prompt in prompts], self.cfg.max_tokens, self.width)
 
+    def pieces(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Piece ids (N, L) int32 of many prompts, 0 where their mask (N, L) is False; nothing is warned about."""
+        room, end = self.cfg.max_tokens - 1, self.tokenizer.eos_id()
+        rows = [[*ids[:room], end] for ids in self.tokenizer.encode([check_prompt(prompt) for prompt in prompts])]
+        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int32)
+        mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+        ids[mask] = torch.tensor([piece for row in rows for piece in row], dtype=torch.int32)
+        return ids, mask
+
+    @torch.no_grad()
+    def embed(self, ids: Tensor, mask: Tensor) -> Text:
+        """Piece ids (B, L), 0 where `mask` (B, L) is False, as prompts on their device: a whole batch at once.
+
+        For training, where the last bits do not matter: they depend on what stands beside a prompt.
+        """
+        if self.model.device != ids.device:
+            self.model.to(ids.device)
+        tokens: Tensor = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
+        return Text(tokens * mask[:, :, None], mask)
+
     def _tokens(self, prompt: str) -> Tensor:
-        ids = torch.tensor([self.ids(prompt)], device=self.device)
+        ids = torch.tensor([self.ids(prompt)], device=self.model.device)
         with torch.no_grad():
             tokens: Tensor = self.model(input_ids=ids).last_hidden_state[0].float().cpu()
         if not tokens.isfinite().all():

@@ -11,9 +11,8 @@ import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -25,11 +24,10 @@ from cascade import checkpoint, store
 from cascade.config import fingerprint, plain
 from cascade.data.source import Source
 from cascade.errors import ConfigError, NumericError
-from cascade.noise import generator
+from cascade.examples import Examples, Pooled, batches
 from cascade.stage import Batch, Stage, TrainConfig
 from cascade.text import Text
 from cascade.unet import VideoUNet
-from cascade.video import Shape, Video
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,67 +36,6 @@ Loss = Callable[[Batch, Callable[..., Tensor]], Tensor]  # (batch, network) -> (
 Preview = Callable[[dict[str, Tensor], int], bytes]  # (averaged weights, step) -> a PNG
 LOGISTIC = ("checkpoint_every", "sample_every", "keep", "workers", "micro_batch", "checkpointing")  # change no result
 SAMPLING = ("sampler", "windows", "augment")  # settings of a stage that its own loss does not see
-
-
-class Examples(torch.utils.data.Dataset[Batch]):
-    """Training examples of `stage`, example `index` being the same whenever and wherever it is asked for.
-
-    In a step of images an example is not a clip but as many single frames, each of a clip of its own: the same work
-    shows the network that many more scenes (joint training on images and videos, Ho et al. 2022, VDM).
-    """
-
-    def __init__(self, stage: Stage, source: Source, encode: Callable[[list[str]], Text], cfg: TrainConfig) -> None:
-        self.stage = Stage(stage.cfg, stage.rule, net=nn.Identity())
-        self.source, self.cfg = source, cfg
-        self.encode = lru_cache(maxsize=20_000)(lambda caption: encode([caption]))
-
-    def __len__(self) -> int:
-        return self.cfg.steps * self.cfg.batch
-
-    def __getitem__(self, index: int) -> Batch:
-        cfg, shape = self.cfg, self.stage.cfg.shape
-        step, place = divmod(index, cfg.batch)
-        images = torch.rand((), generator=generator(cfg.seed, "images", step)) < cfg.images
-        parts = (cfg.crop or shape).frames if images else 1
-        # Times are spread evenly over a step's batch: a uniform law with less variance than independent draws.
-        offset = torch.rand(1, generator=generator(cfg.seed, "time", step))
-        t = (offset + (place + torch.arange(parts) / parts) / cfg.batch) % 1
-        if not images:
-            return self.example(shape, cfg.crop, t, index)
-        still, part = replace(shape, frames=1), cfg.crop and replace(cfg.crop, frames=1)
-        return Batch.cat([self.example(still, part, t[i : i + 1], index, i) for i in range(parts)])
-
-    def example(self, shape: Shape, size: Shape | None, t: Tensor, *key: int) -> Batch:
-        """The training example of `key`: a clip of `shape`, or its part of `size`, at time `t` (1,)."""
-        cfg = self.cfg
-        rng = generator(cfg.seed, "train", *key)
-        frames, caption = self.source.sample(shape, self.stage.cfg.fps, cfg.seed, "train", *key)
-        video = Video(frames[None], self.stage.cfg.fps)
-        if size is not None:
-            rate = self.stage.rule.rate(self.stage.cfg)
-            tries = [crop(video, size, rate, rng) for _ in range(cfg.crop_tries)]
-            video = max(tries, key=lambda part: float(part.frames.std()))
-        text = self.encode(caption).drop(torch.rand(1, generator=rng) >= cfg.drop_text)
-        x, cond = self.stage.example(video, text, rng)
-        return Batch(x, torch.randn(x.shape, generator=rng), t, cond)
-
-
-def crop(video: Video, size: Shape, rate: int, rng: torch.Generator) -> Video:
-    """A random part of `video`; its first frame is at a multiple of `rate`, so that known frames stay known."""
-    whole = video.shape
-    if size.frames > whole.frames or size.height > whole.height or size.width > whole.width:
-        raise ConfigError(f"train.crop is {size}, larger than the clip ({whole})", fix=f"train.crop within {whole}")
-
-    def start(room: int, step: int = 1) -> int:
-        return step * int(torch.randint(room // step + 1, (), generator=rng))
-
-    f, y, x = (
-        start(whole.frames - size.frames, rate),
-        start(whole.height - size.height),
-        start(whole.width - size.width),
-    )
-    part = video.frames[:, :, f : f + size.frames, y : y + size.height, x : x + size.width]
-    return Video(part, video.fps)
 
 
 @dataclass
@@ -228,11 +165,13 @@ def fit(
     preview: Preview | None = None,
     progress: bool = True,
     inputs: Any = None,
+    pool: Pooled | None = None,
 ) -> dict[str, Tensor]:
     """Trains `stage.net` in place and returns the averaged weights; resumes from the newest checkpoint in `out`.
 
     Checkpoints are out/step-NNNNNN; `preview(average, step)` makes the PNG of out/samples-NNNNNN.png. `inputs` is plain
-    data that names what else decides the result: the data set, the text encoder. On SIGINT and SIGTERM the step is
+    data that names what else decides the result: the data set, the text encoder. `pool` makes the examples instead of
+    `source` and `encode`. On SIGINT and SIGTERM the step is
     finished and saved first. Under `accelerate launch` all processes return the same weights, the first one writes.
 
     Raises NumericError before a NaN or infinity reaches the weights, ConfigError if `out` holds a training with other
@@ -246,13 +185,16 @@ def fit(
     objective = stage.loss if loss is None else loss
     identity = fingerprint(settings(stage, cfg, own=loss is None) | {"inputs": inputs})
     writes = accelerator.is_main_process
-    with store.lock(out) if writes else nullcontext(), Signals() as signals:
+    with store.lock(out) if writes else nullcontext(), products(cfg), Signals() as signals:
         if writes:
             store.sweep(out)
         accelerator.wait_for_everyone()  # the others read once the lock is held and a dead run's remains are gone
         resume(state, out, identity)
         model, optimizer = accelerator.prepare(net, state.optimizer, device_placement=[False, False])
-        loader = batches(Examples(stage, source, encode, cfg), cfg, state.step, accelerator)
+        if pool is None:
+            loader = batches(Examples(stage, source, encode, cfg), cfg, state.step, accelerator)
+        else:
+            loader = replace(pool, stage=stage, cfg=cfg).batches(state.step, accelerator)
         journal = Journal(out, stage.cfg.name, cfg, state.step, progress) if writes else None
         stop = False
         try:
@@ -288,7 +230,8 @@ def accelerator_of(cfg: TrainConfig, device: torch.device) -> Accelerator:
     AcceleratorState._reset_state()  # else all trainings in one process would have to agree on the precision
     # Guidance-distilled networks alone are told w: for the others its projection is never used.
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=cfg.precision, cpu=device.type == "cpu", kwargs_handlers=[unused])
+    mixed = "no" if cfg.precision == "tf32" else cfg.precision
+    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[unused])
 
 
 def recompute(net: nn.Module, on: bool) -> None:
@@ -346,30 +289,17 @@ def one_step(
     return total, norm
 
 
-def batches(examples: Examples, cfg: TrainConfig, start: int, accelerator: Accelerator) -> Iterator[Batch]:
-    """This process's share of every micro-batch from step `start` on."""
-    world, rank = accelerator.num_processes, accelerator.process_index
-    micro = cfg.micro_batch or cfg.batch
-    if micro % world:
-        raise ConfigError(
-            f"{micro} clips at once cannot be shared by {world} processes",
-            fix=f"train.batch={world * 8} train.micro_batch=null",
-        )
-    share = micro // world
-    plan = [
-        list(range(first + rank * share, first + (rank + 1) * share))
-        for first in range(start * cfg.batch, cfg.steps * cfg.batch, micro)
-    ]
-    return iter(
-        torch.utils.data.DataLoader(
-            examples,
-            batch_sampler=plan,
-            collate_fn=Batch.cat,
-            num_workers=cfg.workers,
-            multiprocessing_context="fork" if cfg.workers else None,  # rules are modules, which cannot be pickled
-            generator=generator(cfg.seed, "loader"),  # unused, but without it the global one is advanced
-        )
-    )
+@contextmanager
+def products(cfg: TrainConfig) -> Iterator[None]:
+    """With precision tf32, matrix products and convolutions of float32 run on a GPU's tensor cores inside."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if cfg.precision == "tf32" else before[0])
+    torch.backends.cudnn.allow_tf32 = cfg.precision == "tf32" or before[1]
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def resume(state: State, out: Path, identity: str) -> None:

@@ -43,18 +43,18 @@ def rate(cfg: Config) -> int:
 def degrade(video: Video, cfg: Config, rng: torch.Generator) -> Video | None:
     """With probability `known`: the first frame, the first and the last, the first half, or a random set is known."""
     batch, _, frames = video.frames.shape[:3]
-    if torch.rand((), generator=rng) >= cfg.known or frames == 1:
+    if cfg.known == 0 or frames == 1:
         return None
-    known = torch.zeros(batch, frames, dtype=torch.bool)
-    known[:, 0] = True
-    kind = int(torch.randint(4, (), generator=rng))
-    if kind == 1:
-        known[:, -1] = True
-    elif kind == 2:
-        known[:, : max(1, frames // 2)] = True
-    elif kind == 3:
-        known = torch.rand(batch, frames, generator=rng) < 0.5
-    return Video(video.frames, video.fps, known)
+    given, kind = torch.rand(2, batch, generator=rng, device=rng.device)
+    first = torch.zeros(batch, frames, dtype=torch.bool, device=rng.device)
+    first[:, 0] = True
+    both, half = first.clone(), first.clone()
+    both[:, -1] = True
+    half[:, : frames // 2] = True
+    some = torch.rand(batch, frames, generator=rng, device=rng.device) < 0.5
+    chosen = torch.stack([first, both, half, some])[(4 * kind).long(), torch.arange(batch, device=rng.device)]
+    known = chosen & (given < cfg.known)[:, None]
+    return Video(video.frames, video.fps, known) if known.any() else None
 
 
 def condition(low: Video, cfg: Config, shape: Shape) -> tuple[Tensor, Tensor]:

@@ -208,6 +208,15 @@ def test_every_stage_trains_distils_evaluates_and_samples_alone(stage: Any, name
     assert Path("out.mp4").stat().st_size > 0 and Path("out.manifest.json").is_file()
 
 
+def test_a_command_is_told_as_it_was_typed_without_its_out() -> None:
+    words = ["n=2", "out=x/y", "metrics=[fvd]", "label.gap=with"]
+    (tree,) = cli.settings("evaluate", words, "cascade evaluate")
+    assert tree["command"] == "cascade evaluate n=2 'metrics=[fvd]' label.gap=with" and tree["out"] == "x/y"
+    several = cli.settings("evaluate", ["-m", "seed=0,1", "n=2"], "cascade evaluate")
+    assert [tree["command"] for tree in several] == [f"cascade evaluate seed={k} n=2" for k in (0, 1)]
+    assert "command" not in cli.settings("plan", [], "cascade plan")[0]
+
+
 def test_settings_are_shown_and_swept(cascade: Any, capsys: pytest.CaptureFixture[str]) -> None:
     cascade("generate", "prompt=a ${oc.env:HOME}, b = c", "--cfg", "job", "-m", "seed=1,2", "base.sampler.steps=1,3")
     shown = list(yaml.safe_load_all(capsys.readouterr().out))

@@ -187,7 +187,8 @@ def test_a_stage_of_latents_trains(kind: str, latent_stage: Make, encode: Make) 
     x, cond = feeder.example(video, encode(["a"]), generator("example", 1))
     assert x.shape == cond.concat.shape == (1, 4, shape.frames, shape.height // 2, shape.width // 2)
     torch.testing.assert_close(x, feeder.coder.encode(video.frames))
-    stage.loss(Batch(x, torch.randn(x.shape, generator=generator()), torch.tensor([0.5]), cond)).sum().backward()
+    eps = torch.randn(x.shape, generator=generator())
+    stage.loss(Batch(x, eps, torch.tensor([0.5]), torch.zeros(1), cond)).sum().backward()
     assert any(parameter.grad is not None and parameter.grad.any() for parameter in stage.net.parameters())
 
 

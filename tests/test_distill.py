@@ -18,7 +18,7 @@ from cascade import checkpoint, distill
 from cascade.config import parse
 from cascade.data.source import DataConfig
 from cascade.diffusion import Diffusion, Prediction
-from cascade.distill import DistillConfig, Lesson, halved, progressive, rounds, told, uniform
+from cascade.distill import DistillConfig, Lesson, halved, ladder, predict, rounds, told
 from cascade.errors import ConfigError
 from cascade.noise import Key, Noise, generator
 from cascade.pipeline import Device, load_stage
@@ -114,7 +114,7 @@ def blank(batch: int, shape: Sequence[int], text: Text | None = None, dtype: tor
 
 def examples(batch: int, shape: Sequence[int] = (3, 2, 4, 4), text: Text | None = None) -> Batch:
     t = (torch.arange(batch, dtype=torch.float64) + 0.5) / batch
-    return Batch(draw("x", batch, *shape), draw("eps", batch, *shape), t, blank(batch, shape, text))
+    return Batch(draw("x", batch, *shape), draw("eps", batch, *shape), t, t.flip(0), blank(batch, shape, text))
 
 
 class Wavy(nn.Module):
@@ -124,6 +124,17 @@ class Wavy(nn.Module):
         told_w = torch.zeros_like(t) if w is None else w
         shift = cond.text.pooled().sum(1).to(z.dtype) + 0.1 * told_w - 0.4 * t.to(z.dtype)
         return torch.tanh(1.3 * z + shift.view(-1, 1, 1, 1, 1))
+
+
+class Truth(nn.Module):
+    """Says x."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+    def forward(self, z: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
+        return self.x
 
 
 def lesson(cfg: StageConfig, steps: int, teacher: nn.Module | None = None, branches: bool = False) -> Lesson:
@@ -304,15 +315,45 @@ def test_a_lesson_does_not_depend_on_the_batch_an_example_stands_in() -> None:
     near(whole, parts, atol=0)
 
 
-def test_w_is_uniform_and_knows_nothing_of_the_noise_it_is_keyed_by() -> None:
-    batch = examples(2000, (1, 1, 2, 2))
-    u = uniform(batch, "w")
-    assert bool(((u >= 0) & (u < 1)).all())
-    rank = (u.sort().values - (torch.arange(2000) + 0.5) / 2000).abs().max()
-    assert rank < 1.63 / math.sqrt(2000)  # Kolmogorov-Smirnov at 1 %
-    features = torch.stack([batch.eps.flatten(1).mean(1), batch.eps[:, 0, 0, 0, 0]])
-    assert bool((torch.corrcoef(torch.cat([u[None], features]))[0, 1:].abs() < 0.08).all())
-    assert (u - uniform(batch, "other")).abs().mean() > 0.2
+def test_w_runs_over_the_whole_range_as_u_does() -> None:
+    batch = examples(3, (1, 1, 2, 2))
+    batch.u = torch.tensor([0.0, 0.25, 1.0])
+    weights = lesson(config(guidance=1.0, w_range=[2.0, 4.0]), 4).weight(batch)
+    assert weights is not None and weights.tolist() == [2.0, 2.5, 4.0]
+
+
+# consistency ---------------------------------------------------------------------------------------------------------
+
+
+def consistent(cfg: StageConfig, steps: int, grid: int, net: nn.Module) -> Lesson:
+    return replace(lesson(cfg, steps), grid=grid, teacher=net)
+
+
+def test_a_consistency_step_stays_within_its_span_and_on_the_grid() -> None:
+    batch = examples(64)
+    batch.t = torch.arange(64) / 64
+    t, middle, s = consistent(config(), 4, 16, Wavy()).times(batch)
+    assert bool((s <= middle).all() and (middle < t).all() and (t - s <= 0.25).all())
+    assert torch.equal(t * 16, (t * 16).round()) and torch.equal(s * 4, (s * 4).round())
+    near(t - middle, torch.full_like(t, 1 / 16))
+
+
+def test_the_last_step_of_a_span_is_the_teachers_own() -> None:
+    batch = examples(4)
+    batch.t = torch.tensor([0.0, 0.26, 0.5, 0.76])  # first grid point after the end of each of four spans
+    task = consistent(plainly(config()), 4, 16, Wavy())
+    t, _, _ = task.times(batch)
+    z = task.student.cfg.diffusion.noised(batch.x, batch.eps, t)
+    own = predict(task.student.cfg.diffusion, Wavy(), z, t, batch.cond, None)
+    near(task.target(batch, Truth(torch.full_like(batch.x, 1e3))), own, atol=1e-12)
+
+
+def test_a_student_that_agrees_with_a_straight_teacher_has_nothing_to_learn() -> None:
+    """Where every x_hat along the way is the same, every consistency target is it: the loss is 0."""
+    batch = examples(8)
+    cfg = plainly(config(prediction=Prediction.X))
+    task = consistent(cfg, 2, 16, Truth(batch.x))
+    assert float(task(batch, Truth(batch.x)).max()) < 1e-20
 
 
 def test_the_teacher_steps_as_its_sampler_does() -> None:
@@ -379,7 +420,7 @@ def test_guidance_distillation_of_a_linear_teacher_is_its_guidance(tmp_path: Pat
     cfg = config(guidance=2.0)
     teacher = Linear()
     plan = DistillConfig(steps=[8], round_steps=1, guidance_steps=120, guidance=[0.0, 4.0], lr=0.1, warmup=0, ema=0.9)
-    progressive(
+    ladder(
         Stage(cfg, base, teacher), "teacher", Dots(), encode, plan, training(), tmp_path, progress=False  # type: ignore[arg-type]
     )  # fmt: skip
     student = Linear()
@@ -418,7 +459,7 @@ ROUNDS = ("guidance", "04", "02")
 
 def climb(out: Path, source: Dots | None = None, cfg: DistillConfig = LADDER, key: str = "teacher") -> Path:
     train = training(batch=2, checkpoint_every=2)
-    return progressive(small_stage(), key, source or Dots(), encode, cfg, train, out, progress=False)
+    return ladder(small_stage(), key, source or Dots(), encode, cfg, train, out, progress=False)
 
 
 def hashes(out: Path) -> dict[str, str]:
@@ -646,7 +687,7 @@ def test_a_student_beats_the_undistilled_sampler_at_equal_steps(tmp_path: Path) 
     state = fit(teacher, Dots(), encode, train, tmp_path / "teacher", progress=False)
     checkpoint.apply(teacher.net, state, "the average")
     plan = DistillConfig(steps=[8, 4, 2], round_steps=250, guidance_steps=250, guidance=[0.0, 3.0], lr=1e-3, warmup=10)
-    progressive(teacher, "teacher", Dots(), encode, plan, train, tmp_path / "ladder", progress=False)
+    ladder(teacher, "teacher", Dots(), encode, plan, train, tmp_path / "ladder", progress=False)
     report = []
     for w in (0.5, 2.0):
         truth = samples(cfg, teacher.net, 32, w, None)

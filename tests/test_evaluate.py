@@ -17,11 +17,14 @@ from cascade.data.captions import held_out
 from cascade.data.shapes import ShapesConfig
 from cascade.data.source import DataConfig, World
 from cascade.errors import ConfigError, InputError
-from cascade.evaluate import Case, EvaluateConfig, Exam, judge_chain, judge_stage, measure, measures, table, write
+from cascade.evaluate import judge_chain, judge_stage
+from cascade.exam import Case, EvaluateConfig, Exam, measure, measures
+from cascade.marks import table, write
 from cascade.metrics import lpips
 from cascade.noise import Noise
 from cascade.pipeline import Chain, Device, Runner
 from cascade.request import Prompts
+from cascade.sampler import Sampler
 from cascade.stage import Stage
 from cascade.tasks import Request
 from cascade.text import Text, TextConfig
@@ -282,6 +285,43 @@ def test_the_task_writes_a_report(
         evaluate.stage_task(ask)
 
 
+def test_a_label_and_the_command_are_told_and_change_no_answer(
+    make_stage: Any, encode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "text_source", lambda cfg: Encoder(encode))
+    cfg, run = saved(make_stage("ssr", std=0.1), tmp_path), Prompts(out=str(tmp_path / "out"))
+
+    def judge(command: str, **own: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        own = {"evaluate": {"n": 2, "batch": 1, **own}}
+        evaluate.stage_task(
+            Request(cfg, plugin("ssr"), run, Device(device="cpu"), TextConfig(encoder="x"), DataConfig(), own, command)  # type: ignore[arg-type]
+        )
+        report, timing = (json.loads((tmp_path / "out" / name).read_bytes()) for name in ("report.json", "timing.json"))
+        return report, timing
+
+    first, time = judge("one")
+    assert time["seconds"]["ssr"] > 0 and time["calls"] == {"ssr": 2} and (time["device"], time["batch"]) == ("cpu", 1)
+    monkeypatch.setattr(Stage, "sample", None)  # all answers are there
+    again, same = judge("two", label={"method": "progressive"})
+    assert same == time and again["rows"] == first["rows"]
+    assert again["subject"].pop("label") == {"method": "progressive"} and first["subject"].pop("label") == {}
+    assert again["subject"] == first["subject"] and (first["command"], again["command"]) == ("one", "two")
+    assert {"report.json", "report.png", "strips/input.png", "strips/augment=0.png", "strips/truth.png"} == set(
+        store.manifest(tmp_path / "out")["files"]
+    )
+
+
+def test_what_was_judged_is_told_with_its_work_and_what_its_weights_record(make_stage: Any, encode: Any) -> None:
+    stage = make_stage("base", sampler=Sampler(steps=3, guidance=2.0))
+    config = {"kind": "base", "net": {}, "steps": 3, "teacher": "abc"}
+    report = judge_stage(stage, WORLD, encode, EvaluateConfig(n=2), weights="w", config=config)
+    told = report.subject["stages"]["base"]
+    assert (told["evaluations"], told["weights"], told["facts"]) == (6, "w", {"steps": 3, "teacher": "abc"})
+    assert (report.subject["device"], report.subject["dtype"]) == ("cpu", "float32")
+    assert [clips for clips, _ in report.laps["base"]] == [2]
+    assert "laps" not in report.tree() and "strips" not in report.tree()
+
+
 def saved(stage: Stage, folder: Path) -> Any:
     """The stage's configuration, its weights written to `folder`."""
     cfg = stage.cfg
@@ -314,6 +354,7 @@ def test_a_chain_is_judged_stage_by_stage_and_makes_nothing_twice(
     report = judge_chain(runner, WORLD, EvaluateConfig(n=4, batch=3), out)
     assert list(report.subject["stages"]) == ["base", "tsr"]
     assert all(len(stage["weights"]) == 64 for stage in report.subject["stages"].values())
+    assert {name: len(laps) for name, laps in report.laps.items()} == {"base": 4, "tsr": 4}
     found = {(row.stage, row.metric, row.name, row.condition, row.group): row for row in report.rows}
     for stage, shape in (("base", "4x8x8"), ("tsr", "8x8x8")):
         for group, n in (("train", 2), ("held_out", 2), ("all", 4)):

@@ -18,7 +18,7 @@ def named_files() -> set[str]:
         words = line.split()
         if words[0].endswith("/"):
             folders[depth] = folders[depth - 1] + words[0]
-            names = [word for word in words[1:] if re.fullmatch(r"[\w.]+\.(py|yaml|md),?", word)]
+            names = [word for word in words[1:] if re.fullmatch(r"[\w.-]+\.(py|yaml|md),?", word)]
             found |= {folders[depth] + name.rstrip(",") for name in names}
         else:
             found |= {folders[depth - 1] + word for word in words if re.fullmatch(r"[\w./]+\.(py|yaml)", word)}

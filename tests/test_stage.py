@@ -73,7 +73,7 @@ def batch_of(stage: Stage, encode: Make, size: int = 2) -> Batch:
     rng, parts = generator("batch"), []
     for i in range(size):
         x, cond = stage.example(video(stage), encode([PROMPTS[i % 2]]), rng)
-        parts.append(Batch(x, torch.randn(x.shape, generator=rng), torch.rand(1, generator=rng), cond))
+        parts.append(Batch(x, torch.randn(x.shape, generator=rng), torch.rand(1, generator=rng), torch.zeros(1), cond))
     return Batch.cat(parts)
 
 
@@ -312,7 +312,7 @@ def test_a_stage_is_where_its_network_is(make_stage: Make) -> None:
         ({"batch": 4, "micro_batch": 3}, r"micro_batch is 3, expected a divisor of batch \(4\)"),
         ({"batch": 4, "micro_batch": -2}, "micro_batch is -2"),
         ({"batch": 4, "micro_batch": 0}, "micro_batch is 0"),
-        ({"precision": "fp8"}, "precision is 'fp8', expected no, bf16 or fp16"),
+        ({"precision": "fp8"}, "precision is 'fp8', expected no, bf16, fp16 or tf32"),
     ],
 )
 def test_impossible_trainings_are_refused(changes: dict[str, Any], words: str, train_config: Make) -> None:

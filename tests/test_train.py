@@ -21,11 +21,15 @@ from torch import Tensor, nn
 
 from cascade import checkpoint, store
 from cascade.config import plain
+from cascade.data.shapes import ShapesConfig
+from cascade.data.source import World
 from cascade.errors import ConfigError, InputError, LockedError, NumericError
+from cascade.examples import Examples, Pooled, batches, crop, pool_of, pooled
 from cascade.noise import generator
-from cascade.stage import Batch, Stage, TrainConfig
+from cascade.stage import Batch, Gap, Stage, TrainConfig
 from cascade.tasks import new_stage
-from cascade.train import Examples, Signals, State, batches, crop, fit, learning_rate, settings
+from cascade.text import T5Text, Text, TextConfig
+from cascade.train import Signals, State, fit, learning_rate, settings
 from cascade.video import Shape, Video
 
 TESTS = Path(__file__).resolve().parent
@@ -556,3 +560,71 @@ def test_two_processes_train_the_same_weights_as_one(train: Make, tmp_path: Path
     train("one", steps=3, batch=4)
     for part in ("model", "ema", "optimizer"):
         assert gap(*(tensors(tmp_path / name, 3, part) for name in ("one", "two"))) <= 1e-5
+
+
+# pool ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reader() -> T5Text:
+    return T5Text(TextConfig(encoder="tiny/text", max_tokens=48))
+
+
+def drawn(make_stage: Make, reader: T5Text, kind: str = "base", **changes: Any) -> Pooled:
+    cfg = TrainConfig(**({"steps": 4, "batch": 4, "lr": 1e-3, "pool": 30, "drop_text": 0.5} | changes))
+    stage = make_stage(kind, augment_max=0.5)
+    stage.cfg.fps, stage.cfg.train = 4.0, cfg
+    pool = pooled(stage, World(ShapesConfig(two=0.5)), reader, cfg)
+    assert pool is not None
+    return pool
+
+
+def one_process(rank: int = 0, world: int = 1) -> Any:
+    return SimpleNamespace(num_processes=world, process_index=rank)
+
+
+def test_a_pooled_step_follows_from_the_seed_and_its_number_alone(make_stage: Make, reader: T5Text) -> None:
+    one, other = drawn(make_stage, reader), drawn(make_stage, reader)
+    wanted = [one.step(i) for i in range(3)]
+    for i in (2, 0):
+        again = other.step(i)
+        for name in ("x", "eps", "t", "u"):
+            assert torch.equal(getattr(again, name), getattr(wanted[i], name))
+    assert not torch.equal(wanted[0].x, wanted[1].x)
+    assert torch.allclose(wanted[0].t.sort().values.diff(), torch.full((3,), 0.25))
+
+
+def test_processes_and_micro_batches_share_a_pooled_step(make_stage: Make, reader: T5Text) -> None:
+    for images in (0.0, 1.0):
+        pool = drawn(make_stage, reader, images=images, micro_batch=2, steps=1)
+        whole = pool.step(0)
+        parts = [list(pool.batches(0, one_process(rank, 2))) for rank in range(2)]
+        assert [len(part) for part in parts] == [2, 2]
+        joined = Batch.cat([parts[rank][i] for i in range(2) for rank in range(2)])
+        assert torch.equal(joined.x, whole.x) and torch.equal(joined.eps, whole.eps)
+        assert len(whole) == (4 if images == 0 else 4 * pool.stage.cfg.shape.frames)
+
+
+def test_a_pool_is_for_the_procedural_world_read_by_t5(make_stage: Make, encode: Make, clips: Any) -> None:
+    with pytest.raises(ConfigError, match="pool is for the procedural world"):
+        pool_of(make_stage("base"), clips, SimpleNamespace(), TrainConfig(steps=1, batch=1, lr=0, pool=5))  # type: ignore[arg-type]
+
+
+def test_the_gap_brings_what_the_stage_before_makes(make_stage: Make, reader: T5Text) -> None:
+    """All, some or none of the clips come in as the stage before makes them; the truth stays the truth."""
+    plain_pool = drawn(make_stage, reader, "ssr", drop_text=0.0)
+    truth = plain_pool.step(0)
+    for share in (0.0, 0.5, 1.0):
+        gap = Gap(stage="tiny/tsr", share=share)
+        pool = replace(drawn(make_stage, reader, "ssr", drop_text=0.0, gap=gap), before=Gray())  # type: ignore[arg-type]
+        batch = pool.step(0)
+        gray = (batch.cond.concat[batch.cond.level == 0].flatten(1).abs().amax(1) == 0).float()
+        assert torch.equal(batch.x, truth.x)
+        assert share == 0.5 or bool((gray == share).all())
+
+
+class Gray:
+    """A stage before that makes gray clips."""
+
+    def imitate(self, video: Video, text: Text, rng: torch.Generator, strength: float) -> Video:
+        return Video(torch.zeros_like(video.frames), video.fps)

@@ -200,59 +200,57 @@ def truth(scene: Scene, frames: int, height: int, width: int, fps: float, start:
     return Truth(centres, np.stack([state[2] for state in states], axis=1), np.stack(masks, axis=1))
 
 
-def distance(shape: str, x: Array, y: Array, diameter: Array | float, inner: Array | float = 0.44) -> Array:
+def distance(shape: str, x: Any, y: Any, diameter: Any, inner: Any = 0.44) -> Any:
     """Signed distance, negative inside, of (x, y) (y downward) to the outline of `shape` around the origin.
 
-    Closed forms by symmetry (I. Quilez, "2D distance functions"); exact but inside the cross, near its inner corners.
+    numpy arrays or torch tensors, any device. Closed forms by symmetry (I. Quilez, "2D distance functions"); exact but
+    inside the cross, near its inner corners.
     """
+    xp: Any = torch if isinstance(x, Tensor) else np
     if shape == "triangle":
-        return _triangle(x, -y, diameter / 2)
+        return _triangle(xp, x, -y, diameter / 2)
     if shape == "star":
-        return _star(x, -y, diameter / 2, inner)
+        return _star(xp, x, -y, diameter / 2, inner)
     if shape in ("circle", "ring"):
-        out: Array = np.sqrt(x * x + y * y) - diameter / 2
-        if shape == "ring":
-            np.maximum(out, -out - diameter * ((1 - RING_INNER) / 2), out=out)
-        return out
-    x, y = np.abs(x), np.abs(y)
+        out = xp.sqrt(x * x + y * y) - diameter / 2
+        return xp.maximum(out, -out - diameter * ((1 - RING_INNER) / 2)) if shape == "ring" else out
+    x, y = xp.abs(x), xp.abs(y)
     if shape == "square":
-        return _box(x, y, diameter / 2, diameter / 2)
+        return _box(xp, x, y, diameter / 2, diameter / 2)
     assert shape == "cross", shape
-    x, y = np.maximum(x, y), np.minimum(x, y)
-    return _box(x, y, diameter / 2, diameter * (CROSS_ARM / 2))
+    x, y = xp.maximum(x, y), xp.minimum(x, y)
+    return _box(xp, x, y, diameter / 2, diameter * (CROSS_ARM / 2))
 
 
-def _box(x: Array, y: Array, half_width: Array | float, half_height: Array | float) -> Array:
+def _box(xp: Any, x: Any, y: Any, half_width: Any, half_height: Any) -> Any:
     dx, dy = x - half_width, y - half_height
-    outside = np.sqrt(np.maximum(dx, 0) ** 2 + np.maximum(dy, 0) ** 2)
-    out: Array = outside + np.minimum(np.maximum(dx, dy), 0)
-    return out
+    outside = xp.sqrt(xp.clip(dx, 0, None) ** 2 + xp.clip(dy, 0, None) ** 2)
+    return outside + xp.clip(xp.maximum(dx, dy), None, 0)
 
 
-def _triangle(x: Array, y: Array, r: Array | float) -> Array:
+def _triangle(xp: Any, x: Any, y: Any, r: Any) -> Any:
     """Equilateral, apex up (y upward), half side `r`; the origin is the middle of the bounding box."""
     k = math.sqrt(3)
-    x = np.abs(x) - r
+    x = xp.abs(x) - r
     y = y + r * (k / 6 + 1 / k)
     fold = x + k * y > 0
-    x, y = np.where(fold, (x - k * y) / 2, x), np.where(fold, (-k * x - y) / 2, y)
-    x = x - np.clip(x, -2 * r, 0)
-    out: Array = -np.sqrt(x * x + y * y) * np.sign(y)
-    return out
+    x, y = xp.where(fold, (x - k * y) / 2, x), xp.where(fold, (-k * x - y) / 2, y)
+    x = xp.where(x < -2 * r, x + 2 * r, xp.clip(x, 0, None))  # x - clip(x, -2 r, 0)
+    return -xp.sqrt(x * x + y * y) * xp.sign(y)
 
 
-def _star(x: Array, y: Array, r: Array | float, inner: Array | float) -> Array:
+def _star(xp: Any, x: Any, y: Any, r: Any, inner: Any) -> Any:
     """Five points, one of them up (y upward), circumradius `r`."""
     c, s = math.cos(math.pi / 5), math.sin(math.pi / 5)
-    x = np.abs(x)
+    x = xp.abs(x)
     for kx in (c, -c):  # mirror at the axes of symmetry until one tenth of the star is left
-        m = 2 * np.maximum(kx * x - s * y, 0)
+        m = 2 * xp.clip(kx * x - s * y, 0, None)
         x, y = x - m * kx, y + m * s
-    x, y = np.abs(x), y - r
+    x, y = xp.abs(x), y - r
     bx, by = inner * s, inner * c - 1  # from the tip to the next inner corner, times r
-    h = np.clip((x * bx + y * by) / (bx * bx + by * by), 0, r)
-    out: Array = np.sqrt((x - bx * h) ** 2 + (y - by * h) ** 2) * np.sign(y * bx - x * by)
-    return out
+    h = xp.clip((x * bx + y * by) / (bx * bx + by * by), 0, None)
+    h = xp.where(h > r, r, h)
+    return xp.sqrt((x - bx * h) ** 2 + (y - by * h) ** 2) * xp.sign(y * bx - x * by)
 
 
 def _times(scene: Scene, frames: int, fps: float, start: float) -> Array:
@@ -293,7 +291,8 @@ def _coverage(shape: str, body: Body, u: Array, height: int, width: int, window:
         np.arange(part.start, part.stop, dtype=np.float32) + np.float32(0.5 - (size - side) / 2)
         for part, size in zip(window, (height, width), strict=True)
     )
-    return np.clip(0.5 - distance(shape, x[None, None, :] - cx, y[None, :, None] - cy, d, body.inner), 0, 1)
+    out: Array = np.clip(0.5 - distance(shape, x[None, None, :] - cx, y[None, :, None] - cy, d, body.inner), 0, 1)
+    return out
 
 
 def _draw_body(thing: Thing, rng: np.random.Generator) -> Body:

@@ -109,10 +109,14 @@ def evenly(frames: Tensor, count: int) -> Tensor:
 
 @torch.no_grad()
 def extract(frames: Tensor, net: Features | None = None, batch: int = 32) -> Tensor:
-    """Features (B, DIMENSIONS) of clips (B, 3, F, H, W) in [-1, 1]; without `net`, those of the shipped network."""
+    """Features (B, DIMENSIONS) of clips (B, 3, F, H, W) in [-1, 1]; without `net`, those of the shipped network.
+
+    Clips may be on any device; the network works where it is, and the features are on the CPU.
+    """
     net = net or shipped()[0]
+    place = net.narrow.weight.device
     parts = range(0, len(frames), batch)
-    return torch.cat([net(prepare(frames[first : first + batch].float().cpu())) for first in parts])
+    return torch.cat([net(prepare(frames[first : first + batch].to(place).float())).cpu() for first in parts])
 
 
 @cache
