@@ -148,6 +148,7 @@ class Lesson:
         t = self.times(batch)[0]
         z = diffusion.noised(batch.x, batch.eps, t)
         target = self.target(batch, net)
+        torch.clear_autocast_cache()  # what the student's weights were cast to without a gradient has none
         x = predict(diffusion, net, z, t, cond, w)
         weight = diffusion.log_snr(t).exp().clamp(1, HIGHEST).to(x.dtype)
         return weight * (x - target).square().mean((1, 2, 3, 4))

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade.attention import attend
+from cascade.kernels import norm
 from cascade.text import Text
 
 
@@ -53,10 +54,26 @@ def sinusoid(position: Tensor, width: int, longest: float) -> Tensor:
 
 
 class Norm(nn.GroupNorm):
-    """Group norm of every frame alone, in at most 8 groups of equal size."""
+    """Group norm of every frame alone, in at most 8 groups of equal size; FiLM and SiLU on top if asked for.
+
+    On CUDA one Triton kernel does it all, where it runs; under autocast its output has the type of what comes next.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__(max(1, math.gcd(channels, 8)), channels)
+
+    def forward(self, h: Tensor, film: Tensor | None = None, silu: bool = False) -> Tensor:
+        """film (N, 2 C): scale and shift."""
+        if h.device.type == "cuda" and norm.takes(h, self.num_groups):
+            dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else h.dtype
+            return norm.group_norm(
+                h, self.weight, self.bias, film, groups=self.num_groups, eps=self.eps, silu=silu, dtype=dtype
+            )
+        out = super().forward(h)
+        if film is not None:
+            scale, shift = film[:, :, None, None].chunk(2, 1)
+            out = torch.addcmul(shift, out, scale + 1)
+        return F.silu(out) if silu else out
 
 
 class FiLM(nn.Module):
@@ -67,9 +84,9 @@ class FiLM(nn.Module):
         self.norm = Norm(channels)
         self.affine = zero(nn.Linear(embedding, 2 * channels))
 
-    def forward(self, h: Tensor, clip: Clip) -> Tensor:
-        scale, shift = self.affine(clip.embedding)[:, :, None, None].chunk(2, 1)
-        return torch.addcmul(shift, self.norm(h), scale + 1)
+    def forward(self, h: Tensor, clip: Clip, silu: bool = False) -> Tensor:
+        out: Tensor = self.norm(h, self.affine(clip.embedding), silu)
+        return out
 
 
 class TemporalConv(nn.Module):
@@ -82,7 +99,7 @@ class TemporalConv(nn.Module):
 
     def forward(self, h: Tensor, clip: Clip) -> Tensor:
         height, width = h.shape[2:]
-        x = as_video(F.silu(self.norm(h)), clip)  # (B, F, HW, C)
+        x = as_video(self.norm(h, silu=True), clip)  # (B, F, HW, C)
         if clip.frames == 1 or clip.segments is not None:
             out = self._taps(x, clip)
         else:
@@ -115,24 +132,21 @@ class TemporalAttention(nn.Module):
         self.out = zero(nn.Linear(channels, channels))
         self.distance = nn.Parameter(torch.zeros(self.heads, 2 * reach + 1))
 
-    def bias(self, clip: Clip, positions: int) -> Tensor:
-        """(1 or B, heads or positions * heads, F, F): relative distance, minus infinity across segments."""
+    def bias(self, clip: Clip) -> Tensor:
+        """(1 or B, heads, F, F): relative distance, minus infinity across segments."""
         frame = torch.arange(clip.frames, device=self.distance.device)
         distance = (frame[None, :] - frame[:, None]).clamp(-self.reach, self.reach) + self.reach
         bias = self.distance[:, distance][None]  # (1, h, F, F)
         if clip.segments is not None:
             other = clip.segments[:, :, None] != clip.segments[:, None, :]
             bias = bias.masked_fill(other[:, None], -math.inf)
-        if self.heads > 1:
-            bias = bias[:, None].expand(-1, positions, -1, -1, -1).flatten(1, 2)
         return bias
 
     def forward(self, h: Tensor, clip: Clip) -> Tensor:
-        _, channels, height, width = h.shape
-        x = as_video(self.norm(h), clip)
-        # Position x head stand as heads: (B, F, HW, C) is (B, F, HW * heads, D) without a copy.
-        q, k, v = (f(x).view(clip.batch, clip.frames, -1, channels // self.heads) for f in (self.q, self.k, self.v))
-        out = attend(q, k, v, bias=self.bias(clip, height * width).to(q.dtype))
+        height, width = h.shape[2:]
+        x = as_video(self.norm(h), clip)  # (B, F, HW, C)
+        q, k, v = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.q, self.k, self.v))  # (B, F, HW, h, D)
+        out = attend(q, k, v, bias=self.bias(clip).to(q.dtype))
         return h + from_video(self.out(out.reshape(x.shape)), height, width)
 
 

@@ -185,7 +185,7 @@ def fit(
     objective = stage.loss if loss is None else loss
     identity = fingerprint(settings(stage, cfg, own=loss is None) | {"inputs": inputs})
     writes = accelerator.is_main_process
-    with store.lock(out) if writes else nullcontext(), products(cfg), Signals() as signals:
+    with store.lock(out) if writes else nullcontext(), products(cfg, device), Signals() as signals:
         if writes:
             store.sweep(out)
         accelerator.wait_for_everyone()  # the others read once the lock is held and a dead run's remains are gone
@@ -290,11 +290,14 @@ def one_step(
 
 
 @contextmanager
-def products(cfg: TrainConfig) -> Iterator[None]:
-    """With precision tf32, matrix products and convolutions of float32 run on a GPU's tensor cores inside."""
+def products(cfg: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Below full precision, what is left in float32 runs on a GPU's tensor cores as TF32 inside."""
+    if cfg.precision == "no" or device.type != "cuda":
+        yield
+        return
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if cfg.precision == "tf32" else before[0])
-    torch.backends.cudnn.allow_tf32 = cfg.precision == "tf32" or before[1]
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
     try:
         yield
     finally:

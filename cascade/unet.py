@@ -181,8 +181,8 @@ class Block(nn.Module):
         self.time_attention = TemporalAttention(c, cfg.head) if level.mixer in (Mixer.ATTN, Mixer.BOTH) else None
 
     def forward(self, h: Tensor, clip: Clip, text: Text) -> Tensor:
-        out = self.conv1(F.silu(self.norm(h)))
-        out = self.conv2(F.silu(self.film(out, clip)))
+        out = self.conv1(self.norm(h, silu=True))
+        out = self.conv2(self.film(out, clip, silu=True))
         h = self.skip(h) + out
         if self.time_conv is not None:
             h = self.time_conv(h, clip)
@@ -257,7 +257,7 @@ class VideoUNet(nn.Module):
                 h = self._block(block, torch.cat([h, skips.pop()], 1), clip, cond.text)
             if i < len(self.grow):
                 h = self.grow[i](F.interpolate(h, scale_factor=2, mode="nearest"))
-        out = self.conv_out(F.silu(self.norm_out(h, clip)))
+        out = self.conv_out(self.norm_out(h, clip, silu=True))
         out = F.pixel_shuffle(out, self.cfg.patch)
         # Pixels also pass straight through, weighted by the embedding: noise need not squeeze through the patches.
         gain_z, gain_low = self.through(embedding)[:, :, None, None].chunk(2, 1)

@@ -176,7 +176,7 @@ def test_launches_of_part_of_the_batch_add_up(form: str) -> None:
     four = None if bias is None else bias.view((1,) * (4 - bias.ndim) + bias.shape)
     whole = attend(q, k, v, bias=bias, kernel="reference")
     for step in (1, 2, 5, 9):
-        torch.testing.assert_close(attention._in_launches(reference, step, q, k, v, four), whole)
+        torch.testing.assert_close(attention._in_launches(reference, q, k, v, four, step), whole)
 
 
 def test_cuda_launches_stay_within_grid_and_int32() -> None:
@@ -236,7 +236,7 @@ def test_use_ends_with_its_block_even_after_an_error() -> None:
 
 
 def test_unknown_kernel_is_refused_with_the_names() -> None:
-    names = "'flash', expected one of auto, reference, sdpa, xformers. Fix: attention=auto"
+    names = "'flash', expected one of auto, reference, sdpa, temporal, xformers. Fix: attention=auto"
     with pytest.raises(ConfigError, match=names), use("flash"):
         pass
     with pytest.raises(ConfigError, match="'flash'"):
@@ -303,7 +303,7 @@ def test_tensors_xformers_has_no_cuda_kernel_for(
 def test_auto_on_cuda_takes_xformers_or_says_once_why_not(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    q = SimpleNamespace(device=torch.device("cuda"))
+    q = SimpleNamespace(device=torch.device("cuda"), ndim=4)
     answers: list[str | None] = [None]
     monkeypatch.setattr(attention, "_load", lambda name: SimpleNamespace(available=lambda q, bias: answers[0]))
     attention._say_once.cache_clear()
@@ -311,7 +311,7 @@ def test_auto_on_cuda_takes_xformers_or_says_once_why_not(
         assert select("auto", q) == "xformers" and not caplog.records  # type: ignore[arg-type]
         answers[0] = "no such library"
         assert [select("auto", q) for _ in range(3)] == ["sdpa"] * 3  # type: ignore[arg-type]
-    assert [r.message for r in caplog.records] == ["attention=auto uses sdpa, not xformers: no such library"]
+    assert [r.message for r in caplog.records] == ["attention=auto does not use xformers: no such library"]
 
 
 def test_auto_on_the_cpu_is_sdpa_and_never_imports_xformers() -> None:

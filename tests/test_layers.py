@@ -193,7 +193,7 @@ def test_temporal_attention_is_masked_attention_over_all_tokens(
 
 def test_the_bias_knows_distances_alone_and_runs_beyond_its_reach(shaken: Shaken) -> None:
     layer = shaken(TemporalAttention(CHANNELS, 8, reach=2))
-    bias = layer.bias(clip(9), HEIGHT * WIDTH)[0, 0]
+    bias = layer.bias(clip(9))[0, 0]
     assert torch.equal(bias[1:, 1:], bias[:-1, :-1])
     assert (bias[0, 2:] == bias[0, 2]).all() and bias[0, 2] != bias[0, 1] != bias[1, 0]
 

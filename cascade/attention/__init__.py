@@ -2,7 +2,8 @@
 
 A kernel is a file here with two functions (`Kernel`); adding the file is all it takes. `reference` defines the answer,
 the others are held to it. q is (B, M, h, D), k and v are (B, N, h, D): xformers' BMHK layout, batch, tokens, heads,
-head size, so a projection packed as (B, M, 3, h, D) is used through views.
+head size, so a projection packed as (B, M, 3, h, D) is used through views. Attention over frames has one dim more, of
+the positions S that each attend by themselves: (B, M, S, h, D), xformers' BMGHK.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _records: ContextVar[tuple[list[str], ...]] = ContextVar("attention_records", de
 
 
 class Kernel(Protocol):
-    """What a file in this folder provides."""
+    """What a file in this folder provides; `POSITIONS = True` beside it asks for tensors with positions as they are."""
 
     def available(self, q: Tensor, bias: Tensor | None = None) -> str | None:
         """Why this kernel cannot run for these tensors here, None if it can."""
@@ -44,6 +45,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, kerne
     """softmax(q k^T / sqrt(D) + bias) v (Vaswani et al. 2017, eq. 1).
 
     q (B, M, h, D), k and v (B, N, h, D) -> (B, M, h, D). Any strides whose last is 1: nothing is copied to get here.
+    Or all three (B, M, S, h, D) -> (B, M, S, h, D): self-attention at each of S positions, which share the bias.
     bias broadcasts to (B, h, M, N), is added to the scores (-inf hides a key) and may require a gradient; leave
     broadcast dims at 1, an expanded bias costs what a full one does. Every query must see a key: kernels disagree on a
     row that is all -inf (zeros or NaN). This is checked on the CPU only, a GPU would have to wait for the answer.
@@ -56,8 +58,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, kerne
     name = select(_default.get() if kernel is None else kernel, q, bias)
     for names in _records.get():
         names.append(name)
-    step = _launch_limit(q, k) if q.device.type == "cuda" else len(q)
-    return _in_launches(_load(name), step, q, k, v, bias)
+    chosen = _load(name)
+    if q.ndim == 4:
+        return _in_launches(chosen, q, k, v, bias)
+    if getattr(chosen, "POSITIONS", False):
+        return chosen.run(q, k, v, bias)
+    return _folded(chosen, q, k, v, bias)
 
 
 @contextmanager
@@ -93,7 +99,8 @@ def kernels() -> tuple[str, ...]:
 
 
 def select(kernel: str, q: Tensor, bias: Tensor | None = None) -> str:
-    """The kernel that answers: `kernel` itself, or for "auto" xformers on CUDA where it runs and sdpa elsewhere.
+    """The kernel that answers: `kernel` itself, or "auto": on CUDA the first that runs of temporal (attention with
+    positions), xformers and sdpa, elsewhere sdpa.
 
     On the CPU even short sequences gain nothing from plain products (numbers in sdpa.py), and xformers, which takes
     seconds to import, is not touched. Raises ConfigError for a kernel that is unknown or cannot run here.
@@ -102,10 +109,12 @@ def select(kernel: str, q: Tensor, bias: Tensor | None = None) -> str:
     if kernel == AUTO:
         if q.device.type != "cuda":
             return "sdpa"
-        if reason := _load("xformers").available(q, bias):
-            _say_once(f"attention=auto uses sdpa, not xformers: {reason}")
-            return "sdpa"
-        return "xformers"
+        for name in ("temporal", "xformers") if q.ndim == 5 else ("xformers",):
+            reason = _load(name).available(q, bias)
+            if reason is None:
+                return name
+            _say_once(f"attention=auto does not use {name}: {reason}")
+        return "sdpa"
     if reason := _load(kernel).available(q, bias):
         raise ConfigError(f"attention {kernel!r} cannot run here: {reason}", fix="attention=auto")
     return kernel
@@ -128,9 +137,11 @@ def _say_once(message: str) -> None:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    if q.ndim != 4 or k.shape != (q.shape[0], k.shape[1], *q.shape[2:]) or v.shape != k.shape:
+    fits = q.ndim == k.ndim == 4 and k.shape == (q.shape[0], k.shape[1], *q.shape[2:])
+    if not (fits or (q.ndim == 5 and k.shape == q.shape)) or v.shape != k.shape:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(f"attention of q, k, v {shapes}: expected (B, M, h, D), (B, N, h, D), (B, N, h, D)")
+        expected = "(B, M, h, D), (B, N, h, D), (B, N, h, D) or three times (B, M, S, h, D)"
+        raise ValueError(f"attention of q, k, v {shapes}: expected {expected}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention of q, k, v {q.dtype}, {k.dtype}, {v.dtype}: expected one dtype")
     # The fused CPU kernel reads past such a tensor instead of refusing it.
@@ -140,7 +151,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _four_dims(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """bias as (B | 1, h | 1, M | 1, N | 1) in q's dtype."""
-    full = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    full = (q.shape[0], q.shape[-2], q.shape[1], k.shape[1])
     shape = (1,) * (4 - bias.ndim) + tuple(bias.shape)
     if len(shape) != 4 or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
         raise ValueError(f"attention bias {tuple(bias.shape)} does not broadcast to (B, h, M, N) = {full}")
@@ -163,8 +174,30 @@ def _launch_limit(q: Tensor, k: Tensor) -> int:
     return max(1, min(65535, 2**31 // padded))
 
 
-def _in_launches(kernel: Kernel, step: int, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """`kernel.run` on at most `step` of the batch at a time."""
+def _folded(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Positions and heads as the heads of a kernel that knows no positions: a view if S and h lie side by side."""
+    positions, heads = q.shape[2:4]
+    step = max(1, 65535 // heads) if q.device.type == "cuda" else positions  # heads are a grid dim as well
+
+    def part(i: slice) -> Tensor:
+        some = slice(None), slice(None), i
+        few = q[some].flatten(2, 3), k[some].flatten(2, 3), v[some].flatten(2, 3)
+        each = bias
+        if bias is not None and bias.shape[1] > 1:  # one of a single head is broadcast as it is
+            each = bias[:, None].expand(-1, few[0].shape[2] // heads, -1, -1, -1).flatten(1, 2)
+        return torch.unflatten(_in_launches(kernel, *few, each), 2, (-1, heads))
+
+    if positions <= step:
+        return part(slice(None))
+    return torch.cat([part(slice(i, i + step)) for i in range(0, positions, step)], 2)
+
+
+def _in_launches(
+    kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, step: int | None = None
+) -> Tensor:
+    """`kernel.run` on at most `step` of the batch at a time (None: what one launch bears)."""
+    if step is None:
+        step = _launch_limit(q, k) if q.device.type == "cuda" else len(q)
     if len(q) <= step:
         return kernel.run(q, k, v, bias)
 

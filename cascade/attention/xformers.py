@@ -1,4 +1,5 @@
-"""xformers' memory_efficient_attention: its CUDA kernels, and on the CPU an operator of ours behind the same call.
+"""xformers' memory_efficient_attention: its CUDA kernels, on the CPU an operator of ours behind the same call, and our
+own kernel for attention over frames as an operator of xformers (`temporal_operators`).
 
 The only file that imports xformers, which takes seconds, so only when it is to run.
 """
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from cascade.kernels import temporal
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -164,6 +167,99 @@ def _backward() -> type:
             if mask is not None and bias.requires_grad:
                 db = _bias_gradient(q, k, v, mask, out, ctx.lse, grad, scale)
             return Gradients(*(g.transpose(1, 2) for g in grads), db=db)
+
+    return Backward
+
+
+@functools.cache
+def temporal_operators() -> tuple[type, type]:
+    """The pair by which memory_efficient_attention(..., op=temporal_operators()) reaches `cascade.kernels.temporal`.
+
+    For sequences of at most 128 with themselves, on CUDA and the CPU, also where xformers' own library does not load;
+    BMHK, or without a gradient (xformers has none for it) BMGHK, of which the G share a bias. `attend` does not come
+    this way: xformers wants a bias expanded to all positions and returns its gradient in that size. A dim of the bias
+    that was expanded is read and summed once.
+    """
+    return _temporal_forward(), _temporal_backward()
+
+
+class _Temporal:
+    """What both operators say of themselves."""
+
+    OPERATOR = torch.ops.cascade.temporal_attention
+    SUPPORTED_DEVICES = frozenset({"cpu", "cuda"})
+    SUPPORTED_DTYPES = frozenset({*_HALF, torch.float32, torch.float64})
+    SUPPORTED_MAX_K = temporal.HEAD
+    SUPPORTED_ATTN_BIAS_TYPES = (type(None), Tensor)
+    SUPPORTS_DROPOUT = False
+    SUPPORTS_CUSTOM_SCALE = True
+    SUPPORTS_BMGHK = True
+    CUDA_MINIMUM_COMPUTE_CAPABILITY = (8, 0)
+
+    @classmethod
+    def not_supported_reasons(cls, d: Any) -> list[str]:
+        reasons = _refusals(super().not_supported_reasons(d), d)  # type: ignore[misc]
+        reasons = [r for r in reasons if not r.startswith("xFormers wasn't build with CUDA")]  # not its kernel
+        if d.key.shape[1] != d.query.shape[1]:
+            reasons.append("query and key have different lengths")
+        elif reason := temporal.refusal(_positions(d)[0]):
+            reasons.append(reason)
+        bias = d.attn_bias
+        if d.query.ndim == 5:
+            if bias is not None and (bias.ndim != 5 or (bias.shape[1] > 1 and bias.stride(1))):
+                reasons.append("a bias of BMGHK must be (B, 1, H, M, N) expanded to (B, G, H, M, N)")
+            if any(x.requires_grad for x in (d.query, d.key, d.value)):
+                reasons.append("xFormers has no gradient for BMGHK")
+        return reasons
+
+
+def _positions(inp: Any) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """query, key, value (B, F, S, h, D) and bias (B | 1, h, F, F): heads without a bias of their own are positions."""
+    q, k, v = inp.query, inp.key, inp.value
+    bias = None if inp.attn_bias is None else inp.attn_bias.detach()
+    if q.ndim == 4:
+        dim = 3 if bias is None or not bias.stride(1) else 2
+        q, k, v = (x.unsqueeze(dim) for x in (q, k, v))
+        bias = bias if bias is None or dim == 2 else bias[:, :1]
+    elif bias is not None:
+        bias = bias[:, 0]
+    return q, k, v, bias[:1] if bias is not None and not bias.stride(0) else bias
+
+
+def _temporal_forward() -> type:
+    from xformers.ops.fmha.common import AttentionFwOpBase, Context
+
+    class Forward(_Temporal, AttentionFwOpBase):  # type: ignore[misc]
+        NAME = "cascadeF-temporal"
+
+        @classmethod
+        def apply(cls, inp: Any, needs_gradient: bool) -> tuple[Tensor, Any]:
+            out, lse = cls.OPERATOR(*_positions(inp), inp.scale_float, needs_gradient)
+            out = out.view(inp.query.shape)
+            if not needs_gradient:
+                return out, None
+            return out, Context(out=out, lse=lse if inp.query.ndim == 5 else lse.flatten(1, 2))
+
+    return Forward
+
+
+def _temporal_backward() -> type:
+    from xformers.ops.fmha.common import AttentionBwOpBase, Gradients
+
+    class Backward(_Temporal, AttentionBwOpBase):  # type: ignore[misc]
+        OPERATOR = torch.ops.cascade.temporal_attention_backward
+        NAME = "cascadeB-temporal"
+        SUPPORTS_ATTN_BIAS_GRAD = True
+
+        @classmethod
+        def apply(cls, ctx: Any, inp: Any, grad: Tensor) -> Any:
+            q, k, v, bias = _positions(inp)
+            wanted = inp.attn_bias is not None and inp.attn_bias.requires_grad
+            grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+            *grads, db = cls.OPERATOR(grad.view(q.shape), q, k, v, bias, inp.scale_float, wanted)
+            if wanted:  # the copies of an entry that was expanded get equal parts of its gradient
+                db = (db / (inp.attn_bias.numel() // db.numel())).to(inp.attn_bias.dtype).expand(inp.attn_bias.shape)
+            return Gradients(*(g.view(inp.query.shape) for g in grads), db=db if wanted else None)
 
     return Backward
 

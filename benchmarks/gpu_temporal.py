@@ -1,0 +1,196 @@
+"""Attention over frames: checked against float64, timed against PyTorch's backends."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from measure import INTERPRETED, TOLERANCE, TYPES, Run, error, poison
+from torch import Tensor
+
+from cascade.attention import attend
+from cascade.kernels import temporal
+
+# B, F, HW, h, D
+CHECKED = [(2, 8, 64, 1, 96), (2, 16, 61, 3, 64), (1, 31, 37, 2, 64), (1, 32, 100, 5, 64), (1, 64, 33, 2, 64)]
+CHECKED += [(1, 100, 9, 2, 32), (1, 128, 20, 1, 128), (3, 1, 7, 2, 32)]
+TIMED = [(2, 16, 15360, 5, 64), (2, 32, 3840, 5, 64), (1, 64, 3840, 5, 64), (256, 8, 64, 1, 96), (1, 128, 3840, 5, 64)]
+TIMED += [(2, 16, 960, 12, 64)]
+DRY = [(2, 8, 5, 1, 24), (1, 16, 3, 2, 16)]
+
+
+def draw(run: Run, shape: tuple[int, ...], dtype: torch.dtype, bias: str = "table") -> list[Tensor]:
+    """Gradient, q, k, v (views of one packed projection) and the bias (float32)."""
+    b, f, s, h, d = shape
+    q, k, v = torch.randn(b, f, s, 3, h, d, device=run.device, dtype=dtype).unbind(3)
+    table = torch.randn(b if bias == "each" else 1, h, f, f, device=run.device)
+    if bias == "each":
+        table = table.masked_fill(torch.ones(f, f, device=run.device).triu(1).bool(), -math.inf)
+    return [torch.randn(b, f, s, h, d, device=run.device, dtype=dtype), q, k, v, table]
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, launch: Any = None) -> Tensor:
+    if launch is None and not INTERPRETED:
+        return temporal.attention(q, k, v, bias)
+    from cascade.kernels import temporal_triton
+
+    return temporal_triton.forward(q, k, v, bias, q.shape[-1] ** -0.5, False, temporal.precision(), launch)[0]
+
+
+def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, launch: Any = None) -> list[Tensor]:
+    scale = q.shape[-1] ** -0.5
+    if launch is None and not INTERPRETED:
+        return list(torch.ops.cascade.temporal_attention_backward(grad, q, k, v, bias, scale, bias is not None))
+    from cascade.kernels import temporal_triton
+
+    precision = temporal.precision()
+    return list(temporal_triton.backward(grad, q, k, v, bias, scale, bias is not None, precision, launch))
+
+
+def check(run: Run) -> None:
+    for shape in DRY if run.dry else CHECKED:
+        for name in TOLERANCE:
+            for bias in ("table", "each") if shape[1] in (8, 16, 64) else ("table",):
+                if run.mine():
+                    check_one(run, shape, name, bias)
+    if run.dry and not INTERPRETED:
+        return
+    for frames in (16,) if run.dry else (16, 32, 64):
+        for _, launch in launches(frames):
+            if run.mine():
+                shape = (1, frames, 9, 2, 16) if run.dry else (2, frames, 333, 5, 64)
+                check_one(run, shape, "bf16", "table", launch)
+
+
+def check_one(run: Run, shape: tuple[int, ...], name: str, bias: str, launch: Any = None) -> None:
+    grad, *leaves = draw(run, shape, TYPES[name], bias)
+    wide = [x.double().requires_grad_() for x in leaves]
+    out = attend(*wide[:3], bias=wide[3], kernel="reference")
+    want = [out.detach(), *torch.autograd.grad(out, wide, grad.double())]
+    poison(run, grad.numel())
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    row = {"shape": shape, "bias": bias, "launch": launch and str(launch)}
+    try:
+        got = [forward(*leaves, launch), *backward(grad, *leaves, launch)]
+    except (ValueError, RuntimeError) as refusal:
+        expected = shape[1] > temporal.FRAMES_FLOAT32 and TYPES[name] is torch.float32
+        run.failed += not expected
+        run.say("temporal", show=not expected, **row, dtype=name, refused=str(refusal)[-120:])
+        return
+    errors = [error(x, y) for x, y in zip(got, want, strict=True)]
+    if shape[1] == 1:  # the softmax of one score is 1: q, k and bias get no gradient
+        errors = [errors[0], errors[3]]
+    run.check("temporal", name, errors, **row)
+
+
+def launches(frames: int) -> list[tuple[bool, Any]]:
+    """Ways to launch the kernels besides the shipped one: (backward, launch)."""
+    from cascade.kernels.temporal_triton import Launch
+
+    small, tile = max(32, frames), max(64, frames)
+    ahead = [Launch(small, 4, 2, 4), Launch(tile, 4, 2, 1), Launch(tile, 8, 2, 4), Launch(tile, 4, 3, 16)]
+    back = [Launch(max(16, frames), 2, 2, 8), Launch(tile, 8, 2, 8), Launch(small, 4, 1, 16), Launch(small, 4, 3, 32)]
+    return [(False, x) for x in ahead] + [(True, x) for x in [*back, Launch(tile, 4, 2, 8)]]
+
+
+def time_ours(run: Run, shape: tuple[int, ...]) -> None:
+    """Forward and backward with and without a bias; in bytes q, k, v -> out and grad, q, k, v -> dq, dk, dv."""
+    grad, q, k, v, table = projections(run, shape)
+    size = q.numel() * q.element_size()
+    found = {}
+    for name, bias in (("plain", None), ("bias", table)):
+        row = {"shape": shape, "kernel": "ours", "bias": name}
+        ahead = run.timed("temporal", 4 * size, lambda b=bias: forward(q, k, v, b), **row, way="forward")  # type: ignore[misc]
+        back = run.timed("temporal", 7 * size, lambda b=bias: backward(grad, q, k, v, b), **row, way="backward")  # type: ignore[misc]
+        found[name] = [ahead, back]
+    run.say("temporal ours", shape=shape, forward_backward=found)
+
+
+def projections(run: Run, shape: tuple[int, ...]) -> list[Tensor]:
+    """As `draw`, of three projections, as the U-Net has them: contiguous."""
+    grad, q, k, v, table = draw(run, shape, torch.bfloat16)
+    return [grad, *(x.contiguous() for x in (q, k, v)), table]
+
+
+def peers(shape: tuple[int, ...]) -> dict[str, Callable[..., Tensor]]:
+    """PyTorch's backends on permuted copies (B HW, h, F, D), and on the view in which positions are heads."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from cascade.attention import xformers
+
+    b, f, s, h, d = shape
+
+    def permuted(backend: Any) -> Callable[..., Tensor]:
+        def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+            q, k, v = (x.permute(0, 2, 3, 1, 4).reshape(b * s, h, f, d) for x in (q, k, v))
+            with sdpa_kernel(backend):
+                out = F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+            return out.view(b, s, h, f, d).permute(0, 3, 1, 2, 4).contiguous()
+
+        return run
+
+    def viewed(kernel: str) -> Callable[..., Tensor]:
+        return lambda q, k, v, bias: attend(q, k, v, bias=bias, kernel=kernel)
+
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    found = {f"permute+{name}": permuted(backend) for name, backend in backends.items()}
+    found["permute+efficient"] = permuted(SDPBackend.EFFICIENT_ATTENTION)
+    found["view+sdpa"] = viewed("sdpa")
+    if xformers.reason() is None:
+        found["view+xformers"] = viewed("xformers")
+    return found
+
+
+def time_peers(run: Run, shape: tuple[int, ...], reserve: float) -> None:
+    """As `time_ours`; backward is autograd's, as a training step runs it, without a gradient of the bias."""
+    grad, q, k, v, table = projections(run, shape)
+    size = q.numel() * q.element_size()
+    for name, function in peers(shape).items():
+        for form in ("plain", "bias") if name == "permute+efficient" else ("plain",):
+            if run.late("peers", reserve):
+                return
+            bias = table if form == "bias" else None
+            row = {"shape": shape, "kernel": name, "bias": form}
+            ahead = run.timed("temporal", 4 * size, lambda f=function, b=bias: f(q, k, v, b), **row, way="forward")  # type: ignore[misc]
+            if isinstance(ahead, str):
+                run.say("temporal peer", shape=shape, kernel=name, bias=form, refused=ahead)
+                continue
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            out = function(*leaves, bias)
+            again = lambda o=out, x=leaves: torch.autograd.grad(o, x, grad, retain_graph=True)  # type: ignore[misc] # noqa: E731
+            back = run.timed("temporal", 7 * size, again, **row, way="backward")
+            run.say("temporal peer", shape=shape, kernel=name, bias=form, forward_backward=[ahead, back])
+
+
+def time_launches(run: Run, shape: tuple[int, ...]) -> None:
+    """The other ways to launch, with the bias."""
+    grad, q, k, v, table = projections(run, shape)
+    size = q.numel() * q.element_size()
+    found: dict[str, Any] = {}
+    for back, launch in launches(shape[1]):
+        if run.late("launches"):
+            break
+        way = "backward" if back else "forward"
+        call = (
+            (lambda x=launch: backward(grad, q, k, v, table, x))
+            if back
+            else (lambda x=launch: forward(q, k, v, table, x))
+        )  # type: ignore[misc]
+        name = f"{way} {launch.rows} rows {launch.warps} warps {launch.stages} stages {launch.turns} turns"
+        found[name] = run.timed("launches", (7 if back else 4) * size, call, shape=shape, launch=name)
+    run.say("launches", shape=shape, **found)
+
+
+def large(run: Run) -> None:
+    """More than 2^31 elements and far more sequences than a grid dim has programs."""
+    shape = (1, 4, 50, 2, 16) if run.dry else (1, 16, 614_400, 4, 64)
+    q, k, v = (torch.randn(shape, device=run.device, dtype=torch.bfloat16) for _ in range(3))
+    out = forward(q, k, v, None)
+    worst = 0.0
+    for s in (0, shape[2] // 2, shape[2] - 1):
+        want = attend(*(x[:, :, s : s + 1].double() for x in (q, k, v)), kernel="reference")
+        worst = max(worst, error(out[:, :, s : s + 1], want))
+    run.say("large", shape=shape, error=worst, ok=worst < TOLERANCE["bf16"])

@@ -1,0 +1,59 @@
+"""Kernels of our own in Triton, each behind a `torch.library` operator that plain torch answers on the CPU.
+
+An operator (`temporal`, `norm`) and its Triton code (`temporal_triton`, `norm_triton`) are two files: Triton's language
+is written at the top of a module, so the second kind imports Triton as it loads, and only a launch loads it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+
+import torch
+from torch import Tensor
+
+__all__ = ["DTYPES", "multiprocessors", "say_once", "unfit"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unfit(x: Tensor) -> str | None:
+    """Why Triton's kernels cannot take this CUDA tensor, None if they can."""
+    if x.device.type != "cuda":
+        return f"Triton has kernels for cuda, not for {x.device.type}"
+    if x.dtype not in DTYPES:
+        return f"the Triton kernels take float32, bfloat16 and float16, not {x.dtype}"
+    return _missing() or _old(x.device)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side at least; a few where there is no GPU (Triton's interpreter)."""
+    if device.type != "cuda":
+        return 2
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """A warning in the log, the first time."""
+    logging.getLogger("cascade").warning(message)
+
+
+@functools.cache
+def _missing() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except (ImportError, OSError, RuntimeError) as error:  # a wheel made for another torch or libc
+        first = str(error).partition("\n")[0]
+        return f"Triton does not import ({first}); repair: install the CUDA build of torch, which brings its Triton"
+    return None
+
+
+@functools.cache
+def _old(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (8, 0):
+        return None
+    return "the Triton kernels need compute capability 8.0, this GPU has {}.{}".format(*capability)

@@ -1,0 +1,107 @@
+"""Every shipped configuration of the Triton kernels compiles for Hopper (sm_90) and fits it. Needs Triton, no GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
+]
+SHARED = 227 * 1024  # bytes of a block on sm_90
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# Bytes of registers that may be spilled (frames, head size, backward); the others spill none.
+SPILLS = {
+    torch.bfloat16: {(64, 128, True): 32, (128, 64, True): 512, (128, 128, True): 1024, (128, 128, False): 32},
+    torch.float32: {(64, 64, True): 600, (64, 128, True): 1400, (64, 128, False): 1100, (64, 64, False): 200},
+}
+
+
+def resources(
+    into: Path, function: Any, types: dict[str, str], constants: dict[str, object], **options: int
+) -> tuple[int, int]:
+    """(stack bytes, shared bytes) of a kernel compiled for sm_90; pointers and strides are multiples of 16."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, values, hints = {}, {}, {}
+    for i, name in enumerate(function.arg_names):
+        if name in constants:
+            signature[name], values[(i,)] = "constexpr", constants[name]
+            continue
+        signature[name] = types.get(name, "i32")
+        if signature[name].startswith("*") or re.fullmatch("[gqkv][bfsh]", name):
+            hints[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=function, signature=signature, constexprs=values, attrs=hints)
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    tool = Path(inspect.getfile(triton)).parent / "backends/nvidia/bin/cuobjdump"
+    (into / "cubin").write_bytes(built.asm["cubin"])
+    report = subprocess.run([tool, "-res-usage", into / "cubin"], capture_output=True, text=True, check=False).stdout
+    print(report)
+    found = re.search(r"STACK:(\d+)", report)
+    assert found, report
+    return int(found[1]), built.metadata.shared
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("head", [64, 96, 128])
+@pytest.mark.parametrize("frames", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
+)
+def test_temporal_attention_fits(
+    dtype: torch.dtype, precision: str, frames: int, head: int, backward: bool, tmp_path: Path
+) -> None:
+    from triton import next_power_of_2
+
+    from cascade.kernels import temporal, temporal_triton
+
+    if dtype is torch.float32 and frames > temporal.FRAMES_FLOAT32:
+        pytest.skip("refused")
+    launch = temporal_triton.configuration(frames, head, dtype, backward)
+    lanes = next_power_of_2(head)
+    constants: dict[str, object] = {
+        "F": frames,
+        "FP": frames,
+        "D": head,
+        "LANES": lanes,
+        "R": launch.rows,
+        "BIASED": True,
+    }
+    constants |= {"PRECISION": precision, "WIDE": False, "BIAS_GRADIENT" if backward else "NEEDS_LSE": backward}
+    types = dict.fromkeys(("Q", "K", "V", "G", "OUT", "DQ", "DK", "DV"), f"*{NAMES[dtype]}")
+    types |= {"BIAS": "*fp32", "LSE": "*fp32", "DBIAS": "*fp32", "scale": "fp32"}
+    function = temporal_triton._backward if backward else temporal_triton._forward
+    stack, shared = resources(tmp_path, function, types, constants, num_warps=launch.warps, num_stages=launch.stages)
+    assert shared <= SHARED
+    assert stack <= SPILLS[dtype].get((frames, lanes, backward), 0)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("phase", [0, 1, 2])
+@pytest.mark.parametrize("channels", [64, 96, 128, 192, 256, 1024])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_group_norm_fits(dtype: torch.dtype, channels: int, phase: int, backward: bool, tmp_path: Path) -> None:
+    from cascade.kernels import norm_triton
+
+    x = torch.empty(2, channels, 64, 64, device="meta")
+    film = torch.empty(2, 2 * channels, device="meta")
+    elements = norm_triton.BACKWARD if backward else norm_triton.FORWARD
+    constants: dict[str, object] = dict(norm_triton._constants(x, film, 8, True, elements))
+    constants |= {"PHASE": phase} | ({} if backward else {"TP": 16})
+    types = dict.fromkeys(("X", "Y", "GRAD", "DX"), f"*{NAMES[dtype]}") | {"eps": "fp32"}
+    types |= dict.fromkeys(("W", "B", "FILM", "MEAN", "RSTD", "PARTS", "DAFFINE", "DFILM"), "*fp32")
+    function = norm_triton._backward if backward else norm_triton._forward
+    stack, shared = resources(tmp_path, function, types, constants, num_warps=norm_triton.WARPS)
+    assert shared <= SHARED and stack == 0
