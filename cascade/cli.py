@@ -36,6 +36,7 @@ cascade: cascaded text-to-video, stage by stage.
   cascade plan [chain=tiny] [format=json]         check a chain; sizes, parameters, work and memory of its stages
   cascade evaluate [chain=tiny] [n=64]            judge a chain by what its videos show
   cascade report runs=DIR [out=docs]              all evaluations below DIR as one page with plots and gates
+  cascade assets [only=[i3d]] [out=DIR]           fetch the networks that FVD, FID and LPIPS of the papers need
   cascade embed prompts=FILE out=DIR              write text embeddings once, for text.store=DIR
   cascade info                                    versions, device, attention kernels
   cascade list                                    chains and stages that can be named
@@ -141,6 +142,13 @@ def evaluate(tree: dict[str, Any]) -> None:
     chain_verb(tree)
 
 
+def assets(tree: dict[str, Any]) -> None:
+    """Networks of others, for measures."""
+    from cascade.assets import verb
+
+    verb(tree)
+
+
 def results(tree: dict[str, Any]) -> None:
     """Evaluations collected into a page."""
     from cascade.report import verb
@@ -188,6 +196,7 @@ VERBS: dict[str, tuple[str | None, Callable[[dict[str, Any]], None]]] = {
     "plan": ("plan", plan),
     "evaluate": ("evaluate", evaluate),
     "report": ("report", results),
+    "assets": ("assets", assets),
     "embed": ("embed", embed),
     "info": (None, info),
     "list": (None, list_),

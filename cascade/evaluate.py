@@ -38,7 +38,7 @@ from cascade.marks import Report, clips_of, described, rows_of, sheet_of, strips
 from cascade.noise import Noise, generator, sample_id
 from cascade.pipeline import VIDEO, Chain, Device, Progress, Runner, load_stage, precision, read_clip
 from cascade.request import bars, jobs_of, take
-from cascade.stage import Stage, StageConfig
+from cascade.stage import Rule, Stage, StageConfig
 from cascade.text import Text, text_source
 from cascade.video import Video
 
@@ -147,7 +147,7 @@ def answer(
     stage = next(iter(variants.values()))
     cfg, rule, seed = stage.cfg, stage.rule, exam.cfg.seed
     truth = exam.films(questions, cfg.shape, cfg.fps)
-    case = Case(truth, truth, rate=rule.rate(cfg), specs=known_specs(questions))
+    case = Case(truth, truth, rate=rule.rate(cfg), specs=known_specs(questions), borders=borders(stage.cfg, rule))
     low = None
     if MADE not in variants:
         low = degraded(stage, truth, questions, seed)
@@ -196,6 +196,10 @@ def _from(tick: Callable[[int], None], start: int, step: int) -> None:
     tick(start + step)
 
 
+def borders(stage: StageConfig, rule: Rule) -> list[int] | None:
+    return stage.windows.borders(stage.shape.frames, rule.rate(stage)) or None
+
+
 def joined(parts: Sequence[Answers]) -> Answers:
     keys = sorted(parts[0], key=lambda key: key.split("/"))
     return {key: torch.cat([part[key] for part in parts]) for key in keys}
@@ -204,7 +208,8 @@ def joined(parts: Sequence[Answers]) -> Answers:
 def stage_task(ask: Request) -> None:
     """`task=evaluate`: judges the stage; report.json and report.png in `out`, and a table on stdout."""
     cfg = parse({"seed": ask.run.seed, **ask.own.get("evaluate", {})}, EvaluateConfig, "evaluate")
-    for name in cfg.metrics or ask.rule.METRICS:
+    names = list(cfg.metrics or ask.rule.METRICS)
+    for name in names:
         measure(name)
     out = ask.out("evaluate")
     stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
@@ -215,7 +220,7 @@ def stage_task(ask: Request) -> None:
         del part[name]  # none of them changes an answer
     work = None  # the user's own files may change under the same settings
     if ask.data.clips is None:
-        work = out / "answers" / fingerprint([parts, weights, encoder.fingerprint])[:16]
+        work = out / "answers" / fingerprint([parts, weights, encoder.fingerprint, about(names)])[:16]
     with store.lock(out), bars() as progress, attention.use(ask.on.attention), precision(ask.on):
         source = open_source(ask.data, ask.cfg.shape, ask.cfg.fps, out / "clips")
         report = judge_stage(
@@ -251,14 +256,14 @@ def judge_chain(runner: Runner, source: Source, cfg: EvaluateConfig, out: Path) 
     runner.run(jobs, None)
     rows = []
     skipped: dict[str, str] = {}
-    for stage in chain.stages:
+    for stage, rule in zip(chain.stages, chain.rules, strict=True):
         parts = []
         for first in range(0, cfg.n, cfg.batch):
             group = questions[first : first + cfg.batch]
             files = [jobs[question.number].directory / "stages" / stage.name for question in group]
             frames = torch.cat([read_clip(store.read(f, "stage").files[VIDEO], str(f)).frames for f in files])
             truth = exam.films(group, stage.shape, stage.fps)
-            case = Case(frames, truth, specs=known_specs(group))
+            case = Case(frames, truth, rule.rate(stage), specs=known_specs(group), borders=borders(stage, rule))
             skipped = {name: why for name in names if (why := lacking(name, case))}
             answers = {"sheet/made": frames[[i for i, question in enumerate(group) if question.number < SHOWN]]}
             others = replace(case, frames=exam.films(group, stage.shape, stage.fps, REAL))

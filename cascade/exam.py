@@ -3,6 +3,7 @@
 A measure is a module of cascade/metrics. Its `judge` says by the names of its parameters what it needs (the fields of
 `Case`) and returns a value for each clip, (B,), NaN where it cannot tell; they are averaged, unless the module has a
 `total(values)` that makes numbers of the values (n, ...) of all clips. Its `about()`, if any, goes into the report.
+One that needs what may not be on this machine has an `absent()`, which says what is missing, or nothing.
 """
 
 from __future__ import annotations
@@ -67,12 +68,14 @@ class Case:
     given: Tensor | None = None  # (B, 3, F, H, W), the input at the size of the output
     known: Tensor | None = None  # (B, F), frames of `given` that have to come out as they are
     specs: list[Spec] | None = None  # what the prompts say
+    borders: list[int] | None = None  # frames at which a window begins, or before which one ends
 
 
 ABSENT = {
     "low": "the stage has no video as its input",
     "given": "the stage has no video as its input",
     "known": "the stage has no video as its input",
+    "borders": "the stage works on all frames at once, without windows",
     "specs": "what these clips show is not known, only their captions",
 }
 
@@ -93,10 +96,15 @@ def measure(name: str) -> ModuleType:
     return import_module(f"cascade.metrics.{name}")
 
 
+def absent(name: str) -> str:
+    """What the measure needs and this machine does not have, or nothing."""
+    return str(measure(name).absent()) if hasattr(measure(name), "absent") else ""
+
+
 def lacking(name: str, case: Case) -> str:
     """Why `case` cannot be judged by the measure, or nothing."""
     needs = inspect.signature(measure(name).judge).parameters
-    return next((ABSENT[need] for need in needs if getattr(case, need) is None), "")
+    return absent(name) or next((ABSENT[need] for need in needs if getattr(case, need) is None), "")
 
 
 def judged(name: str, case: Case, condition: str) -> Answers:
@@ -168,5 +176,5 @@ def known_specs(questions: Sequence[Question]) -> list[Spec] | None:
 
 
 def about(names: Sequence[str]) -> dict[str, Any]:
-    """What the measures say of themselves."""
-    return {name: measure(name).about() for name in names if hasattr(measure(name), "about")}
+    """What the measures that can be asked here say of themselves."""
+    return {name: measure(name).about() for name in names if hasattr(measure(name), "about") and not absent(name)}

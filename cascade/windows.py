@@ -46,6 +46,11 @@ class Windows:
         last = (total - self.frames) // rate * rate
         return [*range(0, last, hop), last]
 
+    def borders(self, total: int, rate: int = 1) -> list[int]:
+        """The frames with which a window begins, or before which one ends, but for the video's own ends."""
+        starts = self.starts(total, rate)
+        return sorted({*starts[1:], *(start + self.frames for start in starts[:-1])})
+
 
 def ramp(frames: int, overlap: int, first: bool, last: bool) -> Tensor:
     """Weights (frames,) of a window: 1 inside, falling linearly over the overlap, but not at the video's own ends."""

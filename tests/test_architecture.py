@@ -18,8 +18,8 @@ LIBRARY = [path for path in FILES if path.is_relative_to(ROOT / "cascade")]
 KINDS = [path for path in FILES if path.parent == ROOT / "stages" and path.stem != "__init__"]
 # Imports go to the left or stay within a group.
 ORDER = """
-errors config compose store noise video diffusion | kernels | attention layers text media codec | request |
-unet sampler windows | stage temporal checkpoint | pipeline data metrics plan textfit | examples |
+errors config compose store noise video diffusion | kernels | attention layers text media codec pickled | request |
+unet sampler windows | stage temporal checkpoint | assets | pipeline data metrics plan textfit | examples |
 train preview exam marks evaluate importers | distill export tasks series gates plots results report | cli
 """
 RANK = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}
@@ -37,7 +37,7 @@ HOMES = {  # the files that may import a package
 # Triton's language is written at the top of a module: these import it as they load, and load inside functions alone.
 LATE = {path for path in LIBRARY if path.name.endswith("_triton.py")}
 HEAVY = {*HOMES, "hydra", "omegaconf", "matplotlib", "sentencepiece", "tensorboard", "torchmetrics", "tqdm"}
-LIGHT = ("cascade.config", "cascade.errors", "cascade.store", "cascade.cli", "cascade.request")  # run without torch
+LIGHT = tuple(f"cascade.{name}" for name in ("config", "errors", "store", "cli", "request", "assets"))  # without torch
 WRITING = {"write_text", "write_bytes", "mkdir", "makedirs", "mkdtemp", "save_file", "save_pretrained", "touch"}
 WRITING |= {"rename", "symlink_to", "copyfile", "copytree", "torch.save", "np.save", "os.replace", "shutil.move"}
 UNPICKLING = {"pickle", "cPickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cascade import checkpoint, evaluate, store
+from cascade import assets, checkpoint, evaluate, store
 from cascade.compose import compose
 from cascade.config import kinds, parse, plain, plugin
 from cascade.data.captions import held_out
@@ -20,6 +20,7 @@ from cascade.errors import ConfigError, InputError
 from cascade.evaluate import judge_chain, judge_stage
 from cascade.exam import Case, EvaluateConfig, Exam, measure, measures
 from cascade.marks import table, write
+from cascade.metrics import lpips
 from cascade.noise import Noise
 from cascade.pipeline import Chain, Device, Runner
 from cascade.request import Prompts
@@ -28,6 +29,7 @@ from cascade.stage import Stage
 from cascade.tasks import Request
 from cascade.text import Text, TextConfig
 from cascade.video import Shape, Video
+from cascade.windows import Windows
 
 WORLD = World(ShapesConfig())
 LARGE = {"shape": Shape(frames=4, height=24, width=24)}
@@ -194,6 +196,27 @@ def test_clips_without_ground_truth_are_judged_by_what_remains(make_stage: Any, 
     assert {row.metric for row in tsr.rows} >= {"fidelity", "known"}
 
 
+def test_a_measure_that_lacks_something_here_is_left_out_with_one_line(
+    make_stage: Any, encode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(assets.VARIABLE, str(tmp_path))
+    cfg = EvaluateConfig(n=2, metrics=["i3d", "inception", "lpips", "seam", "drift"])
+    report = judge_stage(make_stage("base"), WORLD, encode, cfg)
+    assert {row.metric for row in report.rows} == {"drift"} and report.about == {}
+    assert {"cascade assets" in report.skipped[name] for name in ("i3d", "inception", "lpips")} == {True}
+    assert "windows" in report.skipped["seam"]
+    assert sum("is left out" in line for line in table(report).splitlines()) == 4
+
+
+@pytest.mark.parametrize("kind", ["base", "tsr"])
+def test_a_stage_in_windows_is_judged_at_their_borders(kind: str, make_stage: Any, encode: Any) -> None:
+    stage = make_stage(kind, std=0.1, shape=Shape(frames=16, height=8, width=8), windows=Windows(frames=8))
+    report = judge_stage(stage, WORLD, encode, EvaluateConfig(n=2, split="train", metrics=["seam"]))
+    found = {(row.name, row.condition): row for row in report.rows}
+    condition = "made" if kind == "base" else "augment=0"
+    assert found["seam", condition].value > 0 and found["truth", condition].n == 2
+
+
 def test_an_image_comes_out_as_it_went_in(make_stage: Any, encode: Any) -> None:
     cfg = EvaluateConfig(n=3, image=True, metrics=["known", "fidelity"])
     report = judge_stage(make_stage("base", std=0.1), WORLD, encode, cfg)
@@ -225,6 +248,22 @@ def test_cut_short_and_run_again_it_is_the_same_report(
     again = judge_stage(stage, WORLD, counting, cfg, work=tmp_path)
     assert len(asked) == 3
     assert store.canonical(again.tree()) == store.canonical(whole.tree()) and again.sheet == whole.sheet
+
+
+def test_what_was_left_out_is_judged_once_it_is_there(
+    make_stage: Any, encode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(evaluate, "text_source", lambda cfg: Encoder(encode))
+    monkeypatch.setenv(assets.VARIABLE, str(tmp_path / "assets"))
+    cfg = saved(make_stage("ssr", std=0.1), tmp_path)
+    run, own = Prompts(out=str(tmp_path / "out")), {"evaluate": {"n": 1, "metrics": ["lpips"]}}
+    ask = Request(cfg, plugin("ssr"), run, Device(device="cpu"), TextConfig(encoder="x"), DataConfig(), own)  # type: ignore[arg-type]
+    evaluate.stage_task(ask)
+    assert "lpips is left out" in capsys.readouterr().out
+    state = {name: torch.ones_like(tensor) for name, tensor in lpips.Lpips().state_dict().items()}
+    checkpoint.save(tmp_path / "assets/lpips", state, {"kind": "lpips", "layout": assets.LAYOUT})
+    evaluate.stage_task(ask)
+    assert "lpips.lpips" in capsys.readouterr().out
 
 
 def test_the_task_writes_a_report(

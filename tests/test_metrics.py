@@ -10,7 +10,7 @@ from torch import Tensor
 from cascade import checkpoint
 from cascade.data.shapes import ShapesConfig, sample
 from cascade.errors import InputError
-from cascade.metrics import consistency, features, fidelity, fvd, known, motion
+from cascade.metrics import consistency, drift, features, fid, fidelity, fvd, known, motion, seam
 from cascade.noise import generator
 from cascade.video import Shape, resize, spread
 
@@ -166,6 +166,40 @@ def test_flicker_is_seen_where_the_truth_rests_and_nowhere_else() -> None:
     assert motion.judge(truth - moving * 0.1, truth, marks)["flicker"].item() < 0.05
 
 
+# seam, drift
+
+
+def test_a_seam_is_the_change_at_borders_over_that_of_steps_of_the_same_phase() -> None:
+    ramp = torch.linspace(-0.5, 0.5, 16).view(1, 1, -1, 1, 1).expand(2, 3, -1, 4, 4)
+    borders = [6, 10]
+    assert seam.total(seam.judge(ramp, ramp, borders, 1)) == pytest.approx({"seam": 1, "truth": 1})
+    jump = ramp.clone()
+    jump[:, :, 6:10] += 2 / 15  # two steps of the ramp: up before frame 6, down before frame 10
+    assert seam.total(seam.judge(jump, ramp, borders, 1)) == pytest.approx({"seam": 2, "truth": 1})  # (3 + 1) / 2
+    pairs = ramp[:, :, torch.arange(16) // 2 * 2]  # as repetition: every other step is none
+    assert seam.total(seam.judge(pairs, ramp, borders, 2))["seam"] == pytest.approx(1)
+    assert seam.total(seam.judge(pairs, ramp, borders, 1))["seam"] > 2
+
+
+def test_still_clips_and_borders_alone_have_no_seam() -> None:
+    still = films(1, "seam")[:, :, :1].expand(-1, -1, 8, -1, -1)
+    assert seam.total(seam.judge(still, still, [4], 1)) == {}
+    moving = torch.linspace(-1, 1, 3).view(1, 1, -1, 1, 1).expand(1, 3, -1, 4, 4)
+    assert seam.judge(moving, moving, [1, 2], 1)["interior"].isnan().all()
+
+
+def test_drift_is_of_colour_and_contrast_and_not_of_motion() -> None:
+    walk = path(*[(0.3 + 0.05 * i, 0.5) for i in range(8)])
+    assert drift.drift(walk).item() < 0.005
+    fade = torch.linspace(0, 1, 8).view(1, 1, -1, 1, 1)
+    brighter, flatter = walk + 0.2 * fade, walk * (1 - 0.5 * fade)
+    assert drift.drift(brighter).item() == pytest.approx(0.2 * 13 / 14 / 2, abs=0.005)  # means move, deviations stay
+    assert drift.drift(flatter).item() > 0.05
+    both = drift.judge(torch.cat([brighter, walk]), torch.cat([walk, walk]))
+    assert both["drift"][0] > 10 * both["truth"][0] and both["drift"][1] == both["truth"][1]
+    assert drift.drift(walk[:, :, :1]).item() == 0
+
+
 # the Fréchet distance
 
 
@@ -196,6 +230,26 @@ def test_frechet_distance_survives_fewer_clips_than_dimensions() -> None:
     few = torch.randn(5, 32, generator=generator("few"))
     assert fvd.frechet(few, few) == pytest.approx(0, abs=1e-4)
     assert fvd.frechet(few, few + 1) == pytest.approx(32, rel=1e-5)
+
+
+def test_kernel_distance_is_unbiased_and_sees_a_shift() -> None:
+    rows = [torch.randn(400, 16, generator=generator("kernel", i)) for i in range(20)]
+    null = torch.tensor([fvd.kernel(a[:12], b[:12]) for a, b in zip(rows[::2], rows[1::2], strict=True)])
+    assert abs(null.mean()) < 3 * null.std() / 10**0.5 and (null < 0).any()
+    assert fvd.kernel(rows[0], rows[1] + 1) > 20 * abs(fvd.kernel(rows[0], rows[1]))
+    assert fvd.kernel(torch.ones(2, 3), torch.zeros(2, 3)) == pytest.approx(8 + 1 - 2)  # (1 + 1)^3, 1 within; 1 across
+
+
+def test_kernel_distance_of_pairs_and_of_several_frames_of_a_clip_is_unbiased() -> None:
+    rows = torch.randn(50, 12, 8, generator=generator("pairs"))
+    paired = torch.tensor([fvd.kernel(row, row + 1e-3) for row in rows])
+    assert paired.abs().max() < 0.05
+    clips = 2 * torch.randn(200, 2, 6, 1, 8, generator=generator("clips"))
+    alike = clips + 0.1 * torch.randn(200, 2, 6, 3, 8, generator=generator("frames"))
+    null = torch.tensor([fvd.kernel(a, b) for a, b in alike])
+    assert abs(null.mean()) < 3 * null.std() / 200**0.5
+    apart = torch.tensor([fvd.kernel(a.flatten(0, 1), b.flatten(0, 1)) for a, b in alike])
+    assert apart.mean() > 3 * apart.std() / 200**0.5  # frames taken for clips
 
 
 # the feature network
@@ -264,6 +318,20 @@ def test_the_totals_state_what_they_depend_on() -> None:
     assert fvd.total(values)["fvd"] == pytest.approx(0, abs=1e-6)
     assert fvd.total({name: part[:1] for name, part in values.items()}) == {}
     assert set(fvd.about()) >= {"features", "dimensions", "input", "filter"}
+
+
+def test_a_frame_has_its_features_wherever_it_stands_and_wrong_pictures_are_seen() -> None:
+    clips, other = films(64, "real"), films(64, "other")
+    found = fid.extract(clips)
+    assert found.shape == (64, fid.FRAMES, features.DIMENSIONS)
+    torch.testing.assert_close(found.flip(1), fid.extract(clips[:, :, [6, 4, 2, 0]]), atol=1e-3, rtol=1e-3)
+    frozen = other[:, :, [0]].expand_as(other)
+    floor, still, colour = (
+        fid.total(fid.judge(made, clips))["fid"] for made in (other, frozen, (other * 0.3).roll(1, dims=1))
+    )
+    assert still < 1.5 * floor and colour > 2 * floor  # what a frame shows alone
+    assert fid.total({name: part[:1] for name, part in fid.judge(clips[:2], clips[:2]).items()}) == {}
+    assert "still clip" in fid.about()["input"]
 
 
 def test_training_is_repeatable_and_its_weights_are_checked(tmp_path: Path, one_thread: None) -> None:

@@ -52,6 +52,17 @@ def test_windows_cover_the_video_and_begin_at_known_frames(plan: tuple[int, Wind
 
 @settings(max_examples=40, deadline=None)
 @given(plans())
+def test_borders_are_where_other_windows_see_a_frame(plan: tuple[int, Windows, int]) -> None:
+    total, windows, rate = plan
+    starts = windows.starts(total, rate)
+    stops = [start + windows.frames for start in starts[:-1]] + [total]
+    seen = [[start <= f < stop for start, stop in zip(starts, stops, strict=True)] for f in range(total)]
+    assert windows.borders(total, rate) == [f for f in range(1, total) if seen[f] != seen[f - 1]]
+    assert Windows().borders(total, rate) == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(plans())
 def test_a_denoiser_of_single_frames_is_not_changed(plan: tuple[int, Windows, int]) -> None:
     total, windows, rate = plan
     z, cond = clip(total, rate)

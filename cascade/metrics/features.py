@@ -97,10 +97,14 @@ def prepare(frames: Tensor) -> Tensor:
 
     31 frames at 16 fps and 16 at 8 fps give those of 8 at 4 fps. Of fewer than 8 frames some are repeated.
     """
-    given, wanted = frames.shape[2], INPUT.frames
-    step = (given - 1) // (wanted - 1)
-    index = torch.arange(wanted) * step if step else torch.arange(wanted) * given // wanted
-    return resize(frames[:, :, index], INPUT.height, INPUT.width)
+    return resize(evenly(frames, INPUT.frames), INPUT.height, INPUT.width)
+
+
+def evenly(frames: Tensor, count: int) -> Tensor:
+    """`count` > 1 evenly spaced frames of (B, C, F, H, W) from the first on; of fewer some are repeated."""
+    given = frames.shape[2]
+    step = (given - 1) // (count - 1)
+    return frames[:, :, torch.arange(count) * step if step else torch.arange(count) * given // count]
 
 
 @torch.no_grad()

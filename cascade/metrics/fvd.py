@@ -18,25 +18,35 @@ from cascade.metrics import features
 def frechet(a: Tensor, b: Tensor) -> float:
     """|mean a - mean b|^2 + tr(A + B - 2 (A B)^(1/2)) of samples a, b (n, d) with covariances A, B, in float64.
 
-    tr (A B)^(1/2) is the sum of the roots of the eigenvalues of A^(1/2) B A^(1/2) (Dowson & Landau 1982), which is
-    symmetric, unlike A B.
+    With A = X^T X and B = Y^T Y, tr (A B)^(1/2) (Dowson & Landau 1982) is the sum of the singular values of X Y^T:
+    nothing is squared, and with fewer samples than dimensions nothing is as large as a covariance.
     """
     a, b = a.double(), b.double()
-    root = _root(_covariance(a))
-    inner = torch.linalg.eigvalsh(root @ _covariance(b) @ root).clamp(min=0).sqrt().sum()
+    x, y = _spread(a), _spread(b)
+    inner = torch.linalg.svdvals(x @ y.T).sum()
     apart = (a.mean(0) - b.mean(0)).square().sum()
-    return max(0.0, float(apart + _covariance(a).trace() + _covariance(b).trace() - 2 * inner))
+    return max(0.0, float(apart + x.square().sum() + y.square().sum() - 2 * inner))
 
 
-def _covariance(x: Tensor) -> Tensor:
-    centred = x - x.mean(0)
-    return centred.T @ centred / (len(x) - 1)
+def _spread(samples: Tensor) -> Tensor:
+    """X of at most d rows with X^T X the unbiased covariance of (n, d)."""
+    x: Tensor = (samples - samples.mean(0)) / (len(samples) - 1) ** 0.5
+    if len(x) > x.shape[1]:
+        x = torch.linalg.qr(x, mode="r").R
+    return x
 
 
-def _root(covariance: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
-    root: Tensor = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    return root
+def kernel(a: Tensor, b: Tensor) -> float:
+    """Squared maximum mean discrepancy under the kernel (x y / d + 1)^3 of samples (n, d), or (n, k, d) of n clips.
+
+    Unbiased (Binkowski et al. 2018, "Demystifying MMD GANs"; Gretton et al. 2012, eq. 4): of equal distributions it is
+    0 on average for any n, and so may come out negative. Pairs from one clip, or from a clip and its own truth, are
+    not independent and do not count.
+    """
+    clip = torch.arange(len(a)).repeat_interleave(a[0].numel() // a.shape[-1])
+    a, b = a.double().reshape(len(clip), -1), b.double().reshape(len(clip), -1)
+    aa, bb, ab = ((x @ y.T / x.shape[1] + 1) ** 3 for x, y in ((a, a), (b, b), (a, b)))
+    return float((aa + bb - ab - ab.T)[clip[:, None] != clip].mean())
 
 
 def judge(frames: Tensor, truth: Tensor) -> dict[str, Tensor]:
