@@ -6,6 +6,7 @@ dtypes, finiteness, and only then the module; safetensors itself has no checksum
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cascade import store
-from cascade.errors import InputError, NumericError
+from cascade import config, store
+from cascade.errors import ConfigError, InputError, NumericError
 
 KIND = "weights"
 MODEL, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -53,6 +54,31 @@ def save(
     if card:
         files[CARD] = card.encode()
     return store.commit(directory, files, kind=KIND, meta=meta, replace=True)
+
+
+def locate(weights: str | None, stage: str, steps: int) -> Path:
+    """The directory of a stage's weights: `weights` itself, or the one that conf/weights/<weights>.yaml names.
+
+    Such a file says for each stage which directory serves which number of sampler steps, {stage: {steps: directory}}.
+    Raises ConfigError where there are none, naming those that exist.
+    """
+    if weights is None:
+        raise ConfigError(f"{stage} has no weights", fix=f"{stage}.weights=DIRECTORY")
+    table = config.package_root() / "conf" / "weights" / f"{weights}.yaml"
+    if not re.fullmatch(r"[\w-]+", weights) or not table.is_file():
+        return config.locate(weights)
+    import yaml  # type: ignore[import-untyped]
+
+    students = yaml.safe_load(table.read_text(encoding="utf-8")).get(stage, {})
+    if steps not in students:
+        known = ", ".join(map(str, students)) or "nothing"
+        raise ConfigError(
+            f"{stage}: there are no weights for {steps} sampler steps, only for {known}",
+            fix=f"{stage}.sampler.steps={min(students, key=lambda n: abs(n - steps))}, or {stage}.weights=DIRECTORY"
+            if students
+            else f"{stage}.weights=DIRECTORY",
+        )
+    return config.locate(students[steps])
 
 
 def load(directory: Path) -> Weights:

@@ -34,6 +34,7 @@ cascade: cascaded text-to-video, stage by stage.
   cascade generate prompts=FILE out=DIR           one prompt a line, every stage loaded once
   cascade generate start=ssr1 input=clip.mp4      your own video through the rest of the chain
   cascade plan [chain=tiny] [format=json]         check a chain; sizes, parameters, work and memory of its stages
+  cascade train [recipe=tiny] [jobs=1]            make the weights of a chain from nothing, every step resumable
   cascade evaluate [chain=tiny] [n=64]            judge a chain by what its videos show
   cascade report runs=DIR [out=docs]              all evaluations below DIR as one page with plots and gates
   cascade assets [only=[i3d]] [out=DIR]           fetch the networks that FVD, FID and LPIPS of the papers need
@@ -109,13 +110,10 @@ def chain_of(tree: dict[str, Any]) -> Chain:
 
 def check_weights(chain: Chain) -> None:
     """Every stage's weights directory exists: said before anything heavy loads."""
-    from cascade import store
-    from cascade.config import locate
+    from cascade import checkpoint, store
 
     for stage in chain.stages:
-        if stage.weights is None:
-            raise ConfigError(f"{stage.name} has no weights", fix=f"{stage.name}.weights=DIRECTORY")
-        store.manifest(locate(stage.weights), "weights")
+        store.manifest(checkpoint.locate(stage.weights, stage.name, stage.sampler.steps), "weights")
         stage.codec.folder()
 
 
@@ -131,6 +129,13 @@ def runner_of(chain: Chain, on: Any, run: Any, progress: Any) -> Runner:
 def plan(tree: dict[str, Any]) -> None:
     """A chain checked, with the size, work and memory of its stages."""
     from cascade.plan import verb
+
+    verb(tree)
+
+
+def train(tree: dict[str, Any]) -> None:
+    """All trainings that made a chain's weights."""
+    from cascade.recipe import verb
 
     verb(tree)
 
@@ -194,6 +199,7 @@ def list_(tree: dict[str, Any]) -> None:
 VERBS: dict[str, tuple[str | None, Callable[[dict[str, Any]], None]]] = {
     "generate": ("generate", generate),
     "plan": ("plan", plan),
+    "train": ("train", train),
     "evaluate": ("evaluate", evaluate),
     "report": ("report", results),
     "assets": ("assets", assets),

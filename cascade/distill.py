@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade import attention, checkpoint, store
-from cascade.config import fingerprint, locate, parse, plain
+from cascade.config import fingerprint, parse, plain
 from cascade.data.source import Source, open_source
 from cascade.diffusion import Diffusion, Prediction
 from cascade.errors import ConfigError
@@ -388,7 +388,7 @@ def stage_task(ask: Request) -> None:
             fix="train the teacher with diffusion.prediction=v",
         )
     teacher, key = load_stage(replace(ask.cfg, weights=weights), ask.rule, ask.on.torch)
-    made_for = checkpoint.load(locate(weights)).config.get("steps")
+    made_for = checkpoint.load(checkpoint.locate(weights, ask.cfg.name, ask.cfg.sampler.steps)).config.get("steps")
     if made_for is not None and cfg.method is Method.CONSISTENCY:
         raise ConfigError(
             f"{ask.cfg.name}: consistency follows a teacher at any time, {weights} was made for {made_for} steps",

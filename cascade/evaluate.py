@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cascade import attention, checkpoint, store
-from cascade.config import fingerprint, locate, parse, plain
+from cascade.config import fingerprint, parse, plain
 from cascade.data.source import DataConfig, Source, open_source
 from cascade.errors import ConfigError
 from cascade.exam import (
@@ -285,9 +285,7 @@ def judge_chain(runner: Runner, source: Source, cfg: EvaluateConfig, out: Path) 
 
 def read_weights(stage: StageConfig) -> checkpoint.Weights:
     """A stage's weights, all of whose files are read for their hash."""
-    if stage.weights is None:
-        raise ConfigError(f"{stage.name} has no weights", fix=f"{stage.name}.weights=DIRECTORY")
-    return checkpoint.load(locate(stage.weights))
+    return checkpoint.load(checkpoint.locate(stage.weights, stage.name, stage.sampler.steps))
 
 
 def chain_verb(tree: dict[str, Any]) -> None:

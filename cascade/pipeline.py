@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cascade import attention, checkpoint, media, store
-from cascade.config import fingerprint, locate, parse, plain, plugin, suggest
+from cascade.config import fingerprint, parse, plain, plugin, suggest
 from cascade.errors import CascadeError, ConfigError, HostError, InputError, NumericError
 from cascade.noise import Noise
 from cascade.request import Job, take
@@ -179,10 +179,9 @@ def _check_pair(before: StageConfig, after: StageConfig, rule: Rule) -> None:
 
 def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
     """The stage with its verified weights, ready to sample, and the weights' hash."""
-    if cfg.weights is None:
-        raise ConfigError(f"{cfg.name} has no weights", fix=f"{cfg.name}.weights=DIRECTORY")
+    directory = checkpoint.locate(cfg.weights, cfg.name, cfg.sampler.steps)
     cfg.codec.folder()
-    weights = checkpoint.load(locate(cfg.weights))
+    weights = checkpoint.load(directory)
     saved = weights.config
     # `shift` may differ: networks are told the noise level, whatever the schedule that leads there.
     wanted = {"kind": cfg.kind, "prediction": cfg.diffusion.prediction.value, "net": plain(cfg.net)}
@@ -191,11 +190,11 @@ def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stag
         "prediction": saved.get("diffusion", {}).get("prediction"),
         "net": saved.get("net"),
     }
-    checkpoint.compatible(found, wanted, f"{cfg.name} in {cfg.weights}")
+    checkpoint.compatible(found, wanted, f"{cfg.name} in {directory}")
     cfg = replace(cfg, w_range=saved.get("w_range"))
     with torch.device("meta"):
         stage = Stage(cfg, rule)
-    checkpoint.apply(stage.net, weights.state, f"{cfg.name}: {cfg.weights}")
+    checkpoint.apply(stage.net, weights.state, f"{cfg.name}: {directory}")
     stage.net.to(device, torch.float32).eval().requires_grad_(False)
     stage.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return stage, weights.hash

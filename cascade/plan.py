@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from cascade import codec, store
+from cascade import checkpoint, codec, store
 from cascade.config import locate, plain
 from cascade.errors import ConfigError, InputError
 from cascade.pipeline import Chain
@@ -135,7 +135,7 @@ def _blank(size: Sequence[int], tokens: int, width: int) -> Cond:
 
 def _told(cfg: StageConfig) -> list[float] | None:
     """The range of w that a guidance-distilled network is told: as set, or as recorded beside its weights."""
-    path = None if cfg.weights is None else locate(cfg.weights) / "config.json"
+    path = None if cfg.weights is None else checkpoint.locate(cfg.weights, cfg.name, cfg.sampler.steps) / "config.json"
     if cfg.w_range is not None or path is None or not path.is_file():
         return cfg.w_range
     return store.from_json(path.read_bytes(), path).get("w_range")

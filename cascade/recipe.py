@@ -177,7 +177,7 @@ class Run:
         if self.jobs == 1:
             process = subprocess.Popen(words)
         else:
-            with (self.out / f"{task.name}.log").open("ab") as file:
+            with store.growing(self.out / f"{task.name}.log") as file:
                 process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
         self.busy[task.name] = process, time.monotonic()
 

@@ -22,7 +22,7 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from cascade.errors import HostError, InputError, LockedError
 
@@ -146,6 +146,13 @@ def write_file(path: Path, data: bytes) -> Path:
             raise
         _sync_directory(path.parent)
     return path
+
+
+def growing(path: Path) -> IO[bytes]:
+    """A file opened for the output of other processes, added to its end; no artefact."""
+    with _host(path, 0):
+        _make_directories(path.parent)
+        return path.open("ab")
 
 
 def commit_file(path: Path, data: bytes, *, kind: str, meta: Mapping[str, Any] | None = None) -> Path:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from cascade import checkpoint, store
 from cascade.config import package_root
-from cascade.errors import InputError, NumericError
+from cascade.errors import ConfigError, InputError, NumericError
 
 CONFIG = {"channels": [8, 16], "attention": {"heads": 2, "causal": False}, "prediction": "v"}
 
@@ -286,3 +286,31 @@ def test_nothing_in_the_package_can_unpickle() -> None:
             if isinstance(node, ast.Call):
                 assert ast.unparse(node.func) not in ("torch.load", "torch.save"), f"{path.name}:{node.lineno}"
                 assert "allow_pickle" not in {word.arg for word in node.keywords}, f"{path.name}:{node.lineno}"
+
+
+# which weights -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "conf" / "weights").mkdir(parents=True)
+    (tmp_path / "conf" / "weights" / "small.yaml").write_text("base: {8: eight, 4: four}\n")
+    monkeypatch.setattr(checkpoint.config, "package_root", lambda: tmp_path)
+
+
+def test_the_number_of_steps_picks_the_weights(table: None, tmp_path: Path) -> None:
+    assert checkpoint.locate("small", "base", 8) == tmp_path / "eight"
+    assert checkpoint.locate("small", "base", 4) == tmp_path / "four"
+    assert checkpoint.locate("some/directory", "base", 5) == tmp_path / "some/directory"
+
+
+@pytest.mark.parametrize(("stage", "message"), [("base", "only for 8, 4"), ("tsr", "only for nothing")])
+def test_steps_without_weights_name_those_that_exist(table: None, stage: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        checkpoint.locate("small", stage, 5)
+    assert f"{stage}.weights=DIRECTORY" in caught.value.fix
+
+
+def test_no_weights_at_all_is_said() -> None:
+    with pytest.raises(ConfigError, match="tsr has no weights"):
+        checkpoint.locate(None, "tsr", 4)

@@ -1,0 +1,129 @@
+"""Laws of recipes: order, references, resuming, failure."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cascade import checkpoint, recipe
+from cascade.compose import compose
+from cascade.config import parse
+from cascade.errors import CascadeError, ConfigError
+from cascade.recipe import Recipe, Run, Step, Task, is_done, resolve, ship, tasks_of
+
+STEPS = {
+    "students": {"stage": "tiny/base", "task": "distill", "set": ["distill.teacher=@base"]},
+    "judge": {"stage": "tiny/base", "task": "evaluate", "each": [8, 4], "set": ["weights=@students/{}", "steps={}"]},
+    "base": {"stage": "tiny/base", "set": ["text.encoder=@text"], "gpu": ["train.batch=9"], "minutes": {"gpu": 3}},
+    "text": {"fit": "text"},
+}
+
+
+def read(**changes: Any) -> Recipe:
+    made: Recipe = parse({"steps": STEPS, **changes}, Recipe)
+    return made
+
+
+def test_every_step_follows_what_it_needs() -> None:
+    tasks = tasks_of(read(), "gpu")
+    order = list(tasks)
+    assert sorted(order) == ["base", "judge-4", "judge-8", "students", "text"]
+    assert all(order.index(need) < order.index(name) for name, task in tasks.items() for need in task.needs)
+    assert tasks["judge-8"].words == ("weights=@students/08", "steps=8")
+
+
+def test_a_profile_adds_its_words_alone() -> None:
+    assert "train.batch=9" in tasks_of(read(), "gpu")["base"].words
+    assert "train.batch=9" not in tasks_of(read(), "cpu")["base"].words
+
+
+def test_only_brings_what_is_needed() -> None:
+    assert list(tasks_of(read(only=["base"]), "cpu")) == ["text", "base"]
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ({"a": {"stage": "x", "set": ["@b"]}}, "there is no step b"),
+        ({"a": {"stage": "x", "set": ["@b"]}, "b": {"stage": "x", "set": ["@a"]}}, "a needs b needs a"),
+        ({"a": {"stage": "x", "fit": "text"}}, "stage and fit are x and text"),
+        ({"a": {"fit": "nothing"}}, "fit is nothing, expected one of text, features"),
+    ],
+)
+def test_what_cannot_run_is_refused(steps: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tasks_of(parse({"steps": steps}, Recipe), "cpu")
+
+
+def test_references_become_folders(tmp_path: Path) -> None:
+    assert resolve("a=@base", Path("runs/x")) == "a=./runs/x/base/weights"
+    assert resolve("a=@base-d/08", tmp_path) == f"a={tmp_path}/base-d/08/weights"
+    assert resolve("lr=1e-3", tmp_path) == "lr=1e-3"
+
+
+def script(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    """Every step runs `body`, which finds its name in sys.argv[1] and `out` in sys.argv[2]."""
+    line = lambda task, out: [sys.executable, "-c", body, task.name, str(out)]  # noqa: E731
+    monkeypatch.setattr(recipe, "command", line)
+
+
+def tasks(*names: str) -> dict[str, Task]:
+    return {n: Task(n, Step(stage="x"), (f"@{names[i - 1]}",) if i else (), 0.0) for i, n in enumerate(names)}
+
+
+def test_a_step_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(monkeypatch, "import sys; open(sys.argv[2] + '/ran', 'a').write(sys.argv[1])")
+    said: list[str] = []
+    Run(tasks("a", "b"), tmp_path, 1, said.append)()
+    Run(tasks("a", "b", "c"), tmp_path, 1, said.append)()
+    assert (tmp_path / "ran").read_text() == "abc" and said[-2].startswith("[3/3] c")
+
+
+def test_other_words_are_another_step(tmp_path: Path) -> None:
+    (tmp_path / "a.done").write_text(json.dumps({"words": ["x=1"]}))
+    assert is_done(Task("a", Step(stage="x"), ("x=1",), 0.0), tmp_path)
+    assert not is_done(Task("a", Step(stage="x"), ("x=2",), 0.0), tmp_path)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_failure_keeps_its_code_and_what_was_done(jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(monkeypatch, "import sys; sys.exit(5 * (sys.argv[1] == 'b'))")
+    with pytest.raises(CascadeError, match="step b failed") as caught:
+        Run(tasks("a", "b", "c"), tmp_path, jobs, lambda _: None)()
+    assert caught.value.code == 5
+    assert sorted(path.name for path in tmp_path.glob("*.done")) == ["a.done"]
+
+
+def test_what_ships_is_half_as_large_and_says_the_same(tmp_path: Path) -> None:
+    state = {"a": torch.tensor([1.0, 0.1, 1e-3])}
+    checkpoint.save(tmp_path / "base" / "weights", state, {"kind": "x"}, card="# base")
+    (made,) = ship({"base": "@base", "tsr": "@tsr"}, tmp_path)
+    weights = checkpoint.load(made)
+    assert weights.state["a"].dtype is torch.float16 and weights.config == {"kind": "x"}
+    assert torch.allclose(weights.state["a"].float(), state["a"], atol=1e-4)
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+def test_the_shipped_recipe_is_whole(profile: str) -> None:
+    """Every step's settings compose and are known; every part of the chain ships."""
+    from cascade.distill import DistillConfig
+    from cascade.exam import EvaluateConfig
+    from cascade.tasks import request
+
+    tree = compose("train", [])
+    shipped = parse(tree, Recipe)
+    assert {*compose("generate")["stages"], "text", "features"} <= shipped.ships.keys()
+    for task in tasks_of(shipped, profile).values():
+        if task.step.stage is None:
+            continue
+        words = [word for word in task.words if "@" not in word]
+        stage = compose("stage", [f"stage={task.step.stage}", *words])
+        del stage["task"]
+        ask = request(str(stage["kind"]), stage)
+        parse(ask.own.get("distill", {}), DistillConfig, "distill")
+        parse(ask.own.get("evaluate", {}), EvaluateConfig, "evaluate")
