@@ -18,6 +18,13 @@ class Prediction(Enum):
     X = "x"
 
 
+class Path(Enum):
+    """What stands at the far end, t = 1."""
+
+    NOISE = "noise"
+    STRAIGHT = "straight"  # the incoming video: flow matching from low to high (FlashVideo, arXiv 2502.05179)
+
+
 @dataclass(kw_only=True)
 class Diffusion:
     """z_t = alpha_t x + sigma_t eps with alpha = cos(phi), sigma = sin(phi), t in [0, 1].
@@ -25,17 +32,28 @@ class Diffusion:
     phi(t) = atan(tan(pi t / 2) / shift) is the cosine schedule (Nichol & Dhariwal 2021) with its log-SNR moved by
     2 log(shift) for another resolution (Hoogeboom et al. 2023, eq. 4: shift = 64 / side). At t = 1 the signal is gone
     exactly (zero terminal SNR, Lin et al. 2023), at t = 0 the noise is.
+
+    On the straight path alpha = 1 - t, sigma = t, and the incoming video takes the place of eps: DDIM's steps are then
+    Euler's along z_t = (1 - t) x + t low.
     """
 
     prediction: Prediction = Prediction.V
     shift: float = 1.0
+    path: Path = Path.NOISE
 
     def __post_init__(self) -> None:
         if not 0 < self.shift < math.inf:
             raise ValueError(f"shift is {self.shift}, expected a positive number")
+        if self.path is Path.STRAIGHT and (self.prediction is not Prediction.X or self.shift != 1):
+            raise ValueError(
+                f"prediction and shift are {self.prediction.value} and {self.shift}, expected x and 1 where path is "
+                "straight"
+            )
 
     def angle(self, t: Tensor) -> Tensor:
         """phi(t) in [0, pi/2], float64 so that both ends are exact."""
+        if self.path is Path.STRAIGHT:
+            return torch.atan2(t.double(), 1 - t.double())
         half = t.double() * (math.pi / 2)
         return torch.where(t >= 1, math.pi / 2, torch.atan2(half.sin(), self.shift * half.cos()))
 
@@ -48,6 +66,9 @@ class Diffusion:
 
     def alpha_sigma(self, t: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t, (B,) -> two (B, 1, 1, 1, 1); exact 0 and 1 at both ends."""
+        if self.path is Path.STRAIGHT:
+            alpha, sigma = 1 - t.double(), t.double()
+            return alpha.to(dtype).view(-1, 1, 1, 1, 1), sigma.to(dtype).view(-1, 1, 1, 1, 1)
         phi = self.angle(t)
         alpha = torch.where(t >= 1, 0.0, phi.cos())
         return alpha.to(dtype).view(-1, 1, 1, 1, 1), phi.sin().to(dtype).view(-1, 1, 1, 1, 1)
@@ -57,11 +78,15 @@ class Diffusion:
 
         Infinite at both ends: clamp it before a network sees it.
         """
+        if self.path is Path.STRAIGHT:
+            return 2 * torch.log((1 - t.double()) / t.double())
         log_snr = -2 * torch.log(torch.tan(t.double() * (math.pi / 2))) + 2 * math.log(self.shift)
         return torch.where(t >= 1, -math.inf, log_snr)
 
     def time(self, log_snr: Tensor) -> Tensor:
         """The inverse of `log_snr`, (B,) -> (B,) in [0, 1]."""
+        if self.path is Path.STRAIGHT:
+            return torch.sigmoid(-0.5 * log_snr.double())
         return torch.atan(self.shift * torch.exp(-0.5 * log_snr.double())) * (2 / math.pi)
 
     def noised(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ class Examples(torch.utils.data.Dataset[Batch]):
             video = max(tries, key=lambda part: float(part.frames.std()))
         text = self.encode(caption).drop(torch.rand(1, generator=rng) >= cfg.drop_text)
         x, cond = self.stage.example(video, text, rng)
-        eps = torch.randn(x.shape, generator=rng)
+        eps = self.stage.far(cond, torch.randn(x.shape, generator=rng))
         return Batch(x, eps, t, torch.rand(1, generator=rng), cond)
 
 
@@ -101,7 +101,7 @@ class Pooled:
         text = self.text(index)
         kept = text.drop(torch.rand(count, generator=noise, device=device) >= cfg.drop_text)
         x, cond = self.stage.example(video, kept, noise, self.imitation(text, noise))
-        eps = torch.randn(x.shape, generator=noise, device=device)
+        eps = self.stage.far(cond, torch.randn(x.shape, generator=noise, device=device))
         u = torch.rand(count, generator=noise, device=device)
         # Evenly spread times: a uniform law with less variance than independent draws.
         t = (torch.rand((), generator=noise, device=device) + torch.arange(count, device=device) / count) % 1

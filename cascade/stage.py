@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from cascade.codec import COLOURS, Codec, Coder, Kind
-from cascade.diffusion import Diffusion
+from cascade.diffusion import Diffusion, Path
 from cascade.sampler import Draw, Hook, Sampler, Threshold, keep_known, sample
+from cascade.sampler import Rule as StepRule
 from cascade.text import Text
 from cascade.unet import Cond, UNetConfig, VideoUNet
 from cascade.video import Shape, Video
@@ -119,6 +120,8 @@ class StageConfig:
             raise ValueError(f"fps is {self.fps}, expected 0 to 1000")
         if not 0 <= self.augment <= 1 or not 0 <= self.augment_max <= 1:
             raise ValueError(f"augment and augment_max are {self.augment} and {self.augment_max}, expected 0 to 1")
+        if self.diffusion.path is Path.STRAIGHT and self.sampler.rule not in (StepRule.DDIM, StepRule.HEUN):
+            raise ValueError(f"sampler.rule is {self.sampler.rule.value}, expected ddim or heun: the path has no noise")
         if self.codec.kind is Kind.LATENT:
             self._check_latent()
         multiple = self.net.multiple * self.codec.stride
@@ -265,6 +268,10 @@ class Stage:
         eps = torch.randn(x.shape, generator=rng, device=rng.device)
         return x, self.condition(low, video.shape, text, video.fps, level, eps)
 
+    def far(self, cond: Cond, eps: Tensor) -> Tensor:
+        """What z is at t = 1: noise, or on the straight path the incoming video."""
+        return cond.concat if self.cfg.diffusion.path is Path.STRAIGHT else eps
+
     def imitate(self, video: Video, text: Text, rng: torch.Generator, strength: float) -> Video:
         """What this stage makes of its own input to `video` (B, C, F, H, W), noise drawn from `rng`.
 
@@ -335,9 +342,14 @@ class Stage:
             known, mask = self.rule.condition(low, cfg, shape)  # type: ignore[arg-type]
             known, mask = known.to(self.device), mask.to(self.device)
             hooks.append(keep_known(self.encode(known), cfg.codec.mask(mask)))
+
+        def draw(shape: Sequence[int], step: int, purpose: str) -> Tensor:
+            drawn = noise(shape, step, purpose)
+            return self.far(cond, drawn) if purpose == "start" else drawn
+
         first = None if start is None else self.encode(start[0].frames.to(self.device))
         x = sample(
-            cfg.diffusion, denoise, sampler, noise, full,
+            cfg.diffusion, denoise, sampler, draw, full,
             start=first, hooks=hooks, progress=progress, device=self.device,
         )  # fmt: skip
         x = self.coder.to(self.device).decode(x).clamp(-1, 1)

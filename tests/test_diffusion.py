@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.diffusion import Diffusion, Prediction
+from cascade.diffusion import Diffusion, Path, Prediction
 from cascade.noise import generator
+from cascade.sampler import ddim
 
 SHIFTS = (0.25, 1.0, 2.0)
 T = torch.linspace(0, 1, 1001, dtype=torch.float64)
@@ -130,3 +131,31 @@ def test_the_video_decides_the_dtype(time_dtype: torch.dtype, given: torch.dtype
 def test_a_shift_that_is_no_positive_number_is_refused(shift: float) -> None:
     with pytest.raises(ValueError, match=r"shift is .*, expected a positive number"):
         Diffusion(shift=shift)
+
+
+# the straight path ---------------------------------------------------------------------------------------------------
+
+
+def straight() -> Diffusion:
+    return Diffusion(prediction=Prediction.X, path=Path.STRAIGHT)
+
+
+def test_the_straight_path_is_straight_and_ddim_walks_along_it() -> None:
+    """z_s = (s / t) z + (1 - s / t) x: Euler's step of flow matching, exact for the true x at any length."""
+    x, low = torch.randn(2, 3, 1, 3, 2, 2, generator=torch.Generator().manual_seed(0)).double()
+    t, s = torch.tensor([1.0, 0.9, 0.3]).double(), torch.tensor([0.4, 0.2, 0.0]).double()
+    z = straight().noised(x, low, t)
+    torch.testing.assert_close(z, torch.lerp(x, low, t.view(-1, 1, 1, 1, 1)))
+    torch.testing.assert_close(ddim(straight(), z, x, t, s), straight().noised(x, low, s))
+
+
+def test_level_and_log_snr_of_the_straight_path_have_their_inverse() -> None:
+    t = torch.linspace(0.01, 0.99, 9).double()
+    torch.testing.assert_close(straight().time(straight().log_snr(t)), t)
+    level = straight().level(torch.tensor([0.0, 0.5, 1.0]))
+    assert level.tolist() == [0.0, 0.5, 1.0]
+
+
+def test_the_straight_path_is_for_x_alone() -> None:
+    with pytest.raises(ValueError, match="expected x and 1 where path is straight"):
+        Diffusion(path=Path.STRAIGHT)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cascade.diffusion import Diffusion, Prediction
+from cascade.diffusion import Diffusion, Path, Prediction
 from cascade.noise import Noise, generator, sample_id
 from cascade.sampler import Sampler
 from cascade.stage import AUGMENTATION, Batch, Stage
@@ -362,3 +362,22 @@ def test_text_of_any_length_goes_through_a_stage(make_stage: Make, encode: Make)
     padded = stage.sample(None, encode(PROMPTS[:1]).pad(20), None, noise()).frames
     assert (short - padded).abs().max() <= 1e-5
     assert Text.empty(1, 3, 6).drop(torch.tensor([True])).mask.sum() == 0
+
+
+def test_on_the_straight_path_sampling_begins_with_what_comes_in(make_stage: Make, encode: Make) -> None:
+    """A network that says what comes in leaves it as it is; noise plays no part."""
+    diffusion = Diffusion(prediction=Prediction.X, path=Path.STRAIGHT)
+    stage = make_stage("ssr", diffusion=diffusion)
+    seen: list[Tensor] = []
+
+    class Echo(torch.nn.Module):
+        def forward(self, z: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
+            seen.append(z)
+            return cond.concat
+
+    stage.net = Echo()
+    low = stage.rule.degrade(video(stage), stage.cfg, generator())
+    made = stage.sample(low, encode(PROMPTS[:1]), None, Noise(0, "ssr", ("a",)))
+    concat, _ = stage.rule.condition(low, stage.cfg, stage.cfg.shape)
+    assert torch.equal(seen[0], concat)
+    torch.testing.assert_close(made.frames, concat.clamp(-1, 1))
