@@ -83,7 +83,7 @@ def measure(run: Run, parts: list[str]) -> None:
     if "large" in parts and not run.late("large", 3):
         gpu_temporal.large(run)
     if "launches" in parts and (not run.dry or INTERPRETED):
-        for shape in clips[:3]:
+        for shape in clips[:2]:
             gpu_temporal.time_launches(run, shape)
         gpu_norm.tiles(run, images[0])
 

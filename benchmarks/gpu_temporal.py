@@ -52,13 +52,13 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
 
 def check(run: Run) -> None:
     for shape in DRY if run.dry else CHECKED:
-        for name in TOLERANCE:
-            for bias in ("table", "each") if shape[1] in (8, 16, 64) else ("table",):
+        for name in TOLERANCE if shape[1] < 64 else [x for x in TOLERANCE if x != "tf32"]:  # slow to compile
+            for bias in ("table", "each") if shape[1] in (8, 16) else ("table",):
                 if run.mine():
                     check_one(run, shape, name, bias)
     if run.dry and not INTERPRETED:
         return
-    for frames in (16,) if run.dry else (16, 32, 64):
+    for frames in (16,) if run.dry else (16, 32):
         for _, launch in launches(frames):
             if run.mine():
                 shape = (1, frames, 9, 2, 16) if run.dry else (2, frames, 333, 5, 64)
