@@ -147,7 +147,7 @@ class TemporalAttention(nn.Module):
         height, width = h.shape[2:]
         x = as_video(self.norm(h), clip)  # (B, F, HW, C)
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.q, self.k, self.v))  # (B, F, HW, h, D)
-        out = attend(q, k, v, bias=self.bias(clip).to(q.dtype))
+        out = attend(q, k, v, bias=self.bias(clip))
         return h + from_video(self.out(out.reshape(x.shape)), height, width)
 
 
