@@ -34,6 +34,7 @@ def check(run: Run) -> None:
     torch.set_num_threads(1)
     gpu_temporal.check(run)
     gpu_norm.check(run)
+    gpu_unet.check(run)
     run.say("checked", show=False, process=run.share, failed=run.failed, cases=run.passed)
 
 
@@ -78,14 +79,17 @@ def measure(run: Run, parts: list[str]) -> None:
         gpu_unet.steps(run)
     if not run.dry:
         torch.cuda.empty_cache()
-        for shape in clips if "peers" in parts else ():
-            gpu_temporal.time_peers(run, shape, 2)
+    compiled = not run.dry or INTERPRETED
+    for shape in clips[:4] if "peers" in parts and not run.dry else ():
+        gpu_temporal.time_peers(run, shape, 3)
+    for shape in clips[:2] if "launches" in parts and compiled else ():
+        gpu_temporal.time_launches(run, shape)
+    if "launches" in parts and compiled:
+        gpu_norm.tiles(run, images[0])
     if "large" in parts and not run.late("large", 3):
         gpu_temporal.large(run)
-    if "launches" in parts and (not run.dry or INTERPRETED):
-        for shape in clips[:3]:
-            gpu_temporal.time_launches(run, shape)
-        gpu_norm.tiles(run, images[0])
+    for shape in clips[4:] if "peers" in parts and not run.dry else ():
+        gpu_temporal.time_peers(run, shape, 2)
 
 
 def main() -> int:

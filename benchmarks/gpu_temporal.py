@@ -16,7 +16,7 @@ from cascade.kernels import temporal
 
 # B, F, HW, h, D
 CHECKED = [(2, 8, 64, 1, 96), (2, 16, 61, 3, 64), (1, 31, 37, 2, 64), (1, 32, 100, 5, 64), (1, 64, 33, 2, 64)]
-CHECKED += [(1, 100, 9, 2, 32), (1, 128, 20, 1, 128), (3, 1, 7, 2, 32)]
+CHECKED += [(1, 100, 9, 2, 32), (1, 128, 20, 1, 64), (3, 1, 7, 2, 32), (2, 8, 16, 2, 64), (1, 32, 9, 1, 128)]
 TIMED = [(2, 16, 15360, 5, 64), (2, 32, 3840, 5, 64), (1, 64, 3840, 5, 64), (256, 8, 64, 1, 96), (1, 128, 3840, 5, 64)]
 TIMED += [(2, 16, 960, 12, 64)]
 DRY = [(2, 8, 5, 1, 24), (1, 16, 3, 2, 16)]
@@ -52,13 +52,16 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
 
 def check(run: Run) -> None:
     for shape in DRY if run.dry else CHECKED:
-        for name in TOLERANCE:
-            for bias in ("table", "each") if shape[1] in (8, 16, 64) else ("table",):
+        for name in TOLERANCE if shape[1] < 64 else [x for x in TOLERANCE if x != "tf32"]:  # slow to compile
+            for bias in ("table", "each") if shape[1] in (8, 16) else ("table",):
                 if run.mine():
                     check_one(run, shape, name, bias)
+    for shape in DRY if run.dry else CHECKED:
+        if run.mine():
+            check_one(run, shape, "bf16", "none")
     if run.dry and not INTERPRETED:
         return
-    for frames in (16,) if run.dry else (16, 32, 64):
+    for frames in (16,) if run.dry else (16, 32):
         for _, launch in launches(frames):
             if run.mine():
                 shape = (1, frames, 9, 2, 16) if run.dry else (2, frames, 333, 5, 64)
@@ -67,14 +70,16 @@ def check(run: Run) -> None:
 
 def check_one(run: Run, shape: tuple[int, ...], name: str, bias: str, launch: Any = None) -> None:
     grad, *leaves = draw(run, shape, TYPES[name], bias)
-    wide = [x.double().requires_grad_() for x in leaves]
-    out = attend(*wide[:3], bias=wide[3], kernel="reference")
+    wide = [x.double().requires_grad_() for x in leaves[: 3 if bias == "none" else 4]]
+    out = attend(*wide[:3], bias=None if bias == "none" else wide[3], kernel="reference")
     want = [out.detach(), *torch.autograd.grad(out, wide, grad.double())]
     poison(run, grad.numel())
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     row = {"shape": shape, "bias": bias, "launch": launch and str(launch)}
     try:
-        got = [forward(*leaves, launch), *backward(grad, *leaves, launch)]
+        q, k, v, table = leaves
+        given = None if bias == "none" else table
+        got = [forward(q, k, v, given, launch), *backward(grad, q, k, v, given, launch)][: 1 + len(wide)]
     except (ValueError, RuntimeError) as refusal:
         expected = shape[1] > temporal.FRAMES_FLOAT32 and TYPES[name] is torch.float32
         run.failed += not expected

@@ -8,9 +8,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import gpu_norm
 import torch
 import torch.nn.functional as F
-from measure import Run
+from measure import Run, error, poison
 from torch import Tensor
 
 from cascade import attention
@@ -18,11 +19,62 @@ from cascade.kernels import norm
 from cascade.text import Text
 from cascade.unet import Cond, LevelSpec, Mixer, UNetConfig, VideoUNet
 
+# What one norm of the network is asked for: C, H, W, the types of x, of the output and of film, and silu.
+Norming = tuple[int, int, int, torch.dtype, torch.dtype, torch.dtype | None, bool]
 CASES = [(kernels, dtype) for dtype in ("bf16", "tf32") for kernels in ("ours", "torch")]
 CASES += [("norm", "bf16"), ("attention", "bf16")]
 
 
-def base(run: Run) -> tuple[VideoUNet, Callable[[], Tensor]]:
+def normings(bf16: bool) -> set[Norming]:
+    """All that the norms of the network are asked for, found by running it on the CPU."""
+    found: set[Norming] = set()
+    takes, group_norm = norm.takes, norm.group_norm
+
+    def spy(x: Tensor, *args: Any, **rest: Any) -> Tensor:
+        film = args[2]
+        film_type = None if film is None else film.dtype
+        found.add((*x.shape[1:], x.dtype, rest["dtype"], film_type, rest["silu"]))
+        return group_norm(x, *args, **rest)
+
+    norm.takes, norm.group_norm = lambda x, groups: True, spy
+    try:
+        run = Run(dry=True, budget=math.inf, began=0.0, share=None, log=None)
+        _, loss = base(run, size=32)
+        with torch.no_grad(), configured("ours", bf16, "cpu"):
+            loss()
+    finally:
+        norm.takes, norm.group_norm = takes, group_norm
+    return found
+
+
+def check(run: Run) -> None:
+    """Every norm of the network against float64; on the GPU this compiles them before the steps are timed."""
+    for dtype in ("bf16", "fp32"):
+        for asked in sorted(normings(dtype == "bf16"), key=str):
+            if run.mine():
+                check_norm(run, asked)
+
+
+def check_norm(run: Run, asked: Norming) -> None:
+    c, height, width, given, out, film_type, silu = asked
+    frames = 2 if run.dry else 300
+    grad, x, weight, bias, film = gpu_norm.draw(run, (frames, c, height, width), given, film_type is not None)
+    leaves = [x, weight, bias] + ([] if film is None else [film.to(film_type)])
+    wide = [t.double().requires_grad_() for t in leaves]
+    u = gpu_norm.torchs(*wide[:3], wide[3] if film is not None else None, silu)
+    want = [u.detach(), *torch.autograd.grad(u, wide, grad.to(out).double())]
+    poison(run, grad.numel())
+    groups = math.gcd(c, 8)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    rest: dict[str, Any] = {"groups": groups, "silu": silu, "dtype": out}
+    y = norm.group_norm(leaves[0], leaves[1], leaves[2], leaves[3] if film is not None else None, **rest)
+    got = [y.detach(), *torch.autograd.grad(y, leaves, grad.to(out))]
+    errors = [error(a, b) for a, b in zip(got, want, strict=True)]
+    run.check("unet norm", "bf16" if torch.bfloat16 in asked else "fp32", errors, asked=[str(a) for a in asked])
+
+
+def base(run: Run, size: int = 8) -> tuple[VideoUNet, Callable[[], Tensor]]:
     """The network of conf/stage/tiny/base.yaml with no layer at zero, and its loss on random clips."""
     torch.manual_seed(0)
     deep: dict[str, Any] = {"mixer": Mixer.BOTH, "spatial_attention": True, "text_attention": True}
@@ -32,7 +84,7 @@ def base(run: Run) -> tuple[VideoUNet, Callable[[], Tensor]]:
         for parameter in model.parameters():
             if not parameter.any():
                 parameter.normal_(0, 0.02)
-    batch, frames, size = (1, 2, 8) if run.dry else (256, 8, 32)
+    batch, frames, size = (1, 2, size) if run.dry else (256, 8, 32)
     known, clips = torch.randn(2, batch, 3, frames, size, size, device=run.device)
     t, level = torch.rand(2, batch, device=run.device)
     real = torch.ones(batch, 24, dtype=torch.bool, device=run.device)

@@ -64,8 +64,9 @@ class Norm(nn.GroupNorm):
 
     def forward(self, h: Tensor, film: Tensor | None = None, silu: bool = False) -> Tensor:
         """film (N, 2 C): scale and shift."""
-        if h.device.type == "cuda" and norm.takes(h, self.num_groups):
-            dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else h.dtype
+        if norm.takes(h, self.num_groups):
+            device = h.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
             return norm.group_norm(
                 h, self.weight, self.bias, film, groups=self.num_groups, eps=self.eps, silu=silu, dtype=dtype
             )
@@ -146,7 +147,7 @@ class TemporalAttention(nn.Module):
         height, width = h.shape[2:]
         x = as_video(self.norm(h), clip)  # (B, F, HW, C)
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.q, self.k, self.v))  # (B, F, HW, h, D)
-        out = attend(q, k, v, bias=self.bias(clip).to(q.dtype))
+        out = attend(q, k, v, bias=self.bias(clip))
         return h + from_video(self.out(out.reshape(x.shape)), height, width)
 
 

@@ -32,7 +32,10 @@ _records: ContextVar[tuple[list[str], ...]] = ContextVar("attention_records", de
 
 
 class Kernel(Protocol):
-    """What a file in this folder provides; `POSITIONS = True` beside it asks for tensors with positions as they are."""
+    """What a file in this folder provides.
+
+    `POSITIONS = True` beside it asks for tensors with positions as they are, (B, M, S, h, D), and the bias in its type.
+    """
 
     def available(self, q: Tensor, bias: Tensor | None = None) -> str | None:
         """Why this kernel cannot run for these tensors here, None if it can."""
@@ -60,7 +63,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, kerne
         names.append(name)
     chosen = _load(name)
     if q.ndim == 4:
-        return _in_launches(chosen, q, k, v, bias)
+        return _in_launches(chosen, q, k, v, bias if bias is None else bias.to(q.dtype))
     if getattr(chosen, "POSITIONS", False):
         return chosen.run(q, k, v, bias)
     return _folded(chosen, q, k, v, bias)
@@ -150,7 +153,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def _four_dims(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """bias as (B | 1, h | 1, M | 1, N | 1) in q's dtype."""
+    """bias as (B | 1, h | 1, M | 1, N | 1)."""
     full = (q.shape[0], q.shape[-2], q.shape[1], k.shape[1])
     shape = (1,) * (4 - bias.ndim) + tuple(bias.shape)
     if len(shape) != 4 or any(n not in (1, m) for n, m in zip(shape, full, strict=True)):
@@ -161,7 +164,7 @@ def _four_dims(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
     readable = bias.device.type == "cpu" and type(bias) in (Tensor, Parameter) and not torch.compiler.is_compiling()
     if readable and bias.detach().amax(-1).amin() == -torch.inf:
         raise ValueError("attention bias hides every key from some query, which leaves it without an answer")
-    return bias.reshape(shape).to(q.dtype)
+    return bias.reshape(shape)
 
 
 def _launch_limit(q: Tensor, k: Tensor) -> int:
@@ -185,6 +188,7 @@ def _folded(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None
         each = bias
         if bias is not None and bias.shape[1] > 1:  # one of a single head is broadcast as it is
             each = bias[:, None].expand(-1, few[0].shape[2] // heads, -1, -1, -1).flatten(1, 2)
+        each = each if each is None else each.to(q.dtype)  # last: the positions' gradients add up in the bias' type
         return torch.unflatten(_in_launches(kernel, *few, each), 2, (-1, heads))
 
     if positions <= step:

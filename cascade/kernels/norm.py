@@ -49,7 +49,9 @@ def refusal(x: Tensor, groups: int) -> str | None:
 
 
 def takes(x: Tensor, groups: int) -> bool:
-    """Whether the Triton kernel takes x; if not, says why, once."""
+    """Whether the Triton kernel takes x; if not on CUDA, says why, once."""
+    if x.device.type != "cuda":
+        return False
     reason = refusal(x, groups)
     if reason is not None:
         say_once(f"group norm is torch's own, not ours: {reason}")
@@ -128,7 +130,8 @@ def _forward_cuda(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from cascade.kernels import norm_triton
 
-    return norm_triton.forward(x, weight, bias, film, groups, eps, silu, dtype)
+    with torch.cuda.device(x.device):
+        return norm_triton.forward(x, weight, bias, film, groups, eps, silu, dtype)
 
 
 @_forward.register_fake
@@ -197,7 +200,8 @@ def _backward_cuda(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from cascade.kernels import norm_triton
 
-    return norm_triton.backward(grad, x, weight, bias, film, mean, rstd, groups, silu)
+    with torch.cuda.device(x.device):
+        return norm_triton.backward(grad, x, weight, bias, film, mean, rstd, groups, silu)
 
 
 @_backward.register_fake

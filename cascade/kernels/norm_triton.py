@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cascade.kernels import multiprocessors
 
+SIZES = ["S", "chunk", "parts"]  # compiled once for all of them
 ALL, SUMS, APPLY = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 
@@ -47,7 +48,7 @@ def _affine(W, B, FILM, n, c, real, C: tl.constexpr, FILMED: tl.constexpr):
     return w, b, one
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _forward(
     X, W, B, FILM, Y, MEAN, RSTD, PARTS, S, chunk, parts, eps,
     C: tl.constexpr, G: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr, TP: tl.constexpr,
@@ -112,7 +113,7 @@ def _slope(GRAD, X, offset, ok, w, b, mean, rstd, SILU: tl.constexpr):
     return slope, normal
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward(
     GRAD, X, W, B, FILM, MEAN, RSTD, DX, DAFFINE, DFILM, PARTS, S, chunk, parts,
     C: tl.constexpr, G: tl.constexpr, CP: tl.constexpr, ROWS: tl.constexpr,
@@ -210,7 +211,7 @@ def forward(
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
     mean, rstd = (x.new_empty((frames, groups), dtype=torch.float32) for _ in range(2))
     sums = x.new_empty((frames, parts, 2, groups) if parts > 1 else (1,), dtype=torch.float32)
-    constants["TP"] = triton.next_power_of_2(parts) if parts > 1 else 1
+    constants["TP"] = 1 if parts == 1 else 64 if parts <= 64 else triton.next_power_of_2(parts)
     for phase in (0,) if parts == 1 else (1, 2):
         _forward[(frames * parts,)](
             x, weight, bias, x if film is None else film, y, mean, rstd, sums, height * width, chunk, parts, eps,

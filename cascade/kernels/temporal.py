@@ -88,7 +88,8 @@ def _forward_cuda(
 ) -> tuple[Tensor, Tensor]:
     from cascade.kernels import temporal_triton
 
-    return temporal_triton.forward(q, k, v, bias, scale, lse, precision())
+    with torch.cuda.device(q.device):
+        return temporal_triton.forward(q, k, v, bias, scale, lse, precision())
 
 
 @_forward.register_fake
@@ -129,7 +130,8 @@ def _backward_cuda(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from cascade.kernels import temporal_triton
 
-    return temporal_triton.backward(grad, q, k, v, bias, scale, bias_gradient, precision())
+    with torch.cuda.device(q.device):
+        return temporal_triton.backward(grad, q, k, v, bias, scale, bias_gradient, precision())
 
 
 @_backward.register_fake

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from cascade.kernels import multiprocessors
 
+SIZES = ["S", "H", "tiles", "turns", "programs"]  # compiled once for all of them
+
 
 @triton.jit
 def _load(X, at, ok, LANES: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr):
@@ -45,7 +47,7 @@ def _bias(BIAS, outer, h, sb, sh, sm, sn, f, same, F: tl.constexpr):
     return tl.load(BIAS + at, mask=same & (f < F)[:, None], other=0.0).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _forward(
     Q, K, V, BIAS, OUT, LSE,
     qb, qf, qs, qh, kb, kf, ks, kh, vb, vf, vs, vh, bb, bh, bm, bn,
@@ -84,7 +86,7 @@ def _forward(
             tl.store(LSE + ((b * S + s) * H + h) * F + f, top + tl.log(total), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward(
     G, Q, K, V, BIAS, DQ, DK, DV, DBIAS,
     gb, gf, gs, gh, qb, qf, qs, qh, kb, kf, ks, kh, vb, vf, vs, vh, bb, bh, bm, bn,
@@ -157,7 +159,8 @@ def configuration(frames: int, head: int, dtype: torch.dtype, backward: bool) ->
     if not backward:
         rows = max(64, rows)
         return Launch(rows, 8 if rows > 64 or wide else 4, 1 if rows > 64 and wide else 2, 4)
-    return Launch(rows, 4 if rows == 32 else 8, 1 if rows > 64 and wide else 2, 8)
+    # Many turns: every program leaves a gradient of the bias behind, which is to be small beside q, k and v.
+    return Launch(rows, 4 if rows == 32 else 8, 1 if rows > 64 and wide else 2, 16 if rows == 32 else 32)
 
 
 @dataclass(frozen=True)
