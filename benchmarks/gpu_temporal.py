@@ -59,6 +59,9 @@ def check(run: Run) -> None:
     for shape in DRY if run.dry else CHECKED:
         if run.mine():
             check_one(run, shape, "bf16", "none")
+    for name in ("bf16", "fp32") if not INTERPRETED else ():
+        if run.mine():
+            check_prepared(run, (2, 16, 5, 2, 24) if run.dry else (2, 16, 61, 3, 64), name)
     if run.dry and not INTERPRETED:
         return
     for frames in (16,) if run.dry else (16, 32):
@@ -89,6 +92,23 @@ def check_one(run: Run, shape: tuple[int, ...], name: str, bias: str, launch: An
     if shape[1] == 1:  # the softmax of one score is 1: q, k and bias get no gradient
         errors = [errors[0], errors[3]]
     run.check("temporal", name, errors, **row)
+
+
+def check_prepared(run: Run, shape: tuple[int, ...], name: str) -> None:
+    """With q and k normed and turned, through the operator's own gradient."""
+    torch.set_float32_matmul_precision("highest")
+    grad, *leaves = draw(run, shape, TYPES[name])
+    leaves.append(torch.rand(2, shape[-1], device=run.device) + 0.5)
+    rotary = temporal.angles(shape[1], shape[-1], 100.0, run.device)
+    wide = [x.double().requires_grad_() for x in leaves]
+    q, k = (temporal._prepare(x, wide[4], i, rotary) for i, x in enumerate(wide[:2]))
+    out = attend(q, k, wide[2], bias=wide[3], kernel="reference")
+    want = [out.detach(), *torch.autograd.grad(out, wide, grad.double())]
+    poison(run, grad.numel())
+    given = [x.detach().requires_grad_() for x in leaves]
+    mine = temporal.attention(*given[:4], gains=given[4], rotary=rotary)
+    got = [mine.detach(), *torch.autograd.grad(mine, given, grad)]
+    run.check("temporal prepared", name, [error(x, y) for x, y in zip(got, want, strict=True)], shape=shape)
 
 
 def launches(frames: int) -> list[tuple[bool, Any]]:

@@ -20,10 +20,10 @@ pytestmark = [
 ]
 SHARED = 227 * 1024  # bytes of a block on sm_90
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# Bytes of registers that may be spilled (frames, head size, backward); the others spill none.
+# Bytes of registers that may be spilled (frames, head size, backward) with Triton 3.6 and 3.7; elsewhere 16 at most.
 SPILLS = {
-    torch.bfloat16: {(64, 128, True): 32, (128, 64, True): 512, (128, 128, True): 1024, (128, 128, False): 32},
-    torch.float32: {(64, 64, True): 600, (64, 128, True): 1400, (64, 128, False): 1100, (64, 64, False): 200},
+    torch.bfloat16: {(64, 128, True): 96, (128, 64, True): 512, (128, 128, True): 1200, (128, 128, False): 32},
+    torch.float32: {(64, 64, True): 600, (64, 128, True): 1900, (64, 128, False): 1100, (64, 64, False): 200},
 }
 
 
@@ -54,6 +54,7 @@ def resources(
     return int(found[1]), built.metadata.shared
 
 
+@pytest.mark.parametrize("prepared", [False, True])
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("head", [64, 96, 128])
 @pytest.mark.parametrize("frames", [8, 16, 32, 64, 128])
@@ -61,13 +62,13 @@ def resources(
     ("dtype", "precision"), [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
 )
 def test_temporal_attention_fits(
-    dtype: torch.dtype, precision: str, frames: int, head: int, backward: bool, tmp_path: Path
+    dtype: torch.dtype, precision: str, frames: int, head: int, backward: bool, prepared: bool, tmp_path: Path
 ) -> None:
     from triton import next_power_of_2
 
     from cascade.kernels import temporal, temporal_triton
 
-    if dtype is torch.float32 and frames > temporal.FRAMES_FLOAT32:
+    if dtype is torch.float32 and frames > temporal.FRAMES_FLOAT32 // (1 + prepared):
         pytest.skip("refused")
     launch = temporal_triton.configuration(frames, head, dtype, backward)
     lanes = next_power_of_2(head)
@@ -79,13 +80,22 @@ def test_temporal_attention_fits(
         "R": launch.rows,
         "BIASED": True,
     }
-    constants |= {"PRECISION": precision, "WIDE": False, "BIAS_GRADIENT" if backward else "NEEDS_LSE": backward}
+    constants |= {
+        "NORMED": prepared,
+        "TURNED": prepared,
+        "PRECISION": precision,
+        "WIDE": False,
+        "BIAS_GRADIENT" if backward else "NEEDS_LSE": backward,
+    }
     types = dict.fromkeys(("Q", "K", "V", "G", "OUT", "DQ", "DK", "DV"), f"*{NAMES[dtype]}")
-    types |= {"BIAS": "*fp32", "LSE": "*fp32", "DBIAS": "*fp32", "scale": "fp32"}
+    types |= dict.fromkeys(("BIAS", "LSE", "DBIAS", "GAINS", "TURN", "DGAINS"), "*fp32") | {"scale": "fp32"}
     function = temporal_triton._backward if backward else temporal_triton._forward
     stack, shared = resources(tmp_path, function, types, constants, num_warps=launch.warps, num_stages=launch.stages)
     assert shared <= SHARED
-    assert stack <= SPILLS[dtype].get((frames, lanes, backward), 0)
+    if prepared:  # no stage norms or turns q and k yet: it is to compile and to fit
+        assert stack <= 5000
+    else:
+        assert stack <= SPILLS[dtype].get((frames, lanes, backward), 16)
 
 
 @pytest.mark.parametrize("backward", [False, True])

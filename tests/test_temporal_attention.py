@@ -82,6 +82,45 @@ def test_broadcast_dims_of_the_bias_get_summed_gradients(dims: tuple[int, ...]) 
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.parametrize("gained", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+def test_q_and_k_may_be_normed_and_turned(gained: bool, turned: bool) -> None:
+    q, k, v, bias = (x if x is None else x.detach().requires_grad_() for x in draw((2, 3, 2, 2, 4), "table"))
+    assert q is not None and k is not None and v is not None
+    gains = torch.randn(2, 4, dtype=torch.float64, requires_grad=True) if gained else None
+    rotary = temporal.angles(3, 4, 10.0).double() if turned else None
+    made = [q, k]
+    if gains is not None:
+        made = [
+            x * (x.square().mean(-1, keepdim=True) + temporal.EPS).rsqrt() * g for x, g in zip(made, gains, strict=True)
+        ]
+    if rotary is not None:
+        angle = torch.complex(*rotary)[:, None, None]
+        made = [torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (2, 2))) * angle).flatten(-2) for x in made]
+    want = attend(*made, v, bias=bias, kernel="reference")
+    got = temporal.attention(q, k, v, bias, gains=gains, rotary=rotary)
+    leaves = [x for x in (q, k, v, bias, gains) if x is not None]
+    grad = torch.randn(q.shape, dtype=torch.float64)
+    for mine, wanted in zip(
+        [got, *torch.autograd.grad(got, leaves, grad)], [want, *torch.autograd.grad(want, leaves, grad)], strict=True
+    ):
+        torch.testing.assert_close(mine, wanted)
+    plain = [x if x is None else x.detach() for x in (q, k, v, bias, gains, rotary)]
+    args = (*plain[:4], 0.5, True, *plain[4:])
+    torch.library.opcheck(torch.ops.cascade.temporal_attention.default, args)
+    back = (torch.ones_like(plain[0]), *plain[:4], 0.5, True, *plain[4:])  # type: ignore[arg-type]
+    torch.library.opcheck(torch.ops.cascade.temporal_attention_backward.default, back)
+
+
+def test_rotation_sees_distances_alone() -> None:
+    one = torch.randn(1, 1, 1, 1, 8, dtype=torch.float64).expand(1, 6, 1, 1, 8)
+    q, k = (temporal._prepare(one * x, None, 0, temporal.angles(6, 8, 50.0)) for x in (1.0, 0.5))
+    scores = q[0, :, 0, 0] @ k[0, :, 0, 0].T
+    torch.testing.assert_close(scores[1:, 1:], scores[:-1, :-1], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(q.norm(dim=-1), one.norm(dim=-1), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(scores[0, 1:], scores[0, :-1])
+
+
 def test_gradcheck_with_a_learned_bias() -> None:
     q, k, v, _ = (x if x is None else x.detach().requires_grad_() for x in draw((2, 3, 2, 2, 4), "none"))
     bias = torch.randn(1, 2, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0), requires_grad=True)
@@ -130,6 +169,8 @@ def test_shapes_are_known_without_values() -> None:
         ({"k": torch.zeros(1, 3, 2, 8, 4).mT[..., :1, :]}, "last stride"),
         ({"bias": torch.zeros(3, 3)}, "does not broadcast"),
         ({"bias": torch.zeros(1, 2, 3, 3)}, "does not broadcast"),
+        ({"gains": torch.zeros(8)}, "gains"),
+        ({"rotary": torch.zeros(2, 4, 4)}, "rotary"),
         ({x: torch.zeros(1, 129, 2, 1, 8) for x in "qkv"}, "129 frames"),
         ({x: torch.zeros(1, 3, 2, 1, 136) for x in "qkv"}, "head size of 136"),
     ],

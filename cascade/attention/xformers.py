@@ -256,7 +256,7 @@ def _temporal_backward() -> type:
             q, k, v, bias = _positions(inp)
             wanted = inp.attn_bias is not None and inp.attn_bias.requires_grad
             grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-            *grads, db = cls.OPERATOR(grad.view(q.shape), q, k, v, bias, inp.scale_float, wanted)
+            *grads, db, _ = cls.OPERATOR(grad.view(q.shape), q, k, v, bias, inp.scale_float, wanted)
             if wanted:  # the copies of an entry that was expanded get equal parts of its gradient
                 db = (db / (inp.attn_bias.numel() // db.numel())).to(inp.attn_bias.dtype).expand(inp.attn_bias.shape)
             return Gradients(*(g.view(inp.query.shape) for g in grads), db=db if wanted else None)

@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from cascade.kernels import multiprocessors
+from cascade.kernels.queries_triton import prepare, unprepare
+from cascade.kernels.temporal import EPS
 
 SIZES = ["S", "H", "tiles", "turns", "programs"]  # compiled once for all of them
 
@@ -49,11 +51,12 @@ def _bias(BIAS, outer, h, sb, sh, sm, sn, f, same, F: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def _forward(
-    Q, K, V, BIAS, OUT, LSE,
+    Q, K, V, BIAS, GAINS, TURN, OUT, LSE,
     qb, qf, qs, qh, kb, kf, ks, kh, vb, vf, vs, vh, bb, bh, bm, bn,
     S, H, tiles, turns, programs, scale,
     F: tl.constexpr, FP: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, R: tl.constexpr,
-    BIASED: tl.constexpr, NEEDS_LSE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BIASED: tl.constexpr, NORMED: tl.constexpr, TURNED: tl.constexpr, EPS: tl.constexpr,
+    NEEDS_LSE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     h = (pid % H).to(tl.int64)
@@ -73,6 +76,9 @@ def _forward(
         q = _load(Q, b * qb + f * qf + s * qs + h * qh, ok, LANES, D, WIDE)
         k = _load(K, b * kb + f * kf + s * ks + h * kh, ok, LANES, D, WIDE)
         v = _load(V, b * vb + f * vf + s * vs + h * vh, ok, LANES, D, WIDE)
+        if NORMED or TURNED:
+            q = prepare(q, GAINS, TURN, f, EPS, F, D, LANES, NORMED, TURNED)
+            k = prepare(k, GAINS + D, TURN, f, EPS, F, D, LANES, NORMED, TURNED)
         a = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if BIASED:
             a += bias
@@ -88,11 +94,12 @@ def _forward(
 
 @triton.jit(do_not_specialize=SIZES)
 def _backward(
-    G, Q, K, V, BIAS, DQ, DK, DV, DBIAS,
+    G, Q, K, V, BIAS, GAINS, TURN, DQ, DK, DV, DBIAS, DGAINS,
     gb, gf, gs, gh, qb, qf, qs, qh, kb, kf, ks, kh, vb, vf, vs, vh, bb, bh, bm, bn,
     S, H, tiles, turns, programs, scale,
     F: tl.constexpr, FP: tl.constexpr, D: tl.constexpr, LANES: tl.constexpr, R: tl.constexpr,
-    BIASED: tl.constexpr, BIAS_GRADIENT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    BIASED: tl.constexpr, NORMED: tl.constexpr, TURNED: tl.constexpr, EPS: tl.constexpr,
+    BIAS_GRADIENT: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     h = (pid % H).to(tl.int64)
@@ -106,6 +113,9 @@ def _backward(
         bias = _bias(BIAS, outer, h, bb, bh, bm, bn, f, same, F)
     if BIAS_GRADIENT:
         dbias = tl.zeros((R, R), tl.float32)
+    if NORMED:
+        dgain_q = tl.zeros((LANES,), tl.float32)
+        dgain_k = tl.zeros((LANES,), tl.float32)
     for turn in range(first, turns, programs):
         tile = outer * turns + turn
         b = (tile // tiles).to(tl.int64)
@@ -115,6 +125,11 @@ def _backward(
         k = _load(K, b * kb + f * kf + s * ks + h * kh, ok, LANES, D, WIDE)
         v = _load(V, b * vb + f * vf + s * vs + h * vh, ok, LANES, D, WIDE)
         g = _load(G, b * gb + f * gf + s * gs + h * gh, ok, LANES, D, WIDE)
+        if NORMED or TURNED:
+            given_q = q
+            given_k = k
+            q = prepare(q, GAINS, TURN, f, EPS, F, D, LANES, NORMED, TURNED)
+            k = prepare(k, GAINS + D, TURN, f, EPS, F, D, LANES, NORMED, TURNED)
         a = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         if BIASED:
             a += bias
@@ -128,8 +143,21 @@ def _backward(
         if BIAS_GRADIENT:
             dbias += da
         da = (da * scale).to(q.dtype)
-        _store(DQ, to, ok, tl.dot(da, k, input_precision=PRECISION), LANES, D)
-        _store(DK, to, ok, tl.dot(tl.trans(da), q, input_precision=PRECISION), LANES, D)
+        dq = tl.dot(da, k, input_precision=PRECISION)
+        dk = tl.dot(tl.trans(da), q, input_precision=PRECISION)
+        if NORMED or TURNED:
+            dq, of_q = unprepare(dq, given_q, GAINS, TURN, f, EPS, F, D, LANES, NORMED, TURNED)
+            dk, of_k = unprepare(dk, given_k, GAINS + D, TURN, f, EPS, F, D, LANES, NORMED, TURNED)
+            if NORMED:
+                dgain_q += of_q
+                dgain_k += of_k
+        _store(DQ, to, ok, dq, LANES, D)
+        _store(DK, to, ok, dk, LANES, D)
+    if NORMED:
+        lane = tl.arange(0, LANES)
+        to = DGAINS + pid.to(tl.int64) * 2 * D + lane
+        tl.store(to, dgain_q, mask=lane < D)
+        tl.store(to + D, dgain_k, mask=lane < D)
     if BIAS_GRADIENT:
         at = ((pid.to(tl.int64) * (R // FP) + place[:, None]) * F + f[:, None]) * F + f[None, :]
         tl.store(DBIAS + at, dbias, mask=same & (f < F)[:, None])
@@ -171,14 +199,22 @@ class _Grid:
     programs: int  # that share the tiles of a head
     outer: int  # batch entries if each has a bias of its own, else 1
     sizes: tuple[int, ...]  # S, H, tiles, turns, programs
-    constants: dict[str, int | bool | str]
+    constants: dict[str, int | float | bool | str]
 
     @property
     def count(self) -> int:
         return self.outer * self.programs * self.sizes[1]
 
 
-def _grid(q: Tensor, bias: Tensor | None, precision: str, backward: bool, launch: Launch | None) -> _Grid:
+def _grid(
+    q: Tensor,
+    bias: Tensor | None,
+    gains: Tensor | None,
+    rotary: Tensor | None,
+    precision: str,
+    backward: bool,
+    launch: Launch | None,
+) -> _Grid:
     batch, frames, positions, heads, head = q.shape
     launch = launch or configuration(frames, head, q.dtype, backward)
     padded = triton.next_power_of_2(frames)
@@ -187,13 +223,16 @@ def _grid(q: Tensor, bias: Tensor | None, precision: str, backward: bool, launch
     turns = batch * tiles // outer
     fill = triton.cdiv(4 * multiprocessors(q.device), outer * heads)  # programs that keep the whole GPU busy
     programs = max(min(turns, fill), triton.cdiv(turns, launch.turns))
-    constants: dict[str, int | bool | str] = {
+    constants: dict[str, int | float | bool | str] = {
         "F": frames,
         "FP": padded,
         "D": head,
         "LANES": max(16, triton.next_power_of_2(head)),
         "R": launch.rows,
         "BIASED": bias is not None,
+        "NORMED": gains is not None,
+        "TURNED": rotary is not None,
+        "EPS": EPS,
         "PRECISION": precision,
         "WIDE": q.device.type == "cpu" and q.dtype is torch.bfloat16,
     }
@@ -215,15 +254,18 @@ def forward(
     lse: bool,
     precision: str,
     launch: Launch | None = None,
+    gains: Tensor | None = None,
+    rotary: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `cascade.kernels.temporal.attention`; the log-sum is (B, S, h, F), or empty where it is not asked for."""
     batch, frames, positions, heads, _ = q.shape
-    grid = _grid(q, bias, precision, False, launch)
+    grid = _grid(q, bias, gains, rotary, precision, False, launch)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     sums = q.new_empty((batch, positions, heads, frames) if lse else (0,), dtype=torch.float32)
     strides = (*q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *_bias_strides(bias))
     _forward[(grid.count,)](
-        q, k, v, q if bias is None else bias, out, sums, *strides, *grid.sizes, scale,
+        q, k, v, q if bias is None else bias, q if gains is None else gains, q if rotary is None else rotary, out, sums,
+        *strides, *grid.sizes, scale,
         NEEDS_LSE=lse, num_warps=grid.launch.warps, num_stages=grid.launch.stages, **grid.constants,
     )  # fmt: skip
     return out, sums
@@ -239,16 +281,20 @@ def backward(
     bias_gradient: bool,
     precision: str,
     launch: Launch | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv (B, F, S, h, D) and the bias' gradient (B | 1, h, F, F) in float32, empty if not asked for."""
+    gains: Tensor | None = None,
+    rotary: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv (B, F, S, h, D) and in float32, empty if not asked for, those of bias (B | 1, h, F, F) and gains."""
     frames, heads = q.shape[1], q.shape[3]
-    grid = _grid(q, bias, precision, True, launch)
+    grid = _grid(q, bias, gains, rotary, precision, True, launch)
     dq, dk, dv = (torch.empty_like(q, memory_format=torch.contiguous_format) for _ in range(3))
     parts = (grid.outer, grid.programs, heads, grid.launch.rows // int(grid.constants["FP"]), frames, frames)
     dbias = q.new_empty(parts if bias_gradient else (0,), dtype=torch.float32)
+    dgains = q.new_empty((grid.count, 2, q.shape[-1]) if gains is not None else (0,), dtype=torch.float32)
     strides = (*grad.stride()[:4], *q.stride()[:4], *k.stride()[:4], *v.stride()[:4], *_bias_strides(bias))
     _backward[(grid.count,)](
-        grad, q, k, v, q if bias is None else bias, dq, dk, dv, dbias, *strides, *grid.sizes, scale,
+        grad, q, k, v, q if bias is None else bias, q if gains is None else gains, q if rotary is None else rotary,
+        dq, dk, dv, dbias, dgains, *strides, *grid.sizes, scale,
         BIAS_GRADIENT=bias_gradient, num_warps=grid.launch.warps, num_stages=grid.launch.stages, **grid.constants,
     )  # fmt: skip
-    return dq, dk, dv, dbias.sum((1, 3)) if bias_gradient else dbias
+    return dq, dk, dv, dbias.sum((1, 3)) if bias_gradient else dbias, dgains if gains is None else dgains.sum(0)
