@@ -273,10 +273,13 @@ class Stage:
         return cond.concat if self.cfg.diffusion.path is Path.STRAIGHT else eps
 
     def imitate(self, video: Video, text: Text, rng: torch.Generator, strength: float) -> Video:
-        """What this stage makes of its own input to `video` (B, C, F, H, W), noise drawn from `rng`.
+        """What this stage makes of its own input to `video` (B, C, F, H, W), of any size; noise is drawn from `rng`.
 
         A stage whose input is text alone goes on from `video` noised to the time `strength`.
         """
+        if video.shape != self.cfg.shape:
+            cfg = replace(self.cfg, shape=video.shape, windows=Windows(), train=None)
+            return Stage(cfg, self.rule, self.net).imitate(video, text, rng, strength)
 
         def draw(shape: Sequence[int], step: int, purpose: str) -> Tensor:
             return torch.randn(tuple(shape), generator=rng, device=rng.device)

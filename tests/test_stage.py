@@ -364,6 +364,17 @@ def test_text_of_any_length_goes_through_a_stage(make_stage: Make, encode: Make)
     assert Text.empty(1, 3, 6).drop(torch.tensor([True])).mask.sum() == 0
 
 
+@pytest.mark.parametrize(("kind", "frames"), [("ssr", 3), ("interp", 5), ("tsr", 4)])
+def test_a_stage_is_imitated_on_parts_of_its_clips(kind: str, frames: int, make_stage: Make, encode: Make) -> None:
+    stage = make_stage(kind)
+    whole = video(stage, 2)
+    part = Video(whole.frames[:, :, :frames, :8, :8], whole.fps)
+    made = stage.imitate(part, encode(PROMPTS[:2]), generator("imitate"), 0.5)
+    assert made.shape == part.shape
+    again = stage.imitate(part, encode(PROMPTS[:2]), generator("imitate"), 0.5)
+    assert torch.equal(made.frames, again.frames)
+
+
 def test_on_the_straight_path_sampling_begins_with_what_comes_in(make_stage: Make, encode: Make) -> None:
     """A network that says what comes in leaves it as it is; noise plays no part."""
     diffusion = Diffusion(prediction=Prediction.X, path=Path.STRAIGHT)

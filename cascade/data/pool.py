@@ -125,7 +125,7 @@ def _rows(cfg: ShapesConfig, key: Sequence[Key], numbers: range) -> Row:
     shapes, bodies, backgrounds, captions = [], [], [], []
     for number in numbers:
         rng = numpy_generator(*key, number)
-        spec = draw_spec(rng, cfg.two, cfg.split)
+        spec = draw_spec(rng, cfg.two, cfg.split, cfg.focus)
         captions.append(say(spec, rng))
         scene = draw_scene(spec, rng, cfg.seconds)
         shapes.append([SHAPES.index(thing.shape) for thing in spec.things] + [NOTHING] * (THINGS - len(spec.things)))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import colorsys
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,9 +38,33 @@ from cascade.noise import Key
 from cascade.video import Shape
 
 __all__ = [
-    "BACKGROUNDS", "COLOURS", "DIAMETERS", "HUES", "MOTIONS", "SHAPES", "SIZES", "SPLITS", "Body", "Scene",
-    "ShapesConfig", "Spec", "Thing", "Truth", "captions", "distance", "draw_scene", "draw_spec", "held_out",
-    "numpy_generator", "parse", "plain", "render", "sample", "say", "truth",
+    "BACKGROUNDS",
+    "COLOURS",
+    "DIAMETERS",
+    "HUES",
+    "MOTIONS",
+    "SHAPES",
+    "SIZES",
+    "SPLITS",
+    "Body",
+    "Focus",
+    "Scene",
+    "ShapesConfig",
+    "Spec",
+    "Thing",
+    "Truth",
+    "captions",
+    "distance",
+    "draw_scene",
+    "draw_spec",
+    "held_out",
+    "numpy_generator",
+    "parse",
+    "plain",
+    "render",
+    "sample",
+    "say",
+    "truth",
 ]  # fmt: skip
 
 Array = npt.NDArray[Any]
@@ -102,12 +127,39 @@ class Truth:
 
 
 @dataclass(kw_only=True)
+class Focus:
+    """Words that the first thing takes in a `share` of all clips: one of each list that is not empty."""
+
+    share: float
+    shapes: list[str] = field(default_factory=list)
+    sizes: list[str] = field(default_factory=list)
+    motions: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share is {self.share}, expected 0 to 1")
+        for name, legal in (("shapes", SHAPES), ("sizes", SIZES), ("motions", MOTIONS)):
+            if unknown := set(getattr(self, name)) - set(legal):
+                raise ValueError(f"{name} is {sorted(unknown)}, expected some of {', '.join(legal)}")
+
+    def apply(self, thing: Thing, rng: np.random.Generator) -> Thing:
+        if rng.random() >= self.share:
+            return thing
+        words = {"shape": self.shapes, "size": self.sizes, "motion": self.motions}
+        return replace(thing, **{key: legal[rng.integers(len(legal))] for key, legal in words.items() if legal})
+
+
+@dataclass(kw_only=True)
 class ShapesConfig:
-    """`two`: the share of clips with two things; `split`: one of SPLITS; `seconds`: how long a scene lasts."""
+    """`two`: the share of clips with two things; `split`: one of SPLITS; `seconds`: how long a scene lasts.
+
+    `focus` makes what is hard to learn more frequent than the uniform draw does.
+    """
 
     two: float = 0.2
     split: str = "train"
     seconds: float = 2.0
+    focus: list[Focus] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not 0 <= self.two <= 1:
@@ -130,7 +182,7 @@ def sample(cfg: ShapesConfig, shape: Shape, fps: float, *key: Key) -> tuple[Tens
     Scene and caption depend on `cfg` and `key` alone: the same key at another shape and fps is the same film.
     """
     rng = numpy_generator(*key)
-    spec = draw_spec(rng, cfg.two, cfg.split)
+    spec = draw_spec(rng, cfg.two, cfg.split, cfg.focus)
     caption = say(spec, rng)
     scene = draw_scene(spec, rng, cfg.seconds)
     start = float(rng.uniform(0, cfg.seconds)) if shape.frames == 1 else 0.0
@@ -138,8 +190,11 @@ def sample(cfg: ShapesConfig, shape: Shape, fps: float, *key: Key) -> tuple[Tens
     return torch.from_numpy(np.ascontiguousarray(clip.transpose(3, 0, 1, 2))), caption, scene
 
 
-def draw_spec(rng: np.random.Generator, two: float = 0.2, split: str = "train") -> Spec:
-    """A uniform spec of `split` (SPLITS), with two things, different in colour and shape, in a share `two` of draws."""
+def draw_spec(rng: np.random.Generator, two: float = 0.2, split: str = "train", focus: Sequence[Focus] = ()) -> Spec:
+    """A uniform spec of `split` (SPLITS), with two things, different in colour and shape, in a share `two` of draws.
+
+    Each `focus` in turn may then change the first thing's words.
+    """
     count = 2 if rng.random() < two else 1
     while True:
         names = zip(rng.permutation(len(SHAPES))[:count], rng.permutation(len(COLOURS))[:count], strict=True)
@@ -147,7 +202,12 @@ def draw_spec(rng: np.random.Generator, two: float = 0.2, split: str = "train") 
             Thing(SHAPES[s], COLOURS[c], SIZES[rng.integers(len(SIZES))], MOTIONS[rng.integers(len(MOTIONS))])
             for s, c in names
         )
-        spec = Spec(things, BACKGROUNDS[rng.integers(len(BACKGROUNDS))])
+        background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+        for words in focus:
+            things = (words.apply(things[0], rng), *things[1:])
+        spec = Spec(things, background)
+        if len({thing.shape for thing in things}) < count:
+            continue
         if split == "all" or held_out(spec) == (split == "held_out"):
             return spec
 
