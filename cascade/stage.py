@@ -63,6 +63,7 @@ class TrainConfig:
     clip: float = 1.0  # largest gradient norm
     ema: float = 0.0  # decay of the average of the weights; it grows from 0 as (1 + step) / (10 + step)
     drop_text: float = 0.0  # fraction of clips trained without their caption (classifier-free guidance)
+    times: list[float] = field(default_factory=lambda: [0.0, 1.0])  # lowest and highest t
     images: float = 0.0  # fraction of steps that train on single frames, each of a clip of its own
     crop: Shape | None = None  # train on random crops of this size (fully convolutional stages)
     crop_tries: int = 1  # of so many random crops the one with the most contrast is taken
@@ -86,6 +87,8 @@ class TrainConfig:
         ):  # fmt: skip
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {low} to {high}")
+        if len(self.times) != 2 or not 0 <= self.times[0] < self.times[1] <= 1:
+            raise ValueError(f"times is {self.times}, expected the lowest and the highest t, such as [0, 1]")
         if self.micro_batch is not None and (self.micro_batch < 1 or self.batch % self.micro_batch):
             raise ValueError(f"micro_batch is {self.micro_batch}, expected a divisor of batch ({self.batch})")
         if self.precision not in ("no", "bf16", "fp16", "tf32"):

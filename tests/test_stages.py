@@ -24,7 +24,7 @@ SHIPPED = sorted(
 )
 BUDGET = {"tiny/base": 6, "tiny/tsr": 6, "tiny/ssr1": 15, "tiny/interp": 13, "tiny/ssr2": 34}  # GFLOP an evaluation
 TASK = {"task", "prompt", "prompts", "negative_prompt", "input", "out", "seed", "samples", "text"}
-TASK |= {"device", "dtype", "micro_batch", "attention", "data", "evaluate", "distill"}
+TASK |= {"command", "device", "dtype", "micro_batch", "attention", "data", "evaluate", "distill"}
 Make = Callable[..., Any]
 
 
@@ -95,7 +95,7 @@ def test_a_base_stage_trains_with_some_known_frames(stage_config: Make) -> None:
     assert 0.2 < len(given) / 300 < 0.4
     counts = [int(low.known.sum()) for low in given]
     assert {1, 2} <= set(counts) and all(torch.equal(low.frames, video(cfg.shape).frames) for low in given)
-    assert sum(bool(low.known[0, 0]) for low in given) > 0.75 * len(given)
+    assert sum(bool(low.known[0, 0]) for low in given) > 0.65 * len(given)
     assert rule.degrade(video(Shape(frames=1, height=8, width=8)), stage_config("base", known=1.0), generator()) is None
 
 
