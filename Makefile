@@ -44,7 +44,7 @@ pathlib.Path(".venv/pip.conf").write_text(f"[install]\nconstraint = {pin.as_uri(
 endef
 export PIN_TORCH
 
-.PHONY: help setup generate assets report test test-fast lint types format lock clean FORCE
+.PHONY: help setup generate train-tiny assets report test test-fast lint types format lock clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +56,9 @@ generate: $(READY)  ## a video from a prompt: make generate PROMPT="..." [ARGS="
 
 report: $(READY)  ## docs/results.md from the evaluations below RUNS=runs: make report [RUNS=DIR] [ARGS="out=DIR"]
 	@$(CASCADE) report runs='$(RUNS)' cards=checkpoints/tiny $(value ARGS)
+
+train-tiny: $(READY)  ## every shipped weight again, from nothing, into runs/train; give it again to go on: make train-tiny [ARGS="jobs=5 only=[base]"]
+	@$(CASCADE) train recipe=tiny $(value ARGS)
 
 assets: $(READY)  ## fetch the networks that FVD, FID and LPIPS of the papers need (150 MB; `make test` then tests them too)
 	@$(CASCADE) assets $(value ARGS)

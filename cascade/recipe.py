@@ -26,7 +26,11 @@ from cascade.config import parse, suggest
 from cascade.errors import CascadeError, ConfigError
 
 log = logging.getLogger("cascade")
-FITS = {"text": "cascade.textfit", "features": "cascade.metrics.features"}  # what belongs to no stage
+FITS = {  # what is no task of a stage: `python -m MODULE DIRECTORY [words]`
+    "text": "cascade.textfit",
+    "features": "cascade.metrics.features",
+    "merge": "cascade.merge",
+}
 PROFILES = ("cpu", "gpu")
 REFERENCE = re.compile(r"@([\w-]+)((?:/\w+)?)")
 

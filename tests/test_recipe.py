@@ -52,7 +52,7 @@ def test_only_brings_what_is_needed() -> None:
         ({"a": {"stage": "x", "set": ["@b"]}}, "there is no step b"),
         ({"a": {"stage": "x", "set": ["@b"]}, "b": {"stage": "x", "set": ["@a"]}}, "a needs b needs a"),
         ({"a": {"stage": "x", "fit": "text"}}, "stage and fit are x and text"),
-        ({"a": {"fit": "nothing"}}, "fit is nothing, expected one of text, features"),
+        ({"a": {"fit": "nothing"}}, "fit is nothing, expected one of text, features, merge"),
     ],
 )
 def test_what_cannot_run_is_refused(steps: dict[str, Any], message: str) -> None:

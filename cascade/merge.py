@@ -1,0 +1,34 @@
+"""What one training taught a network, added to another: tuned + (student - teacher), weight by weight.
+
+A teacher that was tuned after its student had been distilled hands on what it learned without another distillation
+(task arithmetic, Ilharco et al. 2023): both differences are small and start from the same weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from cascade import checkpoint
+
+
+def merge(out: Path, tuned: Path, student: Path, teacher: Path) -> Path:
+    """Writes the sum to `out`, with all that the student's weights say of themselves.
+
+    Raises InputError if the three are not of one architecture.
+    """
+    parts = [checkpoint.load(path) for path in (tuned, student, teacher)]
+    for part, path in zip(parts, (tuned, student, teacher), strict=True):
+        checkpoint.compatible(part.config["net"], parts[1].config["net"], str(path))
+    a, b, c = (part.state for part in parts)
+    state = {name: a[name].float() + b[name].float() - c[name].float() for name in b}
+    card = (
+        f"# {parts[1].config['kind']}\n\nThe sum of a tuned teacher ({parts[0].hash[:16]}) and the difference between a "
+        f"student ({parts[1].hash[:16]}) and its teacher ({parts[2].hash[:16]}), by `cascade.merge`.\n\n"
+        "Licence: Apache-2.0.\n"
+    )
+    return checkpoint.save(out, state, parts[1].config, card=card)
+
+
+if __name__ == "__main__":
+    merge(*map(Path, sys.argv[1:5]))

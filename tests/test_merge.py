@@ -1,0 +1,35 @@
+"""Laws of merging: differences add up, and networks of different kinds are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cascade import checkpoint
+from cascade.errors import InputError
+from cascade.merge import merge
+
+
+def saved(path: Path, value: float, width: int = 8) -> Path:
+    config = {"kind": "base", "net": {"width": width}, "steps": value}
+    return checkpoint.save(path, {"a": torch.full((width,), value)}, config)
+
+
+def test_what_was_learned_is_added(tmp_path: Path) -> None:
+    paths = [saved(tmp_path / name, value) for name, value in (("tuned", 3.0), ("student", 7.0), ("teacher", 2.0))]
+    weights = checkpoint.load(merge(tmp_path / "out", *paths))
+    assert torch.equal(weights.state["a"], torch.full((8,), 8.0)) and weights.config["steps"] == 7.0
+
+
+def test_a_teacher_that_was_not_tuned_gives_the_student(tmp_path: Path) -> None:
+    teacher, student = saved(tmp_path / "teacher", 2.0), saved(tmp_path / "student", 7.0)
+    weights = checkpoint.load(merge(tmp_path / "out", teacher, student, teacher))
+    assert torch.equal(weights.state["a"], checkpoint.load(student).state["a"])
+
+
+def test_other_architectures_are_refused(tmp_path: Path) -> None:
+    paths = [saved(tmp_path / name, 1.0, width) for name, width in (("tuned", 4), ("student", 8), ("teacher", 8))]
+    with pytest.raises(InputError, match="width"):
+        merge(tmp_path / "out", *paths)
