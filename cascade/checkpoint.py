@@ -59,7 +59,8 @@ def save(
 def locate(weights: str | None, stage: str, steps: int) -> Path:
     """The directory of a stage's weights: `weights` itself, or the one that conf/weights/<weights>.yaml names.
 
-    Such a file says for each stage which directory serves which number of sampler steps, {stage: {steps: directory}}.
+    Such a file says for each stage which directory serves which number of sampler steps, {stage: {steps: directory}};
+    `any` is a teacher, which serves all others.
     Raises ConfigError where there are none, naming those that exist.
     """
     if weights is None:
@@ -70,7 +71,8 @@ def locate(weights: str | None, stage: str, steps: int) -> Path:
     import yaml  # type: ignore[import-untyped]
 
     students = yaml.safe_load(table.read_text(encoding="utf-8")).get(stage, {})
-    if steps not in students:
+    directory = students.get(steps, students.get("any"))
+    if directory is None:
         known = ", ".join(map(str, students)) or "nothing"
         raise ConfigError(
             f"{stage}: there are no weights for {steps} sampler steps, only for {known}",
@@ -78,7 +80,7 @@ def locate(weights: str | None, stage: str, steps: int) -> Path:
             if students
             else f"{stage}.weights=DIRECTORY",
         )
-    return config.locate(students[steps])
+    return config.locate(directory)
 
 
 def load(directory: Path) -> Weights:

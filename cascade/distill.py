@@ -387,8 +387,9 @@ def stage_task(ask: Request) -> None:
             f"{ask.cfg.name}: predicts eps, which at t = 1, where a student begins, says nothing of the video",
             fix="train the teacher with diffusion.prediction=v",
         )
-    teacher, key = load_stage(replace(ask.cfg, weights=weights), ask.rule, ask.on.torch)
-    made_for = checkpoint.load(checkpoint.locate(weights, ask.cfg.name, ask.cfg.sampler.steps)).config.get("steps")
+    directory = checkpoint.locate(weights, ask.cfg.name, 2 * cfg.steps[0])
+    teacher, key = load_stage(replace(ask.cfg, weights=str(directory)), ask.rule, ask.on.torch)
+    made_for = checkpoint.load(directory).config.get("steps")
     if made_for is not None and cfg.method is Method.CONSISTENCY:
         raise ConfigError(
             f"{ask.cfg.name}: consistency follows a teacher at any time, {weights} was made for {made_for} steps",

@@ -23,8 +23,8 @@ def merge(out: Path, tuned: Path, student: Path, teacher: Path) -> Path:
     a, b, c = (part.state for part in parts)
     state = {name: a[name].float() + b[name].float() - c[name].float() for name in b}
     card = (
-        f"# {parts[1].config['kind']}\n\nThe sum of a tuned teacher ({parts[0].hash[:16]}) and the difference between a "
-        f"student ({parts[1].hash[:16]}) and its teacher ({parts[2].hash[:16]}), by `cascade.merge`.\n\n"
+        f"# {parts[1].config['kind']}\n\nThe sum of a tuned teacher ({parts[0].hash[:16]}) and the difference of a "
+        f"student ({parts[1].hash[:16]}) to its teacher ({parts[2].hash[:16]}), by `cascade.merge`.\n\n"
         "Licence: Apache-2.0.\n"
     )
     return checkpoint.save(out, state, parts[1].config, card=card)

@@ -61,13 +61,14 @@ class Step:
 
 @dataclass(kw_only=True)
 class Recipe:
-    """`steps` in any order, and which step's weights each part of the chain ships with (`ships`).
+    """`steps` in any order, words of `every` stage's command, and what each part of the chain `ships` with.
 
     `only` names steps that are wanted; what they need comes along. `jobs` steps run at the same time, their output in
     <out>/<step>.log if there are several.
     """
 
     steps: dict[str, Step]
+    every: list[str] = field(default_factory=list)
     ships: dict[str, str] = field(default_factory=dict)
     out: str = "runs/train"
     profile: str = "auto"
@@ -97,7 +98,7 @@ class Task:
 
 def tasks_of(recipe: Recipe, profile: str) -> dict[str, Task]:
     """All tasks in an order in which each follows what it needs. ConfigError for a reference to nothing or a circle."""
-    known = {task.name: task for name, step in recipe.steps.items() for task in expanded(name, step, profile)}
+    known = {task.name: task for name, step in recipe.steps.items() for task in expanded(name, step, profile, recipe.every)}
     ordered: dict[str, Task] = {}
 
     def add(name: str, path: tuple[str, ...]) -> None:
@@ -114,9 +115,9 @@ def tasks_of(recipe: Recipe, profile: str) -> dict[str, Task]:
     return ordered
 
 
-def expanded(name: str, step: Step, profile: str) -> list[Task]:
+def expanded(name: str, step: Step, profile: str, every: list[str]) -> list[Task]:
     """The step, or one for each of its values; in a reference a number has two digits, as a distillation's folders."""
-    words: list[str] = [*step.set, *getattr(step, profile)]
+    words: list[str] = [*(every if step.stage else []), *step.set, *getattr(step, profile)]
     cost = step.minutes.get(profile, 0.0)
     if not step.each:
         return [Task(name, step, tuple(words), cost)]

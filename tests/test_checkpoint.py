@@ -294,13 +294,16 @@ def test_nothing_in_the_package_can_unpickle() -> None:
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "conf" / "weights").mkdir(parents=True)
-    (tmp_path / "conf" / "weights" / "small.yaml").write_text("base: {8: eight, 4: four}\n")
+    text = "base: {8: eight, 4: four}\nssr: {any: teacher, 1: one}\n"
+    (tmp_path / "conf" / "weights" / "small.yaml").write_text(text)
     monkeypatch.setattr(checkpoint.config, "package_root", lambda: tmp_path)
 
 
 def test_the_number_of_steps_picks_the_weights(table: None, tmp_path: Path) -> None:
     assert checkpoint.locate("small", "base", 8) == tmp_path / "eight"
     assert checkpoint.locate("small", "base", 4) == tmp_path / "four"
+    assert checkpoint.locate("small", "ssr", 4) == checkpoint.locate("small", "ssr", 64) == tmp_path / "teacher"
+    assert checkpoint.locate("small", "ssr", 1) == tmp_path / "one"
     assert checkpoint.locate("some/directory", "base", 5) == tmp_path / "some/directory"
 
 

@@ -53,7 +53,8 @@ class Pool:
         chunks = [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
         make = partial(_rows, cfg, key)
         if workers:
-            with multiprocessing.get_context("fork").Pool(workers) as pool:
+            # A fork of a process whose libraries run threads can hang on a lock that one of them held.
+            with multiprocessing.get_context("spawn").Pool(workers) as pool:
                 parts = pool.map(make, chunks)
         else:
             parts = [make(chunk) for chunk in chunks]
