@@ -98,7 +98,8 @@ class Task:
 
 def tasks_of(recipe: Recipe, profile: str) -> dict[str, Task]:
     """All tasks in an order in which each follows what it needs. ConfigError for a reference to nothing or a circle."""
-    known = {task.name: task for name, step in recipe.steps.items() for task in expanded(name, step, profile, recipe.every)}
+    tasks = [task for name, step in recipe.steps.items() for task in expanded(name, step, profile, recipe.every)]
+    known = {task.name: task for task in tasks}
     ordered: dict[str, Task] = {}
 
     def add(name: str, path: tuple[str, ...]) -> None:
