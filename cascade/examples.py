@@ -50,8 +50,7 @@ class Examples(torch.utils.data.Dataset[Batch]):
         parts = (cfg.crop or shape).frames if images else 1
         # Times are spread evenly over a step's batch: a uniform law with less variance than independent draws.
         offset = torch.rand(1, generator=generator(cfg.seed, "time", step))
-        t = (offset + (place + torch.arange(parts) / parts) / cfg.batch) % 1
-        t = cfg.times[0] + (cfg.times[1] - cfg.times[0]) * t
+        t = cfg.time((offset + (place + torch.arange(parts) / parts) / cfg.batch) % 1)
         if not images:
             return self.example(shape, cfg.crop, t, index)
         still, part = replace(shape, frames=1), cfg.crop and replace(cfg.crop, frames=1)
@@ -106,8 +105,7 @@ class Pooled:
         u = torch.rand(count, generator=noise, device=device)
         # Evenly spread times: a uniform law with less variance than independent draws.
         t = (torch.rand((), generator=noise, device=device) + torch.arange(count, device=device) / count) % 1
-        t = cfg.times[0] + (cfg.times[1] - cfg.times[0]) * t
-        return Batch(x, eps, t, u, cond)
+        return Batch(x, eps, cfg.time(t), u, cond)
 
     def imitation(self, text: Text, rng: torch.Generator) -> Callable[[Video], Video] | None:
         """Makes a share of the clips that come in as the stage before does."""

@@ -96,6 +96,11 @@ class TrainConfig:
         if self.gap is not None and self.gap.share > 0 and not self.pool:
             raise ValueError(f"gap.share is {self.gap.share}, which needs batches made on the device: pool=20000")
 
+    def time(self, u: Tensor) -> Tensor:
+        """u in [0, 1] as times within `times`."""
+        lowest, highest = self.times
+        return lowest + (highest - lowest) * u
+
 
 @dataclass(kw_only=True)
 class StageConfig:

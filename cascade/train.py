@@ -171,8 +171,8 @@ def fit(
 
     Checkpoints are out/step-NNNNNN; `preview(average, step)` makes the PNG of out/samples-NNNNNN.png. `inputs` is plain
     data that names what else decides the result: the data set, the text encoder. `pool` makes the examples instead of
-    `source` and `encode`. On SIGINT and SIGTERM the step is
-    finished and saved first. Under `accelerate launch` all processes return the same weights, the first one writes.
+    `source` and `encode`. On SIGINT and SIGTERM the step is finished and saved first. Under `accelerate launch` all
+    processes return the same weights, the first one writes.
 
     Raises NumericError before a NaN or infinity reaches the weights, ConfigError if `out` holds a training with other
     settings or the settings do not suit the device, LockedError while another training works in `out`.

@@ -17,6 +17,7 @@ from cascade.data.shapes import (
     MOTIONS,
     SHAPES,
     SIZES,
+    Focus,
     Scene,
     ShapesConfig,
     Spec,
@@ -219,3 +220,21 @@ def test_refusals_name_the_setting() -> None:
         ShapesConfig(seconds=float("nan"))
     with pytest.raises(ConfigError, match="the scene lasts 2 s"):
         render(scenes(1)[0], 16, 8, 8, 4)
+
+
+# focus ---------------------------------------------------------------------------------------------------------------
+
+
+def test_focus_makes_words_as_frequent_as_asked_and_keeps_compositions_out() -> None:
+    focus = [Focus(share=0.5, motions=["grows"]), Focus(share=0.3, shapes=["star"], sizes=["small"])]
+    specs = [draw_spec(numpy_generator("focus", i), 0.3, "train", focus) for i in range(1500)]
+    grows = sum(spec.things[0].motion == "grows" for spec in specs) / 1500
+    stars = sum((spec.things[0].shape, spec.things[0].size) == ("star", "small") for spec in specs) / 1500
+    assert 0.5 < grows < 0.62 and 0.3 < stars < 0.42  # the share, and what comes by itself
+    assert not any(held_out(spec) for spec in specs)
+    assert all(len({thing.shape for thing in spec.things}) == len(spec.things) for spec in specs)
+
+
+def test_a_focus_on_unknown_words_is_refused() -> None:
+    with pytest.raises(ValueError, match="motions is"):
+        Focus(share=0.5, motions=["jumps"])

@@ -179,3 +179,13 @@ def test_an_evaluation_stays_within_the_budget(name: str) -> None:
             out = net(torch.zeros(1, 3, f, h, w), torch.zeros(1), cond)
     assert out.shape == (1, 3, f, h, w)
     assert 0.1 < counter.get_total_flops() / 1e9 / BUDGET[name] <= 1
+
+
+def test_every_kind_of_known_frames_is_what_its_name_says() -> None:
+    masks = plugin("base").kinds(torch.rand(200, 8, generator=generator("kinds")))
+    assert set(masks) == set(plugin("base").KINDS)
+    assert masks["first"].sum(1).unique().tolist() == [1] and masks["ends"][:, [0, 7]].all()
+    assert masks["half"][:, :4].all() and not masks["half"][:, 4:].any()
+    pair = masks["pair"]
+    assert pair.sum(1).unique().tolist() == [2] and (pair[:, 1:] & pair[:, :-1]).any(1).all()
+    assert pair.any(0).all()  # every frame is sometimes one of them

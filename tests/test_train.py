@@ -119,6 +119,12 @@ def test_the_times_of_a_step_are_spread_evenly(make_stage: Make, encode: Make, c
         assert 0 <= times[0] < 0.25 and torch.allclose(times.diff(), torch.full((3,), 0.25))
 
 
+def test_times_keep_to_the_range_that_is_trained(make_stage: Make, encode: Make, clips: Any) -> None:
+    made = examples(make_stage, encode, clips, times=[0.25, 0.75])
+    times = torch.cat([made[i].t for i in range(20)])
+    assert 0.25 <= times.min() < 0.4 and 0.6 < times.max() <= 0.75
+
+
 def test_text_is_dropped_as_often_as_asked(make_stage: Make, encode: Make, clips: Any) -> None:
     kept = {}
     for share in (0.0, 0.4, 1.0):
