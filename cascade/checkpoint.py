@@ -19,6 +19,7 @@ from cascade import config, store
 from cascade.errors import ConfigError, InputError, NumericError
 
 KIND = "weights"
+RANDOM = "random"  # in place of a directory: weights drawn at random, to try out a chain that has none
 MODEL, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 
@@ -64,7 +65,9 @@ def locate(weights: str | None, stage: str, steps: int) -> Path:
     Raises ConfigError where there are none, naming those that exist.
     """
     if weights is None:
-        raise ConfigError(f"{stage} has no weights", fix=f"{stage}.weights=DIRECTORY")
+        raise ConfigError(
+            f"{stage} has no weights", fix=f"{stage}.weights=DIRECTORY, or {stage}.weights={RANDOM} to try it out"
+        )
     table = config.package_root() / "conf" / "weights" / f"{weights}.yaml"
     if not re.fullmatch(r"[\w-]+", weights) or not table.is_file():
         return config.locate(weights)

@@ -113,7 +113,8 @@ def check_weights(chain: Chain) -> None:
     from cascade import checkpoint, store
 
     for stage in chain.stages:
-        store.manifest(checkpoint.locate(stage.weights, stage.name, stage.sampler.steps), "weights")
+        if stage.weights != checkpoint.RANDOM:
+            store.manifest(checkpoint.locate(stage.weights, stage.name, stage.sampler.steps), "weights")
         stage.codec.folder()
 
 

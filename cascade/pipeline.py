@@ -179,8 +179,10 @@ def _check_pair(before: StageConfig, after: StageConfig, rule: Rule) -> None:
 
 def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
     """The stage with its verified weights, ready to sample, and the weights' hash."""
-    directory = checkpoint.locate(cfg.weights, cfg.name, cfg.sampler.steps)
     cfg.codec.folder()
+    if cfg.weights == checkpoint.RANDOM:
+        return untrained(cfg, rule, device)
+    directory = checkpoint.locate(cfg.weights, cfg.name, cfg.sampler.steps)
     weights = checkpoint.load(directory)
     saved = weights.config
     # `shift` may differ: networks are told the noise level, whatever the schedule that leads there.
@@ -195,9 +197,28 @@ def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stag
     with torch.device("meta"):
         stage = Stage(cfg, rule)
     checkpoint.apply(stage.net, weights.state, f"{cfg.name}: {directory}")
+    return _ready(stage, device), weights.hash
+
+
+def untrained(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
+    """A stage whose weights are drawn at random (`weights=random`), the same ones for equal settings of its network.
+
+    What starts at zero is drawn too: a branch that adds nothing would hide its faults and its cost.
+    """
+    name = fingerprint(plain(cfg.net))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(name[:12], 16))
+        stage = Stage(cfg, rule)
+        for parameter in stage.net.parameters():
+            if not parameter.detach().any():
+                torch.nn.init.uniform_(parameter, -0.035, 0.035)  # standard deviation 0.02
+    return _ready(stage, device), f"random {name}"
+
+
+def _ready(stage: Stage, device: torch.device) -> Stage:
     stage.net.to(device, torch.float32).eval().requires_grad_(False)
     stage.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return stage, weights.hash
+    return stage
 
 
 def save_stage(

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cascade.config import plugin
 from cascade.diffusion import Diffusion, Path, Prediction
 from cascade.noise import Noise, generator, sample_id
+from cascade.pipeline import untrained
 from cascade.sampler import Sampler
 from cascade.stage import AUGMENTATION, Batch, Stage
 from cascade.text import Text
@@ -392,3 +394,17 @@ def test_on_the_straight_path_sampling_begins_with_what_comes_in(make_stage: Mak
     concat, _ = stage.rule.condition(low, stage.cfg, stage.cfg.shape)
     assert torch.equal(seen[0], concat)
     torch.testing.assert_close(made.frames, concat.clamp(-1, 1))
+
+
+def test_random_weights_are_nowhere_zero_and_the_same_for_equal_nets(stage_config: Callable[..., Any]) -> None:
+    def made(name: str, embedding: int) -> tuple[Stage, str]:
+        cfg = stage_config("ssr", name=name)
+        cfg = replace(cfg, net=replace(cfg.net, embedding=embedding))
+        return untrained(cfg, plugin("ssr"), torch.device("cpu"))  # type: ignore[arg-type]
+
+    (one, weights), (two, same), (_, other) = made("one", 8), made("two", 8), made("one", 16)
+    assert weights == same != other
+    for a, b in zip(one.net.parameters(), two.net.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert a.any()
+        assert not a.requires_grad
