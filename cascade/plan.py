@@ -135,7 +135,11 @@ def _blank(size: Sequence[int], tokens: int, width: int) -> Cond:
 
 def _told(cfg: StageConfig) -> list[float] | None:
     """The range of w that a guidance-distilled network is told: as set, or as recorded beside its weights."""
-    path = None if cfg.weights in (None, checkpoint.RANDOM) else checkpoint.locate(cfg.weights, cfg.name, cfg.sampler.steps) / "config.json"
+    path = (
+        None
+        if cfg.weights in (None, checkpoint.RANDOM)
+        else checkpoint.locate(cfg.weights, cfg.name, cfg.sampler.steps) / "config.json"
+    )
     if cfg.w_range is not None or path is None or not path.is_file():
         return cfg.w_range
     return store.from_json(path.read_bytes(), path).get("w_range")
