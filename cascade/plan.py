@@ -26,11 +26,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cascade import checkpoint, codec, store
 from cascade.config import locate, plain
+from cascade.encoders import WEIGHTS
 from cascade.errors import ConfigError, InputError
 from cascade.pipeline import Chain
 from cascade.request import take
 from cascade.stage import Rule, Stage, StageConfig
-from cascade.text import WEIGHTS, Text, TextConfig, known_width, local_file
+from cascade.text import Text, TextConfig, known_width, local_file
 from cascade.unet import Cond
 
 log = logging.getLogger("cascade")
@@ -208,7 +209,7 @@ def _text(cfg: TextConfig) -> Other:
     if cfg.store is not None:
         return Other(name=cfg.store, kind="text store", params=0)
     path = local_file(cfg.encoder, WEIGHTS)
-    unused = ("decoder.", "lm_head.", "encoder.embed_tokens.")  # the last is shared.weight again
+    unused = ("decoder.", "lm_head.", "encoder.embed_tokens.", "vision_model.")  # the third is shared.weight again
     return Other(name=cfg.encoder, kind="text encoder", params=None if path is None else stored(path, unused))
 
 
