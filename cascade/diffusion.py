@@ -49,7 +49,7 @@ class Diffusion:
     The other schedules are tables of training in `timesteps` discrete steps, given by their first and last beta
     (squaredcos has none to give): timestep n = 0, 1, ... stands at t = (n + 1) / timesteps, and t = 0 is the clean
     video before all of them. Between two timesteps log alpha is linear, as in a process whose rate of noise is constant
-    from one to the next. The network is told n, as it was in training.
+    from one to the next. The network is told t, which for it means n.
     """
 
     prediction: Prediction = Prediction.V
@@ -102,6 +102,10 @@ class Diffusion:
         """The time t of timestep n of a table, (B,) -> (B,) float64."""
         return (n.double() + 1) / self.timesteps
 
+    def number(self, t: Tensor) -> Tensor:
+        """The inverse of `timestep`, (B,) -> (B,) float64: whole where rounding to float32 alone was in the way."""
+        return _whole(t.double() * self.timesteps) - 1
+
     def angle(self, t: Tensor) -> Tensor:
         """phi(t) in [0, pi/2], float64 so that both ends are exact."""
         if self.path is Path.STRAIGHT:
@@ -113,12 +117,12 @@ class Diffusion:
         return torch.where(t >= 1, math.pi / 2, torch.atan2(half.sin(), self.shift * half.cos()))
 
     def level(self, t: Tensor) -> Tensor:
-        """The time that a network is told, (B,) float32: phi(t) in units of a right angle; of a table the timestep n.
+        """The time that a network is told, (B,) float32: phi(t) in units of a right angle; of a table t itself.
 
         The angle names the noise itself, so a network keeps its meaning when `shift` changes, in training or after it.
         """
         if self.discrete:
-            return (_whole(t.double() * self.timesteps) - 1).float()
+            return t.float()
         return (self.angle(t) * (2 / math.pi)).float()
 
     def alpha_sigma(self, t: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,7 @@ class Clip:
         return (self.segments == other).view(self.batch, self.frames, 1, 1)
 
 
-def zero(module: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
+def zero(module: nn.Conv2d | nn.Conv3d | nn.Linear) -> nn.Conv2d | nn.Conv3d | nn.Linear:
     """Zero-initialised: a residual branch that ends in it is the identity at the start."""
     nn.init.zeros_(module.weight)
     if module.bias is not None:
@@ -45,22 +45,34 @@ def zero(module: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
     return module
 
 
-def sinusoid(position: Tensor, width: int, longest: float) -> Tensor:
-    """(N,) -> (N, width): sines and cosines with wavelengths 2 pi to 2 pi `longest` (Vaswani et al. 2017)."""
+def channels_last(net: nn.Module) -> None:
+    """Puts the weights of convolutions into channels-last memory. `Module.to` does so for all of one rank or fails."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in net.parameters():
+        if parameter.ndim in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
+
+
+def sinusoid(position: Tensor, width: int, longest: float, closed: bool = True) -> Tensor:
+    """(N,) -> (N, width): cosines and sines with wavelengths 2 pi to 2 pi `longest` (Vaswani et al. 2017).
+
+    `closed`: the last pair has the longest wavelength; if not, the one after it would (diffusers' freq_shift 0).
+    """
     half = width // 2
-    frequency = torch.exp(-math.log(longest) * torch.arange(half, device=position.device) / max(half - 1, 1))
+    steps = max(half - 1, 1) if closed else half
+    frequency = torch.exp(-math.log(longest) * torch.arange(half, device=position.device) / steps)
     angle = position.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
 class Norm(nn.GroupNorm):
-    """Group norm of every frame alone, in at most 8 groups of equal size; FiLM and SiLU on top if asked for.
+    """Group norm of every frame alone, in `groups` (None: at most 8) of equal size; FiLM and SiLU on top if asked for.
 
     On CUDA one Triton kernel does it all, where it runs; under autocast its output has the type of what comes next.
     """
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(max(1, math.gcd(channels, 8)), channels)
+    def __init__(self, channels: int, groups: int | None = None, eps: float = 1e-5) -> None:
+        super().__init__(max(1, math.gcd(channels, 8)) if groups is None else groups, channels, eps)
 
     def forward(self, h: Tensor, film: Tensor | None = None, silu: bool = False) -> Tensor:
         """film (N, 2 C): scale and shift."""

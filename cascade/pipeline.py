@@ -22,6 +22,7 @@ from torch import Tensor
 from cascade import attention, checkpoint, media, store
 from cascade.config import fingerprint, parse, plain, plugin, suggest
 from cascade.errors import CascadeError, ConfigError, HostError, InputError, NumericError
+from cascade.layers import channels_last
 from cascade.noise import Noise
 from cascade.request import Job, take
 from cascade.stage import Rule, Stage, StageConfig
@@ -217,7 +218,7 @@ def untrained(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage
 
 def _ready(stage: Stage, device: torch.device) -> Stage:
     stage.net.to(device, torch.float32).eval().requires_grad_(False)
-    stage.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    channels_last(stage.net)
     return stage
 
 

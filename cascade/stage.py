@@ -22,6 +22,8 @@ from cascade.sampler import Draw, Hook, Sampler, Threshold, keep_known, sample
 from cascade.sampler import Rule as StepRule
 from cascade.text import Text
 from cascade.unet import Cond, UNetConfig, VideoUNet
+from cascade.unet3d import UNet3D
+from cascade.unet3d_config import UNet3DConfig
 from cascade.video import Shape, Video
 from cascade.windows import Windows, windowed
 
@@ -110,7 +112,7 @@ class StageConfig:
     kind: str  # the rule: stages/<kind>.py
     shape: Shape  # of the output
     fps: float  # of the output, frames per second
-    net: UNetConfig
+    net: UNetConfig | UNet3DConfig
     diffusion: Diffusion
     sampler: Sampler
     codec: Codec = field(default_factory=Codec)
@@ -222,12 +224,17 @@ class Batch:
         return Batch(x, eps, t, u, self.cond.to(device))
 
 
+def denoiser(cfg: UNetConfig | UNet3DConfig) -> torch.nn.Module:
+    """A new network of that architecture."""
+    return UNet3D(cfg) if isinstance(cfg, UNet3DConfig) else VideoUNet(cfg)
+
+
 class Stage:
     """One diffusion model of a cascade. `net` may be any module with `VideoUNet`'s signature."""
 
     def __init__(self, cfg: StageConfig, rule: Rule, net: torch.nn.Module | None = None) -> None:
         self.cfg, self.rule = cfg, rule
-        self.net = VideoUNet(cfg.net) if net is None else net
+        self.net = denoiser(cfg.net) if net is None else net
 
     @property
     def device(self) -> torch.device:

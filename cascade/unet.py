@@ -7,10 +7,12 @@ model equals its image model frame by frame.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -266,11 +268,16 @@ class VideoUNet(nn.Module):
         return torch.unflatten(out, 0, (batch, frames)).transpose(1, 2)
 
     def _block(self, block: nn.Module, h: Tensor, clip: Clip, text: Text) -> Tensor:
-        if not (self.checkpointing and torch.is_grad_enabled()):
-            return block(h, clip, text)  # type: ignore[no-any-return]
-        # On CUDA the backward pass has threads of its own, which do not see this one's choice of attention kernel.
-        again = partial(copy_context().run, block)
-        return checkpoint(again, h, clip, text, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+        return recomputed(block, h, clip, text) if self.checkpointing else block(h, clip, text)  # type: ignore[no-any-return]
+
+
+def recomputed(block: Callable[..., Any], *args: Any) -> Any:
+    """`block(*args)`, computed again in the backward pass instead of kept."""
+    if not torch.is_grad_enabled():
+        return block(*args)
+    # On CUDA the backward pass has threads of its own, which do not see this one's choice of attention kernel.
+    again = partial(copy_context().run, block)
+    return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class Embedding(nn.Module):

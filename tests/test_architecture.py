@@ -19,8 +19,8 @@ KINDS = [path for path in FILES if path.parent == ROOT / "stages" and path.stem 
 # Imports go to the left or stay within a group.
 ORDER = """
 errors config compose store noise video diffusion | kernels | attention layers encoders text clip media codec pickled |
-request | unet grid sampler windows | stage temporal checkpoint | assets | pipeline data metrics plan textfit |
-examples |
+request | unet unet3d_config unet3d_blocks unet3d grid sampler windows | stage temporal checkpoint | assets |
+pipeline data metrics plan textfit | examples |
 train preview exam marks evaluate importers | distill export tasks series gates plots results report recipe merge | cli
 """
 RANK = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}

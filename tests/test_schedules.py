@@ -54,7 +54,7 @@ def test_a_table_holds_the_very_numbers_that_diffusers_trains_with(number: int) 
         alpha, sigma = diffusion.alpha_sigma(t, torch.float64)
         near(alpha.flatten() ** 2 / theirs, torch.ones(1000), atol=1e-12)
         near(sigma.flatten() ** 2, 1 - theirs.double(), atol=1e-12)
-        assert diffusion.level(t).tolist() == list(range(1000))
+        assert diffusion.number(t).tolist() == list(range(1000))
 
 
 @pytest.mark.parametrize("number", range(3), ids=NAMES)
@@ -121,7 +121,7 @@ def test_grids_are_those_of_diffusers(kind: str, spacing: Spacing, steps: int) -
     rule = Rule.DPMPP_2M if kind.startswith("DPM") else Rule.DDIM
     diffusion = table(1)
     points = Sampler(steps=steps, rule=rule, grid=Grid(spacing=spacing, offset=offset)).times(diffusion)
-    assert diffusion.level(torch.tensor(points[:-1])).tolist() == theirs.timesteps.tolist() and points[-1] == 0
+    assert diffusion.number(torch.tensor(points[:-1])).tolist() == theirs.timesteps.tolist() and points[-1] == 0
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -131,7 +131,7 @@ def test_timesteps_without_signal_are_left_out_as_in_diffusers(steps: int) -> No
     theirs.set_timesteps(steps)
     grid = Grid(spacing=Spacing.LINSPACE, lambda_min=-5.1)
     points = grid.times(table(0), steps, closed=True)
-    assert table(0).level(points[:-1]).tolist() == theirs.timesteps.tolist()
+    assert table(0).number(points[:-1]).tolist() == theirs.timesteps.tolist()
     assert theirs.timesteps[0] < 999
 
 
@@ -146,7 +146,7 @@ def test_a_video_to_start_from_takes_the_end_of_the_grid() -> None:
 
 def test_the_first_timestep_is_an_end() -> None:
     grid = Grid(spacing=Spacing.LINSPACE, end=End.FIRST)
-    assert table(1).level(grid.times(table(1), 5)[-1:]).tolist() == [0]
+    assert table(1).number(grid.times(table(1), 5)[-1:]).tolist() == [0]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def between(z: Tensor) -> Tensor:
 
 def ours(diffusion: Diffusion, sampler: Sampler, start: Tensor | None = None) -> Tensor:
     def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
-        x = diffusion.split(z, stub(diffusion, z, diffusion.level(t)), t)[0]
+        x = diffusion.split(z, stub(diffusion, z, diffusion.number(t)), t)[0]
         return torch.cat([x, between(z)], 1) if sampler.learned else x
 
     def noise(shape: Any, step: int, purpose: str) -> Tensor:
