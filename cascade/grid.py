@@ -64,12 +64,16 @@ class Grid:
         """
         if self.spacing is Spacing.UNIFORM:
             return times(steps, start)
-        whole = round(steps / start)
+        whole = self.whole(steps, start)
         if whole + closed > diffusion.timesteps:
             raise ValueError(f"{whole} steps, expected at most the {diffusion.timesteps - closed} of the table")
         called = self._timesteps(diffusion, whole, closed)[-steps:]
         last = diffusion.timestep(torch.zeros(1)) if self.end is End.FIRST else torch.zeros(1, dtype=torch.float64)
         return torch.cat([diffusion.timestep(torch.from_numpy(called)), last])
+
+    def whole(self, steps: int, start: float) -> int:
+        """Steps of the grid whose last `steps` begin at `start`."""
+        return round(steps / start)
 
     def _timesteps(self, diffusion: Diffusion, steps: int, closed: bool) -> NDArray[np.int64]:
         """Timesteps, falling. Halves round to even, as where these grids come from."""

@@ -117,7 +117,7 @@ class Sampler:
     @property
     def smooth(self) -> bool:
         """Whether so many steps may end with one of second order; a long last one is not stable (Lu et al. 2022b)."""
-        return round(self.steps / self.strength) >= MANY
+        return self.grid.whole(self.steps, self.strength) >= MANY
 
     def times(self, diffusion: Diffusion) -> list[float]:
         """The time of every step, and where the last one lands."""
