@@ -222,9 +222,9 @@ class UNet3D(nn.Module):
         return out
 
 
-def timestep(level: Tensor) -> Tensor:
-    """`Diffusion.level`, in [0, 1], as the discrete time the network was trained with, 0 to 999."""
-    return (TIMESTEPS - 1) * level
+def timestep(t: Tensor) -> Tensor:
+    """A time in [0, 1] as a step of discrete training, whose steps 0, 1, ..., 999 stand at 0.001, 0.002, ..., 1."""
+    return (TIMESTEPS * t - 1).clamp(min=0)
 
 
 def _stacks(modules: nn.ModuleList) -> Iterator[Stack]:
