@@ -214,9 +214,9 @@ def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stag
     directory = checkpoint.locate(cfg.weights, cfg.name, cfg.sampler.steps)
     weights = checkpoint.load(directory)
     saved = weights.config
-    # `shift` may differ: networks are told the noise level, whatever the schedule that leads there. A table may not.
-    wanted = {"kind": cfg.kind, **_trained(plain(cfg.diffusion)), "net": plain(cfg.net)}
-    found = {"kind": saved.get("kind"), **_trained(saved.get("diffusion", {})), "net": saved.get("net")}
+    trained = _trained(saved.get("diffusion", {}))
+    wanted = {"kind": cfg.kind, "net": plain(cfg.net), **{name: plain(cfg.diffusion)[name] for name in trained}}
+    found = {"kind": saved.get("kind"), "net": saved.get("net"), **trained}
     checkpoint.compatible(found, wanted, f"{cfg.name} in {directory}")
     cfg = replace(cfg, w_range=saved.get("w_range"))
     with torch.device("meta"):
@@ -226,7 +226,10 @@ def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stag
 
 
 def _trained(diffusion: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a diffusion process a network cannot do without; cards written before there were tables name none."""
+    """What a network cannot do without of the process that its card says it was trained on.
+
+    `shift` is not of it: networks are told the noise level, whatever the schedule that leads there. A table is.
+    """
     table = {name: diffusion.get(name) for name in ("schedule", "timesteps", "betas")}
     discrete = table["schedule"] not in (None, Schedule.COSINE.value)
     return {"prediction": diffusion.get("prediction"), **(table if discrete else {})}
