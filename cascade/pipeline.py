@@ -165,6 +165,14 @@ def _check_windows(stage: StageConfig, rule: Rule) -> None:
     the size of what it makes.
     """
     windows, rate = stage.windows, rule.rate(stage)
+    frames, extra = windows.frames, stage.shape.frames % rate
+    if frames and windows.rule is not Join.FIRST and (frames < rate or frames % rate != extra):
+        near = max(1, round((frames - extra) / rate)) * rate + extra
+        raise ConfigError(
+            f"{stage.name}: windows.frames is {frames}, expected {f'{extra} more than ' if extra else ''}a multiple of "
+            f"{rate}, as many as the stage makes of one frame",
+            fix=f"{stage.name}.windows.frames={near}",
+        )
     try:
         windows.spans(stage.shape.frames, rate)
     except ConfigError as error:
@@ -173,16 +181,6 @@ def _check_windows(stage: StageConfig, rule: Rule) -> None:
         raise ConfigError(
             f"{stage.name}: windows.rule is chained, but it takes {rule.takes(stage)} and gives {stage.shape}",
             fix=f"{stage.name}.windows.rule=overwrite",
-        )
-    frames, extra = windows.frames, stage.shape.frames % rate
-    if windows.rule is Join.FIRST:
-        return
-    if frames and (frames < rate or frames % rate != extra):
-        near = max(1, round((frames - extra) / rate)) * rate + extra
-        raise ConfigError(
-            f"{stage.name}: windows.frames is {frames}, expected {f'{extra} more than ' if extra else ''}a multiple of "
-            f"{rate}, as many as the stage makes of one frame",
-            fix=f"{stage.name}.windows.frames={near}",
         )
 
 

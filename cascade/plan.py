@@ -100,6 +100,11 @@ def plan(chain: Chain) -> Plan:
         raise ConfigError(
             f"{error.message}, and no stage is before it", fix="begin with a stage that needs no input"
         ) from error
+    if (first := chain.stages[0]).windows.in_turn:
+        raise ConfigError(
+            f"{first.name}: windows.rule is {first.windows.rule.value}, which needs an incoming video",
+            fix=f"{first.name}.windows.rule=blend",
+        )
     stages = [measure(cfg, rule, chain.text_of(cfg)) for cfg, rule in zip(chain.stages, chain.rules, strict=True)]
     return Plan(stages=stages, others=[*map(_text, chain.texts), *_codecs(chain.stages)])
 

@@ -16,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cascade import plan as planning
 from cascade.compose import compose
 from cascade.diffusion import Diffusion
+from cascade.errors import CascadeError
 from cascade.noise import Noise, generator, sample_id
 from cascade.pipeline import Chain, Device, Runner
 from cascade.sampler import Per, Sampler, ancestral, dynamic_threshold
@@ -416,3 +418,66 @@ def test_a_level_of_the_stub_is_enough() -> None:
     cfg = chain("show1").stages[1].net
     assert isinstance(cfg, UNet3DConfig) and Stub(cfg).cfg.levels[0] == Level3D(channels=64, blocks=1, attention=False)
     assert Sampler(steps=2).evaluations() == 2
+
+
+# what is refused -----------------------------------------------------------------------------------------------------
+
+FAULTS = {
+    "frames": ("show1", "interp.shape.frames=33", "interp takes 9x40x64, but base gives 8x40x64"),
+    "not the frames of a gap": ("show1", "interp.shape.frames=30", "factor 4 makes 29 frames of 8"),
+    "size": ("show1", "base.shape.height=44", "shape.height is 44, expected a multiple of 8"),
+    "size of the latents": ("modelscope", "base.shape.width=200", "expected a multiple of 64"),
+    "input of the last stage": ("show1", "sr2.from_width=320", "sr2 takes 29x160x320, but sr1 gives 29x160x256"),
+    "scale": ("if_image", "sr.scale=3", "scale is 3, expected a divisor above 1"),
+    "channels of the latents": ("lavie", "base.codec.channels=16", "net.channels is 4, expected codec.channels, 16"),
+    "channels of a colour": ("show1", "first.net.channels=1", "first takes videos of 1 channels, but interp gives 3"),
+    "text width": (
+        "modelscope",
+        "base.reads.encoder=tiny/text",
+        "net.text is 1024, but the embeddings of tiny/text are 128",
+    ),
+    "pooled text": ("show1", "base.net.pool=60", "pool is 60, expected a divisor of text"),
+    "windows that leave frames over": (
+        "show1",
+        "sr1.windows.frames=9",
+        "do not fill 29 frames. Fix: sr1.shape.frames=25",
+    ),
+    "windows of one gap and a half": ("show1", "interp.windows.frames=7", "windows.frames is 7, expected 1 more than"),
+    "chained windows of another size": (
+        "show1",
+        "first.windows={frames: 8, overlap: 1, rule: chained}",
+        "but it takes 29x40",
+    ),
+    "windows without an input": ("lavie", "base.windows={frames: 8, rule: overwrite}", "which needs an incoming video"),
+    "more steps than timesteps": ("if_image", "base.sampler.steps=1000", "steps is 1000, expected fewer than"),
+    "a grid without timesteps": (
+        "lavie",
+        "base.diffusion={prediction: eps, schedule: cosine, timesteps: 0, betas: null}",
+        "spacing is leading, expected uniform where schedule is cosine",
+    ),
+    "betas": ("lavie", "base.diffusion.betas=[0.02]", "betas is [0.02], expected the first and the last"),
+    "a variance nobody says": (
+        "modelscope",
+        "base.sampler={rule: ancestral, learned: true}",
+        "the network says no variance",
+    ),
+    "nothing left to refine": ("zeroscope", "xl.sampler.strength=1", "nothing of the incoming video would be left"),
+    "an end that a rule cannot reach": (
+        "modelscope",
+        "base.sampler.rule=heun",
+        "end is first, expected clean where rule is heun",
+    ),
+    "threshold of latents": ("lavie", "interp.sampler.threshold=dynamic", "latents do not end at -1 and 1"),
+    "fps": ("lavie", "interp.fps=30", "interp: fps is 30, but 4 x base's 6 is 24"),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "words"), FAULTS.values(), ids=FAULTS)
+def test_a_broken_chain_is_refused_in_one_line(
+    name: str, change: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(planning, "measure", lambda *_: pytest.fail("measured before it was checked"))
+    with pytest.raises(CascadeError) as caught:
+        planning.verb(compose("plan", [f"chain={name}", change]))
+    assert caught.value.code == 2 and words in str(caught.value)
+    assert "\n" not in str(caught.value) and capsys.readouterr().out == ""
