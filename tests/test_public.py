@@ -433,7 +433,7 @@ FAULTS = {
     "channels of a colour": ("show1", "first.net.channels=1", "first takes videos of 1 channels, but interp gives 3"),
     "text width": (
         "modelscope",
-        "base.reads.encoder=tiny/text",
+        "text.encoder=tiny/text",
         "net.text is 1024, but the embeddings of tiny/text are 128",
     ),
     "pooled text": ("show1", "base.net.pool=60", "pool is 60, expected a divisor of text"),
