@@ -13,28 +13,28 @@ from cascade.pipeline import Chain
 
 LATENTS = {"show1": ["sr2"], "modelscope": ["base"], "zeroscope": ["base", "xl"], "lavie": ["base", "interp"]}
 SIZES = {  # about an eighth of the height and width
-    "show1": {"base": (8, 8), "interp": (8, 8), "first": (32, 32), "sr1": (32, 32), "sr2": (40, 72)},
+    "show1": {"base": (8, 8), "interp": (8, 8), "first": (32, 32), "sr1": (32, 32), "sr2": (48, 80)},
     "if_image": {"base": (8, 8), "sr": (32, 32)},
     "modelscope": {"base": (32, 32)},
-    "zeroscope": {"base": (40, 72), "xl": (72, 128)},
-    "lavie": {"base": (40, 64), "interp": (40, 64)},
+    "zeroscope": {"base": (48, 80), "xl": (80, 128)},
+    "lavie": {"base": (48, 64), "interp": (48, 64)},
 }
 OWN = {
     "show1": ["sr2.from_height=32", "sr2.from_width=32", "sr2.reads.encoder=tiny/text", "sr2.reads.max_tokens=8"],
-    "zeroscope": ["xl.from_height=40", "xl.from_width=72"],
+    "zeroscope": ["xl.from_height=48", "xl.from_width=80"],
 }
 
 
 @pytest.fixture(scope="module")
 def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four channels at half the size."""
+    """Four channels at an eighth of the size."""
     import torch
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("vae")
-    blocks = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2
-    AutoencoderKL(3, 3, *blocks, block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4).save_pretrained(
+    blocks = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+    AutoencoderKL(3, 3, *blocks, block_out_channels=(8,) * 4, latent_channels=4, norm_num_groups=4).save_pretrained(
         folder
     )
     return folder
@@ -58,7 +58,7 @@ def overrides(name: str, autoencoder: Path) -> list[str]:
         words += [f"{stage}.shape.height={height}", f"{stage}.shape.width={width}", f"{stage}.train=null"]
         words += [f"{stage}.sampler.steps=2", f"{stage}.weights=random"]
     for stage in LATENTS.get(name, []):
-        words += [f"{stage}.codec.weights={autoencoder}", f"{stage}.codec.stride=2"]
+        words += [f"{stage}.codec.weights={autoencoder}"]
     return words
 
 
