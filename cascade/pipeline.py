@@ -26,6 +26,7 @@ from cascade.noise import Noise
 from cascade.request import Job, take
 from cascade.stage import Rule, Stage, StageConfig
 from cascade.text import Text, TextConfig, TextSource, known_width
+from cascade.unet import completed
 from cascade.video import Video
 
 VIDEO = "video.safetensors"
@@ -125,7 +126,7 @@ class Chain:
         width = known_width(self.text)
         for stage, rule in zip(self.stages, self.rules, strict=True):
             _check_windows(stage, rule.rate(stage))
-            if width is not None and stage.net.text != width:
+            if width is not None and stage.net.text not in (0, width):
                 raise ConfigError(
                     f"{stage.name}: net.text is {stage.net.text}, but the embeddings of "
                     f"{self.text.store or self.text.encoder} are {width} wide",
@@ -190,7 +191,7 @@ def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stag
     found = {
         "kind": saved.get("kind"),
         "prediction": saved.get("diffusion", {}).get("prediction"),
-        "net": saved.get("net"),
+        "net": completed(saved.get("net", {})),
     }
     checkpoint.compatible(found, wanted, f"{cfg.name} in {directory}")
     cfg = replace(cfg, w_range=saved.get("w_range"))

@@ -19,6 +19,7 @@ from cascade.request import Prompts, bars, jobs_of, take
 from cascade.stage import Rule, Stage, StageConfig, TrainConfig
 from cascade.text import TextConfig, text_source
 from cascade.train import fit
+from cascade.unet import completed
 from cascade.video import Video
 
 
@@ -135,7 +136,7 @@ def new_stage(cfg: StageConfig, rule: Rule, train: TrainConfig) -> Stage:
         stage = Stage(cfg, rule)
     if train.init is not None:
         weights = checkpoint.load(locate(train.init))
-        checkpoint.compatible(weights.config["net"], plain(cfg.net), f"{cfg.name}.net in {train.init}")
+        checkpoint.compatible(completed(weights.config["net"]), plain(cfg.net), f"{cfg.name}.net in {train.init}")
         checkpoint.apply(stage.net, weights.state, train.init)
     return stage
 
