@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from cascade.codec import COLOURS, Codec, Coder, Kind
 from cascade.diffusion import Diffusion, Path
-from cascade.sampler import Draw, Hook, Sampler, Threshold, keep_known, sample
+from cascade.errors import ConfigError
+from cascade.noise import generator
+from cascade.sampler import Denoise, Draw, Hook, Known, Sampler, Threshold, keep_known, reconstruction, sample
 from cascade.sampler import Rule as StepRule
 from cascade.text import Text
 from cascade.unet import Cond, UNetConfig, VideoUNet
@@ -130,6 +132,10 @@ class StageConfig:
             raise ValueError(f"augment and augment_max are {self.augment} and {self.augment_max}, expected 0 to 1")
         if self.diffusion.path is Path.STRAIGHT and self.sampler.rule not in (StepRule.DDIM, StepRule.HEUN):
             raise ValueError(f"sampler.rule is {self.sampler.rule.value}, expected ddim or heun: the path has no noise")
+        if self.diffusion.path is Path.STRAIGHT and self.sampler.known is not Known.KEEP:
+            raise ValueError(f"sampler.known is {self.sampler.known.value}, expected keep: the path starts from it")
+        if not self.net.text and self.sampler.guidance:
+            raise ValueError(f"sampler.guidance is {self.sampler.guidance}, expected 0: net.text is 0, no text is told")
         if self.codec.kind is Kind.LATENT:
             self._check_latent()
         multiple = self.net.multiple * self.codec.stride
@@ -153,6 +159,8 @@ class StageConfig:
             raise ValueError(
                 f"sampler.threshold is {self.sampler.threshold.value}, expected none: latents do not end at -1 and 1"
             )
+        if self.sampler.known is Known.RECONSTRUCT:
+            raise ValueError("sampler.known is reconstruct, expected keep or replace: no gradient passes a codec")
 
     @property
     def colours(self) -> int:
@@ -193,6 +201,15 @@ class Rule(Protocol):
         ...
 
 
+def check_known(cfg: StageConfig, rule: Rule) -> None:
+    """Raises ConfigError for a way with known frames that the kind of stage, which has none, cannot go."""
+    if cfg.sampler.known is Known.REPLACE and not rule.KEEPS_KNOWN:
+        raise ConfigError(
+            f"{cfg.name}: sampler.known is replace, but no frame that a stage of kind {cfg.kind} makes is known",
+            fix=f"{cfg.name}.sampler.known=reconstruct {cfg.name}.sampler.known_weight=2",
+        )
+
+
 @dataclass
 class Batch:
     """Training examples: clean x (B, C, F, H, W), noise eps, time t (B,) and what the denoiser is told.
@@ -226,6 +243,7 @@ class Stage:
     """One diffusion model of a cascade. `net` may be any module with `VideoUNet`'s signature."""
 
     def __init__(self, cfg: StageConfig, rule: Rule, net: torch.nn.Module | None = None) -> None:
+        check_known(cfg, rule)
         self.cfg, self.rule = cfg, rule
         self.net = VideoUNet(cfg.net) if net is None else net
 
@@ -251,7 +269,7 @@ class Stage:
         """What the denoiser is told: `low` at size `shape`, encoded, noised to `level` (B,) with `eps` of its size."""
         batch, c = len(text.mask), self.cfg.net.channels
         rate = torch.full((batch,), fps, device=level.device)
-        if low is None:
+        if low is None or self.cfg.sampler.known is not Known.KEEP:
             blank = torch.zeros(batch, c, *self.cfg.codec.inside(shape), device=level.device)
             return Cond(blank, blank[:, :1, :, :1, :1], torch.zeros_like(level), rate, text)
         concat, mask = self.rule.condition(low, self.cfg, shape)
@@ -314,6 +332,25 @@ class Stage:
 
         return windowed(whole, z, cond, self.cfg.windows, self.rule.rate(self.cfg))
 
+    def towards(self, low: Video, shape: Shape, denoise: Denoise) -> Denoise:
+        """`denoise` with reconstruction guidance towards `low`, where the sampler asks for it.
+
+        What is observed of an x_hat is its known frames, or where the kind has none, what `degrade` makes of it.
+        """
+        cfg, weight = self.cfg, self.cfg.sampler.known_weight
+        if cfg.sampler.known is not Known.RECONSTRUCT:
+            return denoise
+        if self.rule.KEEPS_KNOWN:
+            known, mask = (part.to(self.device) for part in self.rule.condition(low, cfg, shape))
+            return reconstruction(cfg.diffusion, denoise, lambda x: x * mask, known * mask, weight)
+
+        def observe(x: Tensor) -> Tensor:
+            made = self.rule.degrade(Video(x, cfg.fps), cfg, generator("observe"))
+            assert made is not None, f"a stage of kind {cfg.kind} is given a video that it does not keep"
+            return made.frames
+
+        return reconstruction(cfg.diffusion, denoise, observe, low.frames.to(self.device), weight)
+
     def sample(
         self,
         low: Video | None,
@@ -335,17 +372,26 @@ class Stage:
             sampler = replace(sampler, strength=start[1], steps=max(1, round(sampler.steps * start[1])))
         here = torch.device("cpu") if low is None else low.frames.device
         level = torch.full((full[0],), cfg.augment, device=here)
-        augmentation = noise(full, 0, "augment") if cfg.augment > 0 else torch.zeros(full)
+
+        def fresh(shape: Sequence[int], step: int, purpose: str) -> Tensor:
+            if not sampler.shared_noise:
+                return noise(shape, step, purpose)
+            return noise((*shape[:2], 1, *shape[3:]), step, purpose).expand(*shape)
+
+        augmentation = fresh(full, 0, "augment") if cfg.augment > 0 else torch.zeros(full)
         # The network is told the rate it was trained at; the video keeps its own.
         cond = self.condition(low, shape, text.to(here), cfg.fps, level, augmentation.to(here)).to(self.device)
         dropped = cond.without_text() if negative is None else cond.with_text(negative.to(self.device))
 
-        def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
-            w = sampler.weight(step)
+        def guided(z: Tensor, t: Tensor, w: float) -> Tensor:
             if cfg.w_range is not None:
                 return self.denoise(z, t, cond, w)
             x = self.denoise(z, t, cond)
             return x if w == 0 else (1 + w) * x - w * self.denoise(z, t, dropped)
+
+        def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
+            once = partial(guided, w=sampler.weight(step))
+            return (once if low is None else self.towards(low, shape, once))(z, t)
 
         hooks: list[Hook] = []
         keeps = self.rule.KEEPS_KNOWN and low is not None
@@ -355,7 +401,7 @@ class Stage:
             hooks.append(keep_known(self.encode(known), cfg.codec.mask(mask)))
 
         def draw(shape: Sequence[int], step: int, purpose: str) -> Tensor:
-            drawn = noise(shape, step, purpose)
+            drawn = fresh(shape, step, purpose)
             return self.far(cond, drawn) if purpose == "start" else drawn
 
         first = None if start is None else self.encode(start[0].frames.to(self.device))
