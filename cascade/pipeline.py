@@ -24,7 +24,7 @@ from cascade.config import fingerprint, parse, plain, plugin, suggest
 from cascade.errors import CascadeError, ConfigError, HostError, InputError, NumericError
 from cascade.noise import Noise
 from cascade.request import Job, take
-from cascade.stage import Rule, Stage, StageConfig, check_known
+from cascade.stage import Rule, Stage, StageConfig, check_told
 from cascade.text import Text, TextConfig, TextSource, known_width
 from cascade.unet import completed
 from cascade.video import Video
@@ -125,7 +125,7 @@ class Chain:
             raise ConfigError("two stages have one name, which keys their noise", fix="different names in `stages`")
         width = known_width(self.text)
         for stage, rule in zip(self.stages, self.rules, strict=True):
-            check_known(stage, rule)
+            check_told(stage, rule)
             _check_windows(stage, rule.rate(stage))
             if width is not None and stage.net.text not in (0, width):
                 raise ConfigError(

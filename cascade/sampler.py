@@ -47,18 +47,6 @@ class Per(Enum):
     FRAME = "frame"
 
 
-class Known(Enum):
-    """What is done with the video that a stage is given, in part or smaller (Ho et al. 2022, Video Diffusion Models).
-
-    With the last two the denoiser is never told of it, in training or sampling: one network serves extension, infill
-    and super-resolution (sec. 3.1).
-    """
-
-    KEEP = "keep"  # the denoiser is told, known frames are put into every x_hat
-    REPLACE = "replace"  # known frames are put into every x_hat, which draws their z from the forward process
-    RECONSTRUCT = "reconstruct"  # and x_hat moves so that what is given would follow from it; see `reconstruction`
-
-
 @dataclass(kw_only=True)
 class Sampler:
     """Settings of one sampling run.
@@ -67,8 +55,9 @@ class Sampler:
     the first `guidance_constant` steps at `guidance`, then `guidance`, `guidance_low`, `guidance`, ... (Ho et al. 2022,
     Imagen Video, "Large guidance weights"). `gamma` belongs to the ancestral rule, `percentile` and `per` to the
     dynamic threshold. `strength` is the time at which a given video starts (SDEdit, Meng et al. 2022); 1 is pure noise.
-    `known_weight` is the w_r of reconstruction guidance. With `shared_noise` all frames get the same noise
-    (Singer et al. 2022, Make-A-Video, sec. 3.2.2).
+    `reconstruction` is the weight of the gradient that pulls x_hat towards what is given of the video but not told to
+    the network, see the function of that name; 0 is off. With `shared_noise` all frames get the same noise (Singer et
+    al. 2022, Make-A-Video, sec. 3.2.2).
     """
 
     steps: int
@@ -81,8 +70,7 @@ class Sampler:
     percentile: float = 0.995
     per: Per = Per.CLIP
     strength: float = 1.0
-    known: Known = Known.KEEP
-    known_weight: float = 0.0
+    reconstruction: float = 0.0
     shared_noise: bool = False
 
     def __post_init__(self) -> None:
@@ -95,13 +83,10 @@ class Sampler:
             ("guidance_constant", self.guidance_constant >= 0, "at least 0"),
             ("percentile", 0 < self.percentile <= 1, "a number above 0, at most 1"),
             ("strength", 0 < self.strength <= 1, "a number above 0, at most 1"),
-            ("known_weight", self._weighs(), f"a number above 0 where known is {Known.RECONSTRUCT.value}, else 0"),
+            ("reconstruction", 0 <= self.reconstruction < math.inf, "a number of at least 0"),
         ):
             if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
-
-    def _weighs(self) -> bool:
-        return 0 < self.known_weight < math.inf if self.known is Known.RECONSTRUCT else self.known_weight == 0
 
     def weight(self, step: int) -> float:
         """Guidance weight w of a step, counted from 0."""

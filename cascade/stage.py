@@ -20,7 +20,7 @@ from cascade.codec import COLOURS, Codec, Coder, Kind
 from cascade.diffusion import Diffusion, Path
 from cascade.errors import ConfigError
 from cascade.noise import generator
-from cascade.sampler import Denoise, Draw, Hook, Known, Sampler, Threshold, keep_known, reconstruction, sample
+from cascade.sampler import Denoise, Draw, Hook, Sampler, Threshold, keep_known, reconstruction, sample
 from cascade.sampler import Rule as StepRule
 from cascade.text import Text
 from cascade.unet import Cond, UNetConfig, VideoUNet
@@ -118,6 +118,7 @@ class StageConfig:
     codec: Codec = field(default_factory=Codec)
     windows: Windows = field(default_factory=Windows)
     augment: float = 0.0  # noise level t in [0, 1] added to the incoming video when sampling
+    told: bool = True  # the network hears of what comes in; if not, only the sampler does (replacement, reconstruction)
     augment_max: float = 0.0  # training draws that level from [0, augment_max], or, half of the time, 0
     weights: str | None = None
     w_range: list[float] | None = None  # a guidance-distilled network takes w within this range as an input
@@ -132,8 +133,8 @@ class StageConfig:
             raise ValueError(f"augment and augment_max are {self.augment} and {self.augment_max}, expected 0 to 1")
         if self.diffusion.path is Path.STRAIGHT and self.sampler.rule not in (StepRule.DDIM, StepRule.HEUN):
             raise ValueError(f"sampler.rule is {self.sampler.rule.value}, expected ddim or heun: the path has no noise")
-        if self.diffusion.path is Path.STRAIGHT and self.sampler.known is not Known.KEEP:
-            raise ValueError(f"sampler.known is {self.sampler.known.value}, expected keep: the path starts from it")
+        if self.diffusion.path is Path.STRAIGHT and not self.told:
+            raise ValueError(f"told is {self.told}, expected true: the path starts from the incoming video")
         if not self.net.text and self.sampler.guidance:
             raise ValueError(f"sampler.guidance is {self.sampler.guidance}, expected 0: net.text is 0, no text is told")
         if self.codec.kind is Kind.LATENT:
@@ -159,8 +160,6 @@ class StageConfig:
             raise ValueError(
                 f"sampler.threshold is {self.sampler.threshold.value}, expected none: latents do not end at -1 and 1"
             )
-        if self.sampler.known is Known.RECONSTRUCT:
-            raise ValueError("sampler.known is reconstruct, expected keep or replace: no gradient passes a codec")
 
     @property
     def colours(self) -> int:
@@ -201,12 +200,19 @@ class Rule(Protocol):
         ...
 
 
-def check_known(cfg: StageConfig, rule: Rule) -> None:
-    """Raises ConfigError for a way with known frames that the kind of stage, which has none, cannot go."""
-    if cfg.sampler.known is Known.REPLACE and not rule.KEEPS_KNOWN:
+def check_told(cfg: StageConfig, rule: Rule) -> None:
+    """Raises ConfigError for a stage that would not heed what it is given, or cannot in the way that is asked for."""
+    if rule.KEEPS_KNOWN:
+        return
+    if not cfg.told and not cfg.sampler.reconstruction:
         raise ConfigError(
-            f"{cfg.name}: sampler.known is replace, but no frame that a stage of kind {cfg.kind} makes is known",
-            fix=f"{cfg.name}.sampler.known=reconstruct {cfg.name}.sampler.known_weight=2",
+            f"{cfg.name}: told is false and sampler.reconstruction 0, so that the incoming video would go unheard",
+            fix=f"{cfg.name}.told=true or {cfg.name}.sampler.reconstruction=2",
+        )
+    if cfg.sampler.reconstruction and cfg.codec.kind is Kind.LATENT:
+        raise ConfigError(
+            f"{cfg.name}: sampler.reconstruction is {cfg.sampler.reconstruction:g}, but no gradient passes the codec",
+            fix=f"{cfg.name}.sampler.reconstruction=0",
         )
 
 
@@ -243,7 +249,7 @@ class Stage:
     """One diffusion model of a cascade. `net` may be any module with `VideoUNet`'s signature."""
 
     def __init__(self, cfg: StageConfig, rule: Rule, net: torch.nn.Module | None = None) -> None:
-        check_known(cfg, rule)
+        check_told(cfg, rule)
         self.cfg, self.rule = cfg, rule
         self.net = VideoUNet(cfg.net) if net is None else net
 
@@ -269,7 +275,7 @@ class Stage:
         """What the denoiser is told: `low` at size `shape`, encoded, noised to `level` (B,) with `eps` of its size."""
         batch, c = len(text.mask), self.cfg.net.channels
         rate = torch.full((batch,), fps, device=level.device)
-        if low is None or self.cfg.sampler.known is not Known.KEEP:
+        if low is None or not self.cfg.told:
             blank = torch.zeros(batch, c, *self.cfg.codec.inside(shape), device=level.device)
             return Cond(blank, blank[:, :1, :, :1, :1], torch.zeros_like(level), rate, text)
         concat, mask = self.rule.condition(low, self.cfg, shape)
@@ -335,14 +341,18 @@ class Stage:
     def towards(self, low: Video, shape: Shape, denoise: Denoise) -> Denoise:
         """`denoise` with reconstruction guidance towards `low`, where the sampler asks for it.
 
-        What is observed of an x_hat is its known frames, or where the kind has none, what `degrade` makes of it.
+        What is compared is known frames that the network is not told of, or where the kind has none, what `degrade`
+        makes of x_hat (Ho et al. 2022, Video Diffusion Models, sec. 3.1).
         """
-        cfg, weight = self.cfg, self.cfg.sampler.known_weight
-        if cfg.sampler.known is not Known.RECONSTRUCT:
+        cfg, weight = self.cfg, self.cfg.sampler.reconstruction
+        if not weight:
             return denoise
         if self.rule.KEEPS_KNOWN:
             known, mask = (part.to(self.device) for part in self.rule.condition(low, cfg, shape))
-            return reconstruction(cfg.diffusion, denoise, lambda x: x * mask, known * mask, weight)
+            known, untold = self.encode(known), cfg.codec.mask(mask) * (not cfg.told)
+            if not bool(untold.any()):
+                return denoise
+            return reconstruction(cfg.diffusion, denoise, lambda x: x * untold, known * untold, weight)
 
         def observe(x: Tensor) -> Tensor:
             made = self.rule.degrade(Video(x, cfg.fps), cfg, generator("observe"))

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cascade.codec import Codec, Kind
 from cascade.config import plugin
 from cascade.diffusion import Diffusion, Path, Prediction
 from cascade.errors import ConfigError
 from cascade.noise import Noise, generator, sample_id
 from cascade.pipeline import untrained
-from cascade.sampler import Known, Sampler
 from cascade.sampler import Rule as StepRule
+from cascade.sampler import Sampler
 from cascade.stage import AUGMENTATION, Batch, Stage
 from cascade.text import Text
 from cascade.unet import Cond, LevelSpec, Mixer
@@ -83,6 +84,7 @@ def batch_of(stage: Stage, encode: Make, size: int = 2) -> Batch:
 
 # what is given -------------------------------------------------------------------------------------------------------
 
+STRAIGHT = Diffusion(prediction=Prediction.X, path=Path.STRAIGHT)
 RHO, SPREAD = 0.9, 0.3  # of the Gaussian world below: correlation of neighbouring frames, standard deviation
 
 
@@ -108,10 +110,10 @@ class Gaussian(Spy):
         return exact(z, t)
 
 
-def extended(make_stage: Make, encode: Make, **sampler: Any) -> Tensor:
+def extended(make_stage: Make, encode: Make, weight: float) -> Tensor:
     """Means (F,) of eight frames, the first four known to be 0.45, after 128 ancestral steps."""
-    settings = Sampler(steps=128, rule=StepRule.ANCESTRAL, **sampler)
-    cfg = replace(make_stage("base").cfg, shape=Shape(frames=8, height=32, width=32), sampler=settings)
+    settings = Sampler(steps=128, rule=StepRule.ANCESTRAL, reconstruction=weight)
+    cfg = replace(make_stage("base").cfg, shape=Shape(frames=8, height=32, width=32), sampler=settings, told=False)
     stage = Stage(replace(cfg, diffusion=Diffusion(prediction=Prediction.X)), plugin("base"), Gaussian())  # type: ignore[arg-type]
     known = torch.arange(8)[None] < 4
     low = Video(torch.full((1, 3, 8, 32, 32), 1.5 * SPREAD), 8.0, known)
@@ -123,8 +125,8 @@ def extended(make_stage: Make, encode: Make, **sampler: Any) -> Tensor:
 
 def test_reconstruction_guidance_extends_a_clip_and_replacement_does_not(make_stage: Make, encode: Make) -> None:
     """Of an exact denoiser the truth is the conditional mean RHO^k x (Ho et al. 2022, VDM, sec. 3.1)."""
-    replaced = extended(make_stage, encode, known=Known.REPLACE)
-    guided = extended(make_stage, encode, known=Known.RECONSTRUCT, known_weight=2.0)
+    replaced = extended(make_stage, encode, 0.0)
+    guided = extended(make_stage, encode, 2.0)
     truth = 1.5 * SPREAD * RHO ** torch.arange(1, 5)
     assert (guided[4:] - truth).abs().max() < 0.05
     assert (replaced[4:] - truth).abs().max() > 0.12
@@ -134,7 +136,7 @@ def test_reconstruction_guidance_extends_a_clip_and_replacement_does_not(make_st
 
 def test_replaced_frames_follow_the_forward_process(make_stage: Make, encode: Make) -> None:
     """Known frames in x_hat make their z the one of the forward process: with DDIM for the very noise of the start."""
-    stage, spy = spied(make_stage("base"), sampler=Sampler(steps=4, known=Known.REPLACE))
+    stage, spy = spied(make_stage("base"), sampler=Sampler(steps=4), told=False)
     seen: list[Tensor] = []
     spy.answer = lambda z, cond: seen.append(z) or torch.tanh(z)  # type: ignore[func-returns-value]
     low = given(stage)
@@ -148,8 +150,8 @@ def test_reconstruction_guidance_makes_what_would_be_the_given_video_made_small(
     """Super-resolution with a network that was never told of the small video."""
     errors = []
     for weight in (0.01, 2.0, 20.0):
-        sampler = Sampler(steps=64, known=Known.RECONSTRUCT, known_weight=weight)
-        stage = make_stage("ssr", sampler=sampler, diffusion=Diffusion(prediction=Prediction.X))
+        sampler = Sampler(steps=64, reconstruction=weight)
+        stage = make_stage("ssr", told=False, sampler=sampler, diffusion=Diffusion(prediction=Prediction.X))
         stage = Stage(stage.cfg, stage.rule, Gaussian())
         low = Video(0.3 * given(stage).frames, 8.0)
         made = stage.rule.degrade(stage.sample(low, encode(PROMPTS[:1]), None, noise()), stage.cfg, generator())
@@ -160,8 +162,8 @@ def test_reconstruction_guidance_makes_what_would_be_the_given_video_made_small(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_network_that_is_not_told_is_not_told_in_training_either(kind: str, make_stage: Make, encode: Make) -> None:
-    sampler = Sampler(steps=2, known=Known.RECONSTRUCT, known_weight=1.0)
-    stage, spy = spied(make_stage(kind), lambda z, cond: torch.tanh(z), sampler=sampler, augment=0.1)
+    sampler = Sampler(steps=2, reconstruction=1.0)
+    stage, spy = spied(make_stage(kind), lambda z, cond: torch.tanh(z), sampler=sampler, told=False, augment=0.1)
     _, trained = stage.example(video(stage), encode(PROMPTS[:1]), generator())
     stage.sample(given(stage), encode(PROMPTS[:1]), None, noise())
     for cond in (trained, *spy.conds):
@@ -187,18 +189,19 @@ def test_noise_may_be_shared_by_all_frames(make_stage: Make, encode: Make) -> No
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
-        ("ssr", {"sampler": Sampler(steps=2, known=Known.REPLACE)}, "no frame that a stage of kind ssr"),
+        ("ssr", {"told": False}, "the incoming video would go unheard"),
+        ("ssr", {"told": False, "diffusion": STRAIGHT}, "told is False, expected true: the path starts"),
         (
             "ssr",
             {
-                "sampler": Sampler(steps=2, known=Known.RECONSTRUCT, known_weight=1),
-                "diffusion": Diffusion(prediction=Prediction.X, path=Path.STRAIGHT),
+                "sampler": Sampler(steps=2, reconstruction=1),
+                "codec": Codec(kind=Kind.LATENT, weights="/nowhere", channels=3, stride=2),
             },
-            "expected keep: the path starts from it",
+            "no gradient passes the codec",
         ),
     ],
 )
-def test_ways_with_known_frames_that_cannot_be_gone(
+def test_a_stage_that_could_not_heed_what_it_is_given_is_refused(
     kind: str, changes: dict[str, Any], words: str, make_stage: Make
 ) -> None:
     with pytest.raises((ConfigError, ValueError), match=words):
