@@ -166,6 +166,11 @@ def keep_known(known: Tensor, mask: Tensor) -> Hook:
     return hook
 
 
+def shared(noise: Draw) -> Draw:
+    """The noise of the first frame, for all frames."""
+    return lambda shape, step, purpose: noise((*shape[:2], 1, *shape[3:]), step, purpose).expand(*shape)
+
+
 def reconstruction(
     diffusion: Diffusion, denoise: Denoise, observe: Callable[[Tensor], Tensor], target: Tensor, weight: float
 ) -> Denoise:

@@ -20,7 +20,7 @@ from cascade.codec import COLOURS, Codec, Coder, Kind
 from cascade.diffusion import Diffusion, Path
 from cascade.errors import ConfigError
 from cascade.noise import generator
-from cascade.sampler import Denoise, Draw, Hook, Sampler, Threshold, keep_known, reconstruction, sample
+from cascade.sampler import Denoise, Draw, Hook, Sampler, Threshold, keep_known, reconstruction, sample, shared
 from cascade.sampler import Rule as StepRule
 from cascade.text import Text
 from cascade.unet import Cond, UNetConfig, VideoUNet
@@ -338,28 +338,27 @@ class Stage:
 
         return windowed(whole, z, cond, self.cfg.windows, self.rule.rate(self.cfg))
 
-    def towards(self, low: Video, shape: Shape, denoise: Denoise) -> Denoise:
-        """`denoise` with reconstruction guidance towards `low`, where the sampler asks for it.
+    def towards(self, low: Video, shape: Shape) -> Callable[[Denoise], Denoise]:
+        """What adds reconstruction guidance towards `low` to a denoiser, where the sampler asks for it.
 
         What is compared is known frames that the network is not told of, or where the kind has none, what `degrade`
         makes of x_hat (Ho et al. 2022, Video Diffusion Models, sec. 3.1).
         """
         cfg, weight = self.cfg, self.cfg.sampler.reconstruction
-        if not weight:
-            return denoise
-        if self.rule.KEEPS_KNOWN:
+        if weight and not self.rule.KEEPS_KNOWN:
+
+            def observe(x: Tensor) -> Tensor:
+                made = self.rule.degrade(Video(x, cfg.fps), cfg, generator("observe"))
+                assert made is not None, f"a stage of kind {cfg.kind} is given a video that it does not keep"
+                return made.frames
+
+            target = low.frames.to(self.device)
+            return lambda denoise: reconstruction(cfg.diffusion, denoise, observe, target, weight)
+        if weight and not cfg.told:
             known, mask = (part.to(self.device) for part in self.rule.condition(low, cfg, shape))
-            known, untold = self.encode(known), cfg.codec.mask(mask) * (not cfg.told)
-            if not bool(untold.any()):
-                return denoise
-            return reconstruction(cfg.diffusion, denoise, lambda x: x * untold, known * untold, weight)
-
-        def observe(x: Tensor) -> Tensor:
-            made = self.rule.degrade(Video(x, cfg.fps), cfg, generator("observe"))
-            assert made is not None, f"a stage of kind {cfg.kind} is given a video that it does not keep"
-            return made.frames
-
-        return reconstruction(cfg.diffusion, denoise, observe, low.frames.to(self.device), weight)
+            known, mask = self.encode(known), cfg.codec.mask(mask)
+            return lambda denoise: reconstruction(cfg.diffusion, denoise, lambda x: x * mask, known * mask, weight)
+        return lambda denoise: denoise
 
     def sample(
         self,
@@ -382,13 +381,8 @@ class Stage:
             sampler = replace(sampler, strength=start[1], steps=max(1, round(sampler.steps * start[1])))
         here = torch.device("cpu") if low is None else low.frames.device
         level = torch.full((full[0],), cfg.augment, device=here)
-
-        def fresh(shape: Sequence[int], step: int, purpose: str) -> Tensor:
-            if not sampler.shared_noise:
-                return noise(shape, step, purpose)
-            return noise((*shape[:2], 1, *shape[3:]), step, purpose).expand(*shape)
-
-        augmentation = fresh(full, 0, "augment") if cfg.augment > 0 else torch.zeros(full)
+        noise = shared(noise) if sampler.shared_noise else noise
+        augmentation = noise(full, 0, "augment") if cfg.augment > 0 else torch.zeros(full)
         # The network is told the rate it was trained at; the video keeps its own.
         cond = self.condition(low, shape, text.to(here), cfg.fps, level, augmentation.to(here)).to(self.device)
         dropped = cond.without_text() if negative is None else cond.with_text(negative.to(self.device))
@@ -399,9 +393,10 @@ class Stage:
             x = self.denoise(z, t, cond)
             return x if w == 0 else (1 + w) * x - w * self.denoise(z, t, dropped)
 
+        drawn_on = self.towards(low, shape) if low is not None else lambda denoise: denoise
+
         def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
-            once = partial(guided, w=sampler.weight(step))
-            return (once if low is None else self.towards(low, shape, once))(z, t)
+            return drawn_on(partial(guided, w=sampler.weight(step)))(z, t)
 
         hooks: list[Hook] = []
         keeps = self.rule.KEEPS_KNOWN and low is not None
@@ -411,7 +406,7 @@ class Stage:
             hooks.append(keep_known(self.encode(known), cfg.codec.mask(mask)))
 
         def draw(shape: Sequence[int], step: int, purpose: str) -> Tensor:
-            drawn = fresh(shape, step, purpose)
+            drawn = noise(shape, step, purpose)
             return self.far(cond, drawn) if purpose == "start" else drawn
 
         first = None if start is None else self.encode(start[0].frames.to(self.device))
