@@ -338,6 +338,12 @@ class Stage:
 
         return windowed(whole, z, cond, self.cfg.windows, self.rule.rate(self.cfg))
 
+    def made(self, low: Video | None) -> Shape:
+        """Size of the output. A clip that says which of its frames are known is as long as the output already."""
+        if low is not None and low.known is not None and self.rule.rate(self.cfg) > 1:
+            return low.shape
+        return self.rule.output(None if low is None else low.shape, self.cfg)
+
     def towards(self, low: Video, shape: Shape) -> Callable[[Denoise], Denoise]:
         """What adds reconstruction guidance towards `low` to a denoiser, where the sampler asks for it.
 
@@ -375,7 +381,7 @@ class Stage:
         from that video noised to that time, on as fine a grid.
         """
         cfg, sampler = self.cfg, self.cfg.sampler
-        shape = self.rule.output(None if low is None else low.shape, cfg)
+        shape = self.made(low)
         full = (len(text.mask), cfg.net.channels, *cfg.codec.inside(shape))
         if start is not None:
             sampler = replace(sampler, strength=start[1], steps=max(1, round(sampler.steps * start[1])))
@@ -415,7 +421,7 @@ class Stage:
             start=first, hooks=hooks, progress=progress, device=self.device,
         )  # fmt: skip
         x = self.coder.to(self.device).decode(x).clamp(-1, 1)
-        fps = cfg.fps if low is None else low.fps * self.rule.rate(cfg)
+        fps = cfg.fps if low is None else low.fps if shape == low.shape else low.fps * self.rule.rate(cfg)
         return Video((torch.where(mask > 0, known, x) if keeps else x).cpu(), fps)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,14 @@ class Shape:
 
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"
+
+
+class Fill(Enum):
+    """What stands between two known frames."""
+
+    BLEND = "blend"  # their linear blend: a better start than the other two
+    REPEAT = "repeat"  # the one before
+    BLANK = "blank"  # nothing, 0
 
 
 @dataclass
@@ -65,12 +74,12 @@ def resize(x: Tensor, height: int, width: int) -> Tensor:
     return torch.unflatten(out.clamp(-1, 1), 0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
 
-def spread(x: Tensor, k: int, frames: int) -> tuple[Tensor, Tensor]:
+def spread(x: Tensor, k: int, frames: int, fill: Fill = Fill.BLEND) -> tuple[Tensor, Tensor]:
     """Puts the frames of `x` (B, C, F, H, W) at 0, k, 2k, ... of a clip of `frames`; returns it and the mask.
 
-    Between two known frames stands their linear blend (after the last one: its copy), which is a better start than
-    blank frames; the mask (B, 1, frames, 1, 1) is 1 where a frame is known. Serves both conventions: kF frames
-    (temporal super-resolution, Imagen Video) and (F - 1)k + 1 (interpolation, Make-A-Video).
+    Between them stands what `fill` says (a blend after the last one is its copy); the mask (B, 1, frames, 1, 1) is 1
+    where a frame is known. Serves both conventions: kF frames (temporal super-resolution, Imagen Video) and
+    (F - 1)k + 1 (interpolation, Make-A-Video).
 
     Raises ConfigError when `frames` fits neither.
     """
@@ -83,6 +92,9 @@ def spread(x: Tensor, k: int, frames: int) -> tuple[Tensor, Tensor]:
     position = torch.arange(frames, device=x.device)
     left = position // k
     right = (left + 1).clamp(max=given - 1)
-    weight = ((position % k) / k).to(x.dtype).view(1, 1, -1, 1, 1)
     mask = (position % k == 0).to(x.dtype).view(1, 1, -1, 1, 1).expand(len(x), -1, -1, -1, -1)
+    if fill is not Fill.BLEND:
+        repeated = x[:, :, left]
+        return (repeated if fill is Fill.REPEAT else repeated * mask), mask
+    weight = ((position % k) / k).to(x.dtype).view(1, 1, -1, 1, 1)
     return torch.lerp(x[:, :, left], x[:, :, right], weight), mask
