@@ -25,7 +25,7 @@ from cascade.errors import CascadeError, ConfigError, HostError, InputError, Num
 from cascade.noise import Noise
 from cascade.request import Job, take
 from cascade.stage import Rule, Stage, StageConfig, check_told
-from cascade.text import Text, TextConfig, TextSource, known_width
+from cascade.text import Text, TextConfig, TextSource, known_width, read_width
 from cascade.unet import completed
 from cascade.video import Video
 
@@ -123,14 +123,20 @@ class Chain:
             raise ConfigError("stages is empty", fix="stages=[base]")
         if len({stage.name for stage in self.stages}) < len(self.stages):
             raise ConfigError("two stages have one name, which keys their noise", fix="different names in `stages`")
-        width = known_width(self.text)
+        width, prior = known_width(self.text), self.text.prior
+        if prior is not None and self.text.store is None and read_width(self.text) not in (None, prior.width):
+            raise ConfigError(
+                f"text.prior.width is {prior.width}, but the embeddings of {self.text.encoder} are "
+                f"{read_width(self.text)} wide",
+                fix=f"text.prior.width={read_width(self.text)}",
+            )
         for stage, rule in zip(self.stages, self.rules, strict=True):
             check_told(stage, rule)
             _check_windows(stage, rule.rate(stage))
             if width is not None and stage.net.text not in (0, width):
+                source = self.text.store or ("text.prior" if prior is not None else self.text.encoder)
                 raise ConfigError(
-                    f"{stage.name}: net.text is {stage.net.text}, but the embeddings of "
-                    f"{self.text.store or self.text.encoder} are {width} wide",
+                    f"{stage.name}: net.text is {stage.net.text}, but the embeddings of {source} are {width} wide",
                     fix=f"{stage.name}.net.text={width}",
                 )
         for before, after, rule in zip(self.stages, self.stages[1:], self.rules[1:], strict=False):

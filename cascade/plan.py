@@ -24,13 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from cascade import checkpoint, codec, store
+from cascade import checkpoint, foreign, store
 from cascade.config import locate, plain
 from cascade.errors import ConfigError, InputError
 from cascade.pipeline import Chain
 from cascade.request import take
 from cascade.stage import Rule, Stage, StageConfig
-from cascade.text import WEIGHTS, Text, TextConfig, known_width, local_file
+from cascade.text import WEIGHTS, Text, TextConfig, known_width, local_file, told_tokens
 from cascade.unet import Cond
 
 log = logging.getLogger("cascade")
@@ -53,7 +53,7 @@ class StagePlan:
 
 @dataclass(kw_only=True)
 class Other:
-    """What a chain needs beside its denoisers: a text encoder, a store of embeddings, autoencoders."""
+    """What a chain needs beside its denoisers: a text encoder, a store of embeddings, a prior, autoencoders."""
 
     name: str
     kind: str
@@ -100,7 +100,7 @@ def plan(chain: Chain) -> Plan:
             f"{error.message}, and no stage is before it", fix="begin with a stage that needs no input"
         ) from error
     stages = [measure(cfg, rule, chain.text) for cfg, rule in zip(chain.stages, chain.rules, strict=True)]
-    return Plan(stages=stages, others=[_text(chain.text), *_codecs(chain.stages)])
+    return Plan(stages=stages, others=[_text(chain.text), *_prior(chain.text), *_codecs(chain.stages)])
 
 
 def measure(cfg: StageConfig, rule: Rule, text: TextConfig) -> StagePlan:
@@ -112,7 +112,7 @@ def measure(cfg: StageConfig, rule: Rule, text: TextConfig) -> StagePlan:
     with torch.no_grad(), count.running(stage.net):
         size = (1, cfg.net.channels, *cfg.codec.inside(cfg.shape))
         z, t = torch.empty(size, device="meta"), torch.empty(1, device="meta")
-        cond = _blank(size, text.max_tokens, cfg.net.text)
+        cond = _blank(size, told_tokens(text), cfg.net.text)
         stage.denoise(z, t, cond, None if cfg.w_range is None else 0.0)
     return StagePlan(
         name=cfg.name,
@@ -212,10 +212,15 @@ def _text(cfg: TextConfig) -> Other:
     return Other(name=cfg.encoder, kind="text encoder", params=None if path is None else stored(path, unused))
 
 
+def _prior(cfg: TextConfig) -> Iterator[Other]:
+    if cfg.prior is not None and cfg.store is None:
+        yield Other(name="text.prior", kind="prior", params=cfg.prior.params(cfg.max_tokens))
+
+
 def _codecs(stages: Sequence[StageConfig]) -> Iterator[Other]:
     for name in dict.fromkeys(stage.codec.weights for stage in stages):
         if name is not None:
-            path = locate(name) / codec.WEIGHTS
+            path = locate(name) / foreign.WEIGHTS
             yield Other(name=name, kind="autoencoder", params=stored(path) if path.is_file() else None)
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from cascade import store
 from cascade.config import package_root
 from cascade.errors import ConfigError, InputError, NumericError
+from cascade.prior import PriorConfig
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -96,13 +97,15 @@ class TextConfig:
 
     `encoder` is a folder (absolute, below the checkpoints of this package, or from here with a leading "."), or a
     name on the Hugging Face hub with an optional "@revision". `max_tokens` counts the end mark. `store` is a directory
-    written by `cascade embed`: with it, no encoder is loaded.
+    written by `cascade embed`: with it, no encoder is loaded. With a `prior` all that a stage hears of a prompt is the
+    embedding of a picture.
     """
 
     encoder: str = "tiny/text"
     max_tokens: int = 64
     store: str | None = None
     precision: Precision = Precision.FLOAT32
+    prior: PriorConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.encoder.strip():
@@ -112,7 +115,7 @@ class TextConfig:
 
 
 class TextSource(Protocol):
-    """What makes embeddings: `T5Text` or an `EmbeddingStore`."""
+    """What makes embeddings: an encoder or an `EmbeddingStore`."""
 
     @property
     def width(self) -> int: ...
@@ -123,10 +126,22 @@ class TextSource(Protocol):
     def encode(self, prompts: Sequence[str]) -> Text: ...
 
 
+class Encoder(TextSource, Protocol):
+    """`T5Text` or `PriorText`."""
+
+    cfg: TextConfig
+
+
+def encoder_of(cfg: TextConfig, device: str = "cpu") -> Encoder:
+    """What makes the embeddings that stages read, as `cfg` says."""
+    encoder = T5Text(cfg, device)
+    return encoder if cfg.prior is None else PriorText(encoder, cfg.prior, device)
+
+
 def text_source(cfg: TextConfig, device: str = "cpu") -> TextSource:
     """The store if `cfg` names one, else the encoder on `device`; embeddings are on the CPU either way."""
     if cfg.store is None:
-        return T5Text(cfg, device)
+        return encoder_of(cfg, device)
     opened = EmbeddingStore(Path(cfg.store))
     if opened.max_tokens != cfg.max_tokens:
         raise ConfigError(
@@ -236,8 +251,40 @@ class T5Text:
             log.warning("prompt: words the text encoder does not know: %s", _printable(", ".join(unknown)))
 
 
+class PriorText:
+    """Prompts as one token each, the embedding of a picture that a prior makes of what `encoder` reads."""
+
+    def __init__(self, encoder: Encoder, cfg: PriorConfig, device: str = "cpu") -> None:
+        self.cfg, self.encoder = encoder.cfg, encoder
+        self.prior = cfg.open(encoder.cfg.max_tokens, device)
+        self.fingerprint = hashlib.sha256(f"{encoder.fingerprint} {self.prior.hash}".encode()).hexdigest()
+
+    @property
+    def width(self) -> int:
+        return self.prior.cfg.width
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """(B, 1, width), each prompt by itself."""
+        read = self.encoder.encode(prompts)
+        rows = [
+            self.prior(read.tokens[i : i + 1], read.mask[i : i + 1], check_prompt(prompt))
+            for i, prompt in enumerate(prompts)
+        ]
+        return Text(torch.stack(rows), torch.ones(len(rows), 1, dtype=torch.bool))
+
+
+def told_tokens(cfg: TextConfig) -> int:
+    """The most tokens that a stage is told of a prompt."""
+    return cfg.max_tokens if cfg.prior is None else 1
+
+
 def known_width(cfg: TextConfig) -> int | None:
-    """Width of the embeddings, without loading an encoder or fetching one: None if it is not on this machine."""
+    """Width of the embeddings that stages read, see `read_width`."""
+    return cfg.prior.width if cfg.prior is not None and cfg.store is None else read_width(cfg)
+
+
+def read_width(cfg: TextConfig) -> int | None:
+    """Width of the encoder's embeddings, without loading or fetching it: None if it is not on this machine."""
     if cfg.store is not None:
         return EmbeddingStore(Path(cfg.store)).width if (Path(cfg.store) / INDEX).is_file() else None
     path = local_file(cfg.encoder, CONFIG)
@@ -430,7 +477,7 @@ class EmbeddingStore:
         self.max_tokens: int = index["max_tokens"]
 
     @classmethod
-    def create(cls, folder: Path, encoder: T5Text) -> EmbeddingStore:
+    def create(cls, folder: Path, encoder: Encoder) -> EmbeddingStore:
         """Opens the store for writing by `encoder`; ConfigError where another encoder has written."""
         index = {"encoder": encoder.fingerprint, "width": encoder.width, "max_tokens": encoder.cfg.max_tokens}
         if not (folder / INDEX).exists():
@@ -444,7 +491,7 @@ class EmbeddingStore:
         """Reads `prompts`, padded with zeros to `max_tokens`; equal to what the encoder gave, bit for bit."""
         return _padded([self._read(check_prompt(prompt)) for prompt in prompts], self.max_tokens, self.width)
 
-    def put(self, prompts: Iterable[str], encoder: T5Text) -> int:
+    def put(self, prompts: Iterable[str], encoder: Encoder) -> int:
         """Writes the prompts that are not there yet, each file whole or not at all; returns how many."""
         assert encoder.fingerprint == self.fingerprint, "open the store with `create`"
         written = 0

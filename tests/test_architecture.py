@@ -18,8 +18,9 @@ LIBRARY = [path for path in FILES if path.is_relative_to(ROOT / "cascade")]
 KINDS = [path for path in FILES if path.parent == ROOT / "stages" and path.stem != "__init__"]
 # Imports go to the left or stay within a group.
 ORDER = """
-errors config compose store noise video diffusion | kernels | attention layers text media codec pickled | request |
-unet sampler windows | stage temporal checkpoint | assets | pipeline data metrics plan textfit | examples |
+errors config compose store noise video diffusion | kernels |
+foreign sampler prior attention layers text media codec pickled | request | unet windows |
+stage temporal checkpoint | assets | pipeline data metrics plan textfit | examples |
 train preview exam marks evaluate importers | distill export tasks series gates plots results report recipe merge | cli
 """
 RANK = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}
@@ -31,7 +32,7 @@ HOMES = {  # the files that may import a package
     "imageio_ffmpeg": {"cascade/media.py"},
     "ffmpeg": {"cascade/media.py"},
     "accelerate": {"cascade/train.py", "cascade/distill.py", "cascade/tasks.py"},
-    "diffusers": {"cascade/codec.py", "cascade/export.py"},
+    "diffusers": {"cascade/foreign.py", "cascade/export.py"},
     "triton": {"cascade/kernels/__init__.py"},  # and LATE
 }
 # Triton's language is written at the top of a module: these import it as they load, and load inside functions alone.
