@@ -70,8 +70,9 @@ def sample(ask: Request) -> None:
     out = Path(ask.run.out) if ask.run.out else ask.out("sample") / "video.safetensors"
     given = incoming(ask)
     ask.rule.output(None if given is None else given.shape, ask.cfg)
-    stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
     chain = Chain([ask.cfg], [ask.rule], ask.text)
+    chain.check()
+    stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
     jobs = jobs_of(texts, ask.run.samples, out)
     suffix = out.suffix if len(jobs) == 1 else ".safetensors"
     with bars() as progress:
