@@ -188,6 +188,17 @@ def test_a_network_of_no_text_hears_none(net_config: Make, shaken: Make) -> None
     assert torch.equal(net(z, t, cond), net(z, t, cond.without_text())) and net.embed.text is None
 
 
+def test_blocks_of_both_ways_work_at_the_size_of_their_level(net_config: Make) -> None:
+    """Smaller before the blocks of the way down, larger after those of the way up (Efficient U-Net)."""
+    spec = level(Mixer.NONE, spatial_attention=False, text_attention=False)
+    net, sides = network(net_config(levels=[spec, replace(spec, blocks=2), spec])), []
+    for stack in (*net.down, *net.up):
+        for block in stack:
+            block.register_forward_hook(lambda module, args, out: sides.append((args[0].shape[-1], out.shape[-1])))
+    net(*inputs())
+    assert sides == [(side, side) for side in (8, 4, 4, 2, 2, 4, 4, 8)]
+
+
 @pytest.mark.parametrize("ups", [1, 2, 3])
 def test_the_ways_down_and_up_may_have_other_numbers_of_blocks(ups: int, net_config: Make, shaken: Make) -> None:
     spec = level(Mixer.CONV, spatial_attention=False, text_attention=False, blocks=2, blocks_up=ups)
