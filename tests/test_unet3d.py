@@ -474,6 +474,18 @@ def test_a_convolution_over_frames_is_the_published_one() -> None:
     near(conv(x), F.conv3d(x[..., None], conv.weight, conv.bias, padding=(1, 0, 0))[..., 0], 1e-12)
 
 
+@pytest.mark.parametrize("cfg", [latents(), larger(), lavie()], ids=["modelscope", "sr", "lavie"])
+def test_activations_stay_channels_last(cfg: UNet3DConfig) -> None:
+    """In front of every norm and convolution: else each would copy what it gets."""
+    net, seen = weighted(UNet3D(cfg)).float(), []
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d | nn.GroupNorm) and "norm_cross" not in name:
+            module.register_forward_hook(lambda module, given, out: seen.append(given[0]))
+    x, *rest = inputs(cfg)
+    net.run(x.float(), *rest)
+    assert len(seen) > 20 and all(h.is_contiguous(memory_format=torch.channels_last) for h in seen)
+
+
 def test_recomputed_activations_give_the_same_gradients(one_thread: None) -> None:
     cfg = latents()
     gradients = []
