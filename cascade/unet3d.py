@@ -165,7 +165,7 @@ class UNet3D(nn.Module):
         """
         if cond.segments is not None:
             raise ConfigError(
-                "this network's norms see all frames of a clip, so clips cannot share one", fix="images=0"
+                "this network's norms see all frames of a clip, so clips cannot share one", fix="train.images=0"
             )
         height, width = z.shape[3:]
         seen = [z]

@@ -112,6 +112,17 @@ def test_a_published_configuration_is_the_named_network(name: str) -> None:
     assert layout_of(layout).network(tree) == named(name)
 
 
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith(("if_", "modelscope"))])
+def test_names_and_shapes_are_those_of_diffusers(name: str) -> None:
+    import diffusers
+
+    tree = PUBLISHED[name][1]
+    with torch.device("meta"):
+        theirs = getattr(diffusers, tree["_class_name"]).from_config(tree).state_dict()
+        ours = UNet3D(named(name)).state_dict()
+    assert {key: tensor.shape for key, tensor in ours.items()} == {key: tensor.shape for key, tensor in theirs.items()}
+
+
 def test_show_1s_misspelt_field_is_read() -> None:
     tree = inflated(IF_NETS["i_l"], transfromer_in_opt=True)
     assert layout_of("show1").network(tree).transformer_in == 64
