@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -408,6 +409,8 @@ def test_a_source_that_is_not_whole_is_refused(folders: Path, tmp_path: Path) ->
     assert "has no config.json" in str(spoil("config", lambda s: (s / "config.json").unlink()))
     assert "_class_name is 'UNet2DModel'" in str(spoil("class", lambda s: changed(s, _class_name="UNet2DModel")))
     assert "wide: there is no such setting" in str(spoil("field", lambda s: changed(s, wide=1)))
+    assert "is not a safetensors file" in str(spoil("cut", lambda s: os.truncate(next(s.glob(f"{shard}*")), 1000)))
+    assert "pickle or an archive" in str(spoil("tar", lambda s: next(s.glob(f"{shard}*")).write_bytes(b"\x80\x02c")))
     nothing = spoil("nothing", lambda s: [path.unlink() for path in s.glob("*model*")] and None)
     assert "holds no weights" in str(nothing)
 
