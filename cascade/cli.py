@@ -172,15 +172,16 @@ def import_(tree: dict[str, Any]) -> None:
 
 def embed(tree: dict[str, Any]) -> None:
     """Text embeddings of a file of prompts, written once."""
-    from cascade.text import EmbeddingStore, T5Text, TextConfig
+    from cascade.text import EmbeddingStore, TextConfig, encoder_of
 
     text = parse(tree.pop("text", {}), TextConfig, "text")
     run = take(tree, Prompts)
     texts = run.texts()
     if run.out is None:
         raise ConfigError("out is missing", fix="out=DIRECTORY")
-    encoder = T5Text(text)
+    encoder = encoder_of(text)
     store = EmbeddingStore.create(Path(run.out), encoder)
+    texts += [] if text.negative is None else [text.negative]
     print(f"{run.out}: {store.put(texts, encoder)} prompts embedded")
 
 

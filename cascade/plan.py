@@ -26,11 +26,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cascade import checkpoint, codec, store
 from cascade.config import locate, plain
+from cascade.encoders import WEIGHTS
 from cascade.errors import ConfigError, InputError
 from cascade.pipeline import Chain
 from cascade.request import take
 from cascade.stage import Rule, Stage, StageConfig
-from cascade.text import WEIGHTS, Text, TextConfig, known_width, local_file
+from cascade.text import Text, TextConfig, known_width, local_file
 from cascade.unet import Cond
 
 log = logging.getLogger("cascade")
@@ -99,8 +100,13 @@ def plan(chain: Chain) -> Plan:
         raise ConfigError(
             f"{error.message}, and no stage is before it", fix="begin with a stage that needs no input"
         ) from error
-    stages = [measure(cfg, rule, chain.text) for cfg, rule in zip(chain.stages, chain.rules, strict=True)]
-    return Plan(stages=stages, others=[_text(chain.text), *_codecs(chain.stages)])
+    if (first := chain.stages[0]).windows.in_turn:
+        raise ConfigError(
+            f"{first.name}: windows.rule is {first.windows.rule.value}, which needs an incoming video",
+            fix=f"{first.name}.windows.rule=blend",
+        )
+    stages = [measure(cfg, rule, chain.text_of(cfg)) for cfg, rule in zip(chain.stages, chain.rules, strict=True)]
+    return Plan(stages=stages, others=[*map(_text, chain.texts), *_codecs(chain.stages)])
 
 
 def measure(cfg: StageConfig, rule: Rule, text: TextConfig) -> StagePlan:
@@ -113,7 +119,9 @@ def measure(cfg: StageConfig, rule: Rule, text: TextConfig) -> StagePlan:
         size = (1, cfg.net.channels, *cfg.codec.inside(cfg.shape))
         z, t = torch.empty(size, device="meta"), torch.empty(1, device="meta")
         cond = _blank(size, text.max_tokens, cfg.net.text)
-        stage.denoise(z, t, cond, None if cfg.w_range is None else 0.0)
+        spans = cfg.windows.spans(cfg.shape.frames, rule.rate(cfg))  # all of one length
+        first, end = spans[0]
+        stage.denoise(z[:, :, first:end], t, cond.frames(first, end), None if cfg.w_range is None else 0.0)
     return StagePlan(
         name=cfg.name,
         frames=cfg.shape.frames,
@@ -121,7 +129,7 @@ def measure(cfg: StageConfig, rule: Rule, text: TextConfig) -> StagePlan:
         width=cfg.shape.width,
         fps=cfg.fps,
         params=sum(parameter.numel() for parameter in stage.net.parameters()),
-        flops=count.flops,
+        flops=count.flops * len(spans),
         evaluations=cfg.sampler.evaluations(guided=cfg.w_range is None),
         peak_bytes=count.peak,
     )
@@ -208,7 +216,7 @@ def _text(cfg: TextConfig) -> Other:
     if cfg.store is not None:
         return Other(name=cfg.store, kind="text store", params=0)
     path = local_file(cfg.encoder, WEIGHTS)
-    unused = ("decoder.", "lm_head.", "encoder.embed_tokens.")  # the last is shared.weight again
+    unused = ("decoder.", "lm_head.", "encoder.embed_tokens.", "vision_model.")  # the third is shared.weight again
     return Other(name=cfg.encoder, kind="text encoder", params=None if path is None else stored(path, unused))
 
 
@@ -250,8 +258,9 @@ def verb(tree: dict[str, Any]) -> None:
     shown = take(tree, PlanConfig)
     chain = Chain.read(tree, ["format"])
     made = plan(chain)
-    if known_width(chain.text) is None:
-        log.info("text %s is not on this machine: its width was not checked", chain.text.store or chain.text.encoder)
+    for text in chain.texts:
+        if known_width(text) is None:
+            log.info("text %s is not on this machine: its width was not checked", text.store or text.encoder)
     print(json.dumps(plain(made), indent=2) if shown.format == "json" else made.table())
 
 

@@ -18,14 +18,16 @@ from torch import Tensor
 
 from cascade.codec import COLOURS, Codec, Coder, Kind
 from cascade.diffusion import Diffusion, Path
+from cascade.errors import ConfigError
+from cascade.grid import Spacing
 from cascade.sampler import Draw, Hook, Sampler, Threshold, keep_known, sample
 from cascade.sampler import Rule as StepRule
-from cascade.text import Text
+from cascade.text import Text, TextConfig
 from cascade.unet import Cond, UNetConfig, VideoUNet
 from cascade.unet3d import UNet3D
 from cascade.unet3d_config import UNet3DConfig
 from cascade.video import Shape, Video
-from cascade.windows import Windows, windowed
+from cascade.windows import Join, Windows, windowed
 
 
 @dataclass(kw_only=True)
@@ -117,7 +119,11 @@ class StageConfig:
     sampler: Sampler
     codec: Codec = field(default_factory=Codec)
     windows: Windows = field(default_factory=Windows)
+    reads: TextConfig | None = None  # a text encoder of its own; None: the chain's
+    keep_known: bool = True  # given frames come out as they came in, where the kind can; false: they are made again
     augment: float = 0.0  # noise level t in [0, 1] added to the incoming video when sampling
+    augment_known: bool = True  # to its known frames too
+    noising: Diffusion | None = None  # whose times these levels are; None: the plain cosine schedule's
     augment_max: float = 0.0  # training draws that level from [0, augment_max], or, half of the time, 0
     weights: str | None = None
     w_range: list[float] | None = None  # a guidance-distilled network takes w within this range as an input
@@ -136,6 +142,7 @@ class StageConfig:
             raise ValueError(f"w_range is {self.w_range}, expected null: this network is not told a guidance weight")
         if self.codec.kind is Kind.LATENT:
             self._check_latent()
+        self._check_sampling()
         multiple = self.net.multiple * self.codec.stride
         for setting, shape in self.shapes().items():
             for side in ("frames", "height", "width"):
@@ -149,6 +156,17 @@ class StageConfig:
                         f"{setting}.{side} is {size}, expected a multiple of {multiple} "
                         f"(patch {self.net.patch}, {len(self.net.levels)} levels{stride}), such as {near}"
                     )
+
+    def _check_sampling(self) -> None:
+        """The sampler's settings against the network's."""
+        sampler, spacing = self.sampler, self.sampler.grid.spacing
+        if spacing is not Spacing.UNIFORM:
+            if not self.diffusion.discrete:
+                raise ValueError(f"sampler.grid.spacing is {spacing.value}, expected uniform where schedule is cosine")
+            if sampler.grid.whole(sampler.steps, sampler.strength) >= self.diffusion.timesteps:
+                raise ValueError(f"sampler.steps is {sampler.steps}, expected fewer than diffusion.timesteps")
+        if sampler.learned and not getattr(self.net, "variance", False):
+            raise ValueError("sampler.learned is true, expected false: the network says no variance")
 
     def _check_latent(self) -> None:
         if self.net.channels != self.codec.channels:
@@ -266,7 +284,9 @@ class Stage:
         concat, mask = self.rule.condition(low, self.cfg, shape)
         concat, mask = self.encode(concat), self.cfg.codec.mask(mask)
         if bool((level > 0).any()):
-            concat = torch.where(level.view(-1, 1, 1, 1, 1) > 0, AUGMENTATION.noised(concat, eps, level), concat)
+            noised = (self.cfg.noising or AUGMENTATION).noised(concat, eps, level)
+            clean = level.view(-1, 1, 1, 1, 1) == 0
+            concat = torch.where(clean if self.cfg.augment_known else clean | (mask > 0), concat, noised)
         return Cond(concat, mask, level, rate, text)
 
     def example(
@@ -314,12 +334,18 @@ class Stage:
         return (out - diffusion.target(batch.x, batch.eps, batch.t)).square().mean((1, 2, 3, 4))
 
     def denoise(self, z: Tensor, t: Tensor, cond: Cond, w: float | None = None) -> Tensor:
-        """x_hat of shape (B, C, F, H, W); `w` is for a guidance-distilled network. Long clips go in windows."""
+        """x_hat of shape (B, C, F, H, W); `w` is for a guidance-distilled network. Long clips go in windows.
+
+        Where the sampler takes a learned variance the network's word on it follows on the channels.
+        """
         weight = None if w is None else torch.full_like(t, w)
+        diffusion, level = self.cfg.diffusion, self.cfg.diffusion.level(t)
 
         def whole(z: Tensor, cond: Cond) -> Tensor:
-            out = self.net(z, self.cfg.diffusion.level(t), cond, weight)
-            return self.cfg.diffusion.split(z, out, t)[0]
+            if not self.cfg.sampler.learned:
+                return diffusion.split(z, self.net(z, level, cond, weight), t)[0]
+            out, variance = self.net.predict(z, level, cond).chunk(2, 1)  # type: ignore[operator]
+            return torch.cat([diffusion.split(z, out, t)[0], variance], 1)
 
         return windowed(whole, z, cond, self.cfg.windows, self.rule.rate(self.cfg))
 
@@ -337,6 +363,55 @@ class Stage:
         `noise` says what its randomness depends on (see `Noise`). With `start`, a video and a time, sampling goes on
         from that video noised to that time, on as fine a grid.
         """
+        if not self.cfg.windows.in_turn:
+            return self._sample(low, text, negative, noise, progress, start)
+        if low is None:
+            raise ConfigError(
+                f"{self.cfg.name}: windows.rule is {self.cfg.windows.rule.value}, which needs an incoming video",
+                fix=f"{self.cfg.name}.windows.rule=blend",
+            )
+        return self._in_turn(low, text, negative, noise, progress)
+
+    def _in_turn(
+        self,
+        low: Video,
+        text: Text,
+        negative: Text | None,
+        noise: Draw,
+        progress: Callable[[int], None] | None,
+    ) -> Video:
+        """Windows that are clips of their own, one after the other."""
+        cfg, rate, steps = self.cfg, self.rule.rate(self.cfg), self.cfg.sampler.steps
+        shape = self.rule.output(low.shape, cfg)
+        out = self.rule.condition(low, cfg, shape)[0].cpu().clone()
+        spans = cfg.windows.spans(shape.frames, rate)
+        for number, (first, end) in enumerate(spans):
+            given = low.frames[:, :, first // rate : -(-end // rate)].clone()
+            if cfg.windows.rule is Join.CHAINED and first > 0:
+                given[:, :, 0] = out[:, :, first]
+
+            def draw(size: Sequence[int], step: int, purpose: str, first: int = first, end: int = end) -> Tensor:
+                if cfg.windows.same_noise:
+                    return noise(size, step, purpose)
+                return noise((*size[:2], shape.frames, *size[3:]), step, purpose)[:, :, first:end]
+
+            def tick(done: int, number: int = number) -> None:
+                if progress is not None:
+                    progress((number * steps + done) // len(spans))
+
+            out[:, :, first:end] = self._sample(Video(given, low.fps), text, negative, draw, tick, None).frames
+        return Video(out, low.fps * rate)
+
+    def _sample(
+        self,
+        low: Video | None,
+        text: Text,
+        negative: Text | None,
+        noise: Draw,
+        progress: Callable[[int], None] | None,
+        start: tuple[Video, float] | None,
+    ) -> Video:
+        """One run of the sampler."""
         cfg, sampler = self.cfg, self.cfg.sampler
         shape = self.rule.output(None if low is None else low.shape, cfg)
         full = (len(text.mask), cfg.net.channels, *cfg.codec.inside(shape))
@@ -354,10 +429,14 @@ class Stage:
             if cfg.w_range is not None:
                 return self.denoise(z, t, cond, w)
             x = self.denoise(z, t, cond)
-            return x if w == 0 else (1 + w) * x - w * self.denoise(z, t, dropped)
+            if w == 0:
+                return x
+            c, other = z.shape[1], self.denoise(z, t, dropped)
+            guided = (1 + w) * x[:, :c] - w * other[:, :c]
+            return torch.cat([guided, x[:, c:]], 1) if sampler.learned else guided  # the variance is that of the text
 
         hooks: list[Hook] = []
-        keeps = self.rule.KEEPS_KNOWN and low is not None
+        keeps = self.rule.KEEPS_KNOWN and cfg.keep_known and low is not None
         if keeps:
             known, mask = self.rule.condition(low, cfg, shape)  # type: ignore[arg-type]
             known, mask = known.to(self.device), mask.to(self.device)
@@ -367,7 +446,12 @@ class Stage:
             drawn = noise(shape, step, purpose)
             return self.far(cond, drawn) if purpose == "start" else drawn
 
-        first = None if start is None else self.encode(start[0].frames.to(self.device))
+        if start is not None:
+            first: Tensor | None = self.encode(start[0].frames.to(self.device))
+        elif low is not None and sampler.strength < 1:
+            first = self.encode(self.rule.condition(low, cfg, shape)[0].to(self.device))
+        else:
+            first = None
         x = sample(
             cfg.diffusion, denoise, sampler, draw, full,
             start=first, hooks=hooks, progress=progress, device=self.device,
@@ -377,4 +461,4 @@ class Stage:
         return Video((torch.where(mask > 0, known, x) if keeps else x).cpu(), fps)
 
 
-AUGMENTATION = Diffusion()  # noise levels are times of the plain cosine schedule, whatever the stage's own
+AUGMENTATION = Diffusion()  # noise levels are times of the plain cosine schedule unless a stage says otherwise

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cascade.errors import ConfigError
 from cascade.stage import StageConfig
-from cascade.video import Shape, Video, spread
+from cascade.video import Fill, Shape, Video, spread
 
 KEEPS_KNOWN = True
 METRICS = ("fidelity", "known", "motion")
@@ -25,6 +25,7 @@ class TemporalConfig(StageConfig, ABC):
     """Settings of a stage that adds frames; a kind says how many come out of how many."""
 
     factor: int  # k
+    fill: Fill = Fill.BLEND  # what the network is given for the frames it makes
 
     @abstractmethod
     def made(self, given: int) -> int:
@@ -75,4 +76,4 @@ def degrade(video: Video, cfg: TemporalConfig, rng: torch.Generator) -> Video | 
 
 def condition(low: Video, cfg: TemporalConfig, shape: Shape) -> tuple[Tensor, Tensor]:
     """The incoming frames at 0, k, 2k, ..., their blend between them; the mask marks the incoming ones."""
-    return spread(low.frames, cfg.factor, shape.frames)
+    return spread(low.frames, cfg.factor, shape.frames, cfg.fill)

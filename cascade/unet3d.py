@@ -223,7 +223,8 @@ class UNet3D(nn.Module):
 
 def timestep(t: Tensor) -> Tensor:
     """A time in [0, 1] as a step of discrete training, whose steps 0, 1, ..., 999 stand at 0.001, 0.002, ..., 1."""
-    return (TIMESTEPS * t - 1).clamp(min=0)
+    # rounded: in float32 0.95 would be told as step 948.99998
+    return (TIMESTEPS * t.double() - 1).round(decimals=3).clamp(min=0).float()
 
 
 def _stacks(modules: nn.ModuleList) -> Iterator[Stack]:

@@ -162,6 +162,11 @@ class UNet3DConfig:
         return 1
 
     @property
+    def fully_convolutional(self) -> bool:
+        """Never: the middle attends."""
+        return False
+
+    @property
     def multiple(self) -> int:
         """Height and width must be multiples of this."""
         return int(2 ** (len(self.levels) - 1))

@@ -18,14 +18,14 @@ LIBRARY = [path for path in FILES if path.is_relative_to(ROOT / "cascade")]
 KINDS = [path for path in FILES if path.parent == ROOT / "stages" and path.stem != "__init__"]
 # Imports go to the left or stay within a group.
 ORDER = """
-errors config compose store noise video diffusion | kernels | attention layers text media codec pickled | request |
-unet unet3d_config unet3d_blocks unet3d sampler windows | stage temporal checkpoint | assets |
+errors config compose store noise video diffusion | kernels | attention layers encoders text clip media codec pickled |
+request | unet unet3d_config unet3d_blocks unet3d grid sampler windows | stage temporal checkpoint | assets |
 pipeline data metrics plan textfit | examples |
 train preview exam marks evaluate importers | distill export tasks series gates plots results report recipe merge | cli
 """
 RANK = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}
 HOMES = {  # the files that may import a package
-    "transformers": {"cascade/text.py", "cascade/textfit.py"},
+    "transformers": {"cascade/text.py", "cascade/clip.py", "cascade/textfit.py"},
     "xformers": {"cascade/attention/xformers.py"},
     "av": {"cascade/media.py"},
     "imageio": {"cascade/media.py"},
