@@ -138,6 +138,8 @@ class StageConfig:
             raise ValueError(f"augment and augment_max are {self.augment} and {self.augment_max}, expected 0 to 1")
         if self.diffusion.path is Path.STRAIGHT and self.sampler.rule not in (StepRule.DDIM, StepRule.HEUN):
             raise ValueError(f"sampler.rule is {self.sampler.rule.value}, expected ddim or heun: the path has no noise")
+        if self.w_range is not None and isinstance(self.net, UNet3DConfig):
+            raise ValueError(f"w_range is {self.w_range}, expected null: this network is not told a guidance weight")
         if self.codec.kind is Kind.LATENT:
             self._check_latent()
         self._check_sampling()
