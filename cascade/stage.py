@@ -144,6 +144,8 @@ class StageConfig:
             raise ValueError(f"told is {self.told}, expected true: the path starts from the incoming video")
         if not self.net.text and self.sampler.guidance:
             raise ValueError(f"sampler.guidance is {self.sampler.guidance}, expected 0: net.text is 0, no text is told")
+        if self.w_range is not None and isinstance(self.net, UNet3DConfig):
+            raise ValueError(f"w_range is {self.w_range}, expected null: this network is not told a guidance weight")
         if self.codec.kind is Kind.LATENT:
             self._check_latent()
         self._check_sampling()

@@ -61,7 +61,8 @@ def request(kind: str, tree: dict[str, Any]) -> Request:
     data = parse(tree.pop("data", {}), DataConfig, "data")
     own = {name: tree.pop(name) for name in ("distill", "evaluate") if name in tree}
     command = str(tree.pop("command", None) or "")
-    return Request(parse(tree, rule.Config), rule, run, on, text, data, own, command)  # type: ignore[arg-type]
+    cfg: StageConfig = parse(tree, rule.Config)
+    return Request(cfg, rule, run, on, cfg.reads or text, data, own, command)  # type: ignore[arg-type]
 
 
 def sample(ask: Request) -> None:

@@ -76,6 +76,8 @@ class Stack(nn.Module):
 
 
 class TimestepEmbedding(nn.Module):
+    """Cosines and sines of a timestep through two linear maps."""
+
     def __init__(self, waves: int, embedding: int, activation: Act) -> None:
         super().__init__()
         self.waves, self.activation = waves, activation
@@ -102,11 +104,8 @@ class AttentionPool(nn.Module):
         """(B, N, D) -> (B, D)."""
         mean = x.mean(1, keepdim=True) + self.positional_embedding
         x = torch.cat([mean, x], 1)
-        q, k, v = (f(part).unflatten(-1, (self.heads, -1)) for f, part in zip(self._maps(), (mean, x, x), strict=True))
+        q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in (self.q_proj(mean), self.k_proj(x), self.v_proj(x)))
         return attend(q, k, v).flatten(1)
-
-    def _maps(self) -> tuple[nn.Module, nn.Module, nn.Module]:
-        return self.q_proj, self.k_proj, self.v_proj
 
 
 class PooledText(nn.Module):
@@ -165,7 +164,7 @@ class UNet3D(nn.Module):
         """
         if cond.segments is not None:
             raise ConfigError(
-                "this network's norms see all frames of a clip, so clips cannot share one", fix="images=0"
+                "this network's norms see all frames of a clip, so clips cannot share one", fix="train.images=0"
             )
         height, width = z.shape[3:]
         seen = [z]

@@ -197,12 +197,15 @@ class Attention(nn.Module):
         """x (B, M, C) and context (B, N, D), or x (B, F, S, C): each of S positions attends to its own frames."""
         return self.out(attend(*self.project(x, x if context is None else context)))
 
+    def within(self, x: Tensor, told: Told) -> Tensor:
+        """Of the positions of each frame, x (B*F, HW, C)."""
+        return self(x)  # type: ignore[no-any-return]
+
 
 class SparseAttention(Attention):
     """Each frame attends to the first frame and to the one before it (Wu et al. 2022, Tune-A-Video)."""
 
-    def frames(self, x: Tensor, told: Told) -> Tensor:
-        """x (B*F, HW, C) -> (B*F, HW, C)."""
+    def within(self, x: Tensor, told: Told) -> Tensor:
         q, *both = self.project(x, x)
         k, v = (self._seen(part, told) for part in both)
         return self.out(attend(q, k, v))
@@ -225,11 +228,12 @@ class Rotary(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, F, S, h, D)."""
-        frame = torch.arange(x.shape[1], device=x.device, dtype=self.freqs.dtype)
-        angle = (frame[:, None] * self.freqs)[:, None, None].to(x.dtype)  # (F, 1, 1, pairs)
+        rates = self.freqs.to(torch.promote_types(x.dtype, torch.float32))  # half an angle's digits would not do
+        angle = (torch.arange(x.shape[1], device=x.device)[:, None] * rates)[:, None, None]  # (F, 1, 1, pairs)
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         turned, rest = x.tensor_split([2 * len(self.freqs)], -1)
         a, b = torch.unflatten(turned, -1, (-1, 2)).unbind(-1)
-        pairs = torch.stack([a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()], -1)
+        pairs = torch.stack([a * cos - b * sin, b * cos + a * sin], -1)
         return torch.cat([pairs.flatten(-2), rest], -1)
 
 
@@ -348,8 +352,7 @@ class TextBlock(nn.Module):
 
     def forward(self, x: Tensor, told: Told) -> Tensor:
         """x (B*F, HW, C)."""
-        y = self.norm1(x)
-        x = x + (self.attn1.frames(y, told) if isinstance(self.attn1, SparseAttention) else self.attn1(y))
+        x = x + self.attn1.within(self.norm1(x), told)
         clip = torch.unflatten(self.norm2(x), 0, (told.batch, -1)).flatten(1, 2)  # the text's k and v once per clip
         x = x + self.attn2(clip, told.context).view_as(x)
         x = x if self.late else self._time(x, told)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -111,6 +112,17 @@ def named(name: str) -> UNet3DConfig:
 def test_a_published_configuration_is_the_named_network(name: str) -> None:
     layout, tree = PUBLISHED[name]
     assert layout_of(layout).network(tree) == named(name)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith(("if_", "modelscope"))])
+def test_names_and_shapes_are_those_of_diffusers(name: str) -> None:
+    import diffusers
+
+    tree = PUBLISHED[name][1]
+    with torch.device("meta"):
+        theirs = getattr(diffusers, tree["_class_name"]).from_config(tree).state_dict()
+        ours = UNet3D(named(name)).state_dict()
+    assert {key: tensor.shape for key, tensor in ours.items()} == {key: tensor.shape for key, tensor in theirs.items()}
 
 
 def test_show_1s_misspelt_field_is_read() -> None:
@@ -398,6 +410,8 @@ def test_a_source_that_is_not_whole_is_refused(folders: Path, tmp_path: Path) ->
     assert "has no config.json" in str(spoil("config", lambda s: (s / "config.json").unlink()))
     assert "_class_name is 'UNet2DModel'" in str(spoil("class", lambda s: changed(s, _class_name="UNet2DModel")))
     assert "wide: there is no such setting" in str(spoil("field", lambda s: changed(s, wide=1)))
+    assert "is not a safetensors file" in str(spoil("cut", lambda s: os.truncate(next(s.glob(f"{shard}*")), 1000)))
+    assert "pickle or an archive" in str(spoil("tar", lambda s: next(s.glob(f"{shard}*")).write_bytes(b"\x80\x02c")))
     nothing = spoil("nothing", lambda s: [path.unlink() for path in s.glob("*model*")] and None)
     assert "holds no weights" in str(nothing)
 

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from cascade import plan as planning
 from cascade.compose import compose
+from cascade.config import plugin
 from cascade.diffusion import Diffusion
-from cascade.errors import CascadeError
+from cascade.errors import CascadeError, ConfigError
 from cascade.noise import Noise, generator, sample_id
 from cascade.pipeline import Chain, Device, Runner
-from cascade.sampler import Per, Sampler, ancestral, dynamic_threshold
-from cascade.stage import Stage
+from cascade.sampler import Per, Sampler, Threshold, ancestral, dynamic_threshold
+from cascade.stage import Batch, Stage
 from cascade.text import Text
 from cascade.unet3d import UNet3D
 from cascade.unet3d_config import Level3D, Time, UNet3DConfig
@@ -481,3 +482,55 @@ def test_a_broken_chain_is_refused_in_one_line(
         planning.verb(compose("plan", [f"chain={name}", change]))
     assert caught.value.code == 2 and words in str(caught.value)
     assert "\n" not in str(caught.value) and capsys.readouterr().out == ""
+
+
+# the kinds that these systems add ------------------------------------------------------------------------------------
+
+PART: dict[str, dict[str, Any]] = {"relay": {}, "refine": {"sampler": Sampler(steps=2, strength=0.5)}}
+
+
+@pytest.mark.parametrize("kind", PART)
+def test_what_a_new_kind_takes_gives_its_shape_and_a_degraded_video_is_what_it_takes(
+    kind: str, stage_config: Any
+) -> None:
+    cfg, rule = stage_config(kind, **PART[kind]), plugin(kind)
+    assert rule.output(rule.takes(cfg), cfg) == cfg.shape
+    whole = Video(torch.rand(2, 3, 4, 8, 8, generator=generator("whole")) * 2 - 1, 8.0)
+    low = rule.degrade(whole, cfg, generator("degrade"))
+    concat, mask = rule.condition(low, cfg, cfg.shape)
+    assert low.shape == rule.takes(cfg) and concat.shape == whole.frames.shape and mask.shape == (2, 1, 4, 1, 1)
+    with pytest.raises(ConfigError, match="needs a video"):
+        rule.output(None, cfg)
+    with pytest.raises(ConfigError, match="the input is 2x2 pixels"):
+        rule.output(replace(cfg.shape, height=2, width=2), cfg)
+
+
+def test_a_relay_is_given_its_first_frame_as_it_is_in_training_too(stage_config: Any) -> None:
+    cfg, rule = stage_config("relay"), plugin("relay")
+    whole = Video(torch.rand(1, 3, 4, 8, 8, generator=generator("whole")) * 2 - 1, 8.0)
+    low = rule.degrade(whole, cfg, generator("degrade"))
+    changed = (low.frames != whole.frames).flatten(3).any(3).any(1)[0].tolist()
+    assert changed == [False, True, True, True]
+    assert rule.condition(low, cfg, cfg.shape)[1].flatten().tolist() == [1, 0, 0, 0]
+
+
+@pytest.mark.parametrize("kind", PART)
+def test_a_new_kind_trains(kind: str, make_stage: Any, encode: Any) -> None:
+    made = make_stage(kind, std=0.1, **PART[kind])
+    whole = Video(torch.rand(2, 3, 4, 8, 8, generator=generator("whole")) * 2 - 1, 8.0)
+    x, cond = made.example(whole, encode(["a", "b"]), generator("example"))
+    loss = made.loss(
+        Batch(x, torch.randn(x.shape, generator=generator("eps")), torch.tensor([0.3, 0.7]), torch.zeros(2), cond)
+    )
+    loss.sum().backward()
+    assert loss.shape == (2,) and all(torch.isfinite(p.grad).all() for p in made.net.parameters() if p.grad is not None)
+
+
+def test_a_refined_video_starts_from_the_incoming_one_and_noise_is_all_that_is_drawn(
+    make_stage: Any, encode: Any
+) -> None:
+    """With no noise left in (strength near 0) the network changes nothing: the enlarged video comes out."""
+    made = make_stage("refine", std=0.1, sampler=Sampler(steps=1, strength=1e-4, threshold=Threshold.NONE))
+    low = Video(torch.rand(1, 3, 4, 4, 6, generator=generator("low")) * 2 - 1, 8.0)
+    got = made.sample(low, encode(["a"]), None, NOISE)
+    near(got.frames, resize(low.frames, 8, 8), atol=2e-3)

@@ -302,3 +302,10 @@ def test_a_whole_run_equals_diffusers(run: Run) -> None:
     expected = theirs(peer, diffusion, round(run.steps / part), start, run.sampler.get("learned", False))
     assert expected.std() > 0.3
     near(got, expected, atol=1e-6)
+
+
+def test_a_network_of_discrete_training_is_told_whole_timesteps_though_times_are_float32() -> None:
+    from cascade.unet3d import timestep
+
+    t = table(1).level(table(1).timestep(torch.arange(1000)).float())
+    assert t.dtype == torch.float32 and timestep(t).tolist() == list(range(1000))

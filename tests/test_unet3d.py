@@ -113,18 +113,17 @@ def near(got: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
 
 # sizes ---------------------------------------------------------------------------------------------------------------
 
-COUNTS = {  # tensors, parameters (or millions, where no more is known)
-    "if_image/i_m": (None, 371.6),
-    "if_image/i_l": (None, 935.4),
-    "if_image/i_xl": (None, 4305),
-    "if_image/ii_m": (None, 461.1),
-    "if_image/ii_l": (None, 1243),
-    "show1/base": (1827, 1_726_848_390),
-    "show1/interp": (1827, 1_726_859_910),
-    "show1/sr1": (1639, 796_343_046),
-    "modelscope": (1480, 1_411_233_860),
-    "lavie/base": (830, 909.1),
-    "lavie/interp": (None, None),
+COUNTS: dict[str, tuple[int | None, int, int]] = {  # tensors, parameters, and how many digits of those are published
+    "if_image/i_m": (None, 371_600_000, 4),
+    "if_image/i_l": (None, 935_400_000, 4),
+    "if_image/i_xl": (None, 4_305_000_000, 4),
+    "if_image/ii_m": (None, 461_100_000, 4),
+    "if_image/ii_l": (None, 1_243_000_000, 4),
+    "show1/base": (1827, 1_726_848_390, 10),
+    "show1/interp": (1827, 1_726_859_910, 10),
+    "show1/sr1": (1639, 796_343_046, 9),
+    "modelscope": (1480, 1_411_233_860, 10),
+    "lavie/base": (830, 909_100_000, 4),
 }
 
 
@@ -144,15 +143,38 @@ def size(net: nn.Module) -> int:
     return sum(parameter.numel() for parameter in net.parameters())
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("name", COUNTS)
 def test_the_networks_have_as_many_tensors_and_parameters_as_published(name: str) -> None:
-    tensors, parameters = COUNTS[name]
+    tensors, parameters, digits = COUNTS[name]
     net = on_meta(named(name))
     assert tensors in (None, len(net.state_dict()))
-    if isinstance(parameters, int):
-        assert size(net) == parameters if parameters > 10_000 else round(size(net) / 1e6) == parameters
-    elif parameters is not None:
-        assert round(size(net) / 1e6, 1) == parameters
+    assert round(size(net), digits - len(str(parameters))) == parameters
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_every_named_network_can_be_built(name: str) -> None:
+    assert named(name).multiple in (8, 16)
+    assert name in COUNTS or size(on_meta(named(name))) > 0
+
+
+def test_shapes_follow_the_skips() -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in on_meta(named("show1/base")).state_dict().items()}
+    for name, shape in {
+        "conv_in.weight": (320, 3, 3, 3),
+        "time_embedding.linear_1.weight": (1280, 320),
+        "encoder_hid_proj.weight": (1280, 4096),
+        "add_embedding.pool.positional_embedding": (1, 4096),
+        "down_blocks.0.downsamplers.0.conv2.weight": (320, 320, 3, 3),
+        "down_blocks.3.temp_convs.2.conv4.3.weight": (1280, 1280, 3, 1, 1),
+        "mid_block.attentions.0.add_k_proj.weight": (1280, 1280),
+        "up_blocks.0.resnets.0.conv1.weight": (1280, 2560, 3, 3),
+        "up_blocks.0.resnets.3.conv1.weight": (1280, 2240, 3, 3),
+        "up_blocks.0.temp_attentions.3.transformer_blocks.0.ff.net.0.proj.weight": (10240, 1280),
+        "up_blocks.3.resnets.3.conv1.weight": (320, 640, 3, 3),
+        "conv_out.weight": (6, 320, 3, 3),
+    }.items():
+        assert shapes[name] == shape, name
+    assert "up_blocks.3.upsamplers.0.conv1.weight" not in shapes
 
 
 def test_what_video_adds_is_of_the_published_size() -> None:
@@ -362,6 +384,11 @@ def test_relative_positions_fall_into_t5s_buckets() -> None:
     assert set(got.flatten().tolist()) == set(range(32)) - {16.0}  # no key is ahead by nothing
 
 
+def test_turning_in_half_precision_rounds_the_result_alone() -> None:
+    rotary, x = Rotary(8), uniform(1, 1, 61, 1, 1, 8).bfloat16()
+    assert (rotary(x).double() - rotary(x.double())).abs().max() < 0.02
+
+
 def test_turning_sees_distances_alone() -> None:
     rotary = Rotary(8).double()
     q, k = (uniform(i, 1, 1, 1, 1, 12).expand(1, 9, 1, 1, 12) for i in (1, 2))
@@ -375,7 +402,7 @@ def test_turning_sees_distances_alone() -> None:
 def test_sparse_attention_sees_the_first_frame_and_the_one_before() -> None:
     module = weighted(SparseAttention(24, 3), std=0.3)
     told, x = Told(2, 4, torch.empty(0), None, torch.empty(0)), uniform(5, 8, 6, 24)
-    got = torch.unflatten(module.frames(x, told), 0, (2, 4))
+    got = torch.unflatten(module.within(x, told), 0, (2, 4))
     video = torch.unflatten(x, 0, (2, 4))
     for f in range(4):
         seen = torch.cat([video[:, 0], video[:, max(f - 1, 0)]], 1)
@@ -474,6 +501,18 @@ def test_a_convolution_over_frames_is_the_published_one() -> None:
     near(conv(x), F.conv3d(x[..., None], conv.weight, conv.bias, padding=(1, 0, 0))[..., 0], 1e-12)
 
 
+@pytest.mark.parametrize("cfg", [latents(), larger(), lavie()], ids=["modelscope", "sr", "lavie"])
+def test_activations_stay_channels_last(cfg: UNet3DConfig) -> None:
+    """In front of every norm and convolution: else each would copy what it gets."""
+    net, seen = weighted(UNet3D(cfg)).float(), []
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d | nn.GroupNorm) and "norm_cross" not in name:
+            module.register_forward_hook(lambda module, given, out: seen.append(given[0]))
+    x, *rest = inputs(cfg)
+    net.run(x.float(), *rest)
+    assert len(seen) > 20 and all(h.is_contiguous(memory_format=torch.channels_last) for h in seen)
+
+
 def test_recomputed_activations_give_the_same_gradients(one_thread: None) -> None:
     cfg = latents()
     gradients = []
@@ -532,6 +571,11 @@ def test_what_the_network_cannot_be_told_is_refused() -> None:
         net(z, t, told_to(), t)
     with pytest.raises(ConfigError, match="clips cannot share"):
         net(z, t, told_to(segments=torch.zeros(BATCH, FRAMES)))
+
+
+def test_a_stage_does_not_tell_it_a_guidance_weight(stage_config: Any) -> None:
+    with pytest.raises(ValueError, match="w_range is"):
+        stage_config("base", net=pixels(text=6, pool=2), w_range=[0.0, 4.0])
 
 
 def test_steps_of_training_stand_at_thousandths() -> None:

@@ -86,14 +86,38 @@ def tensors(paths: list[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
     state: dict[str, Tensor] = {}
     hashes = {}
     for path in paths:
-        data = path.read_bytes()
-        hashes[path.name] = hashlib.sha256(data).hexdigest()
-        zipped = data[:4] == b"PK\x03\x04"
-        part = pickled.torch_tensors(data, str(path)) if zipped else store.bytes_to_tensors(data, str(path))
+        hashes[path.name], begin = _hashed(path)
+        part = _zipped(path) if begin.startswith(b"PK\x03\x04") else _mapped(path, begin)
         if twice := sorted(part.keys() & state.keys()):
             raise InputError(f"{path}: holds {twice[0]}, which another file holds too", fix="copy the files again")
         state |= part
     return state, hashes
+
+
+def _hashed(path: Path) -> tuple[str, bytes]:
+    """SHA-256 of a file, and its first bytes."""
+    digest, begin = hashlib.sha256(), b""
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            begin = begin or block
+            digest.update(block)
+    return digest.hexdigest(), begin
+
+
+def _zipped(path: Path) -> dict[str, Tensor]:
+    return pickled.torch_tensors(path.read_bytes(), str(path))
+
+
+def _mapped(path: Path, begin: bytes) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, in the file's own memory: gigabytes are not copied to be looked at."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    store.refuse_pickle(begin, str(path))
+    try:
+        return load_file(path)
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise InputError(f"{path}: is not a safetensors file: {error}", fix="copy it again") from error
 
 
 def check(path: Path, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
