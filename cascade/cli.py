@@ -39,6 +39,7 @@ cascade: cascaded text-to-video, stage by stage.
   cascade report runs=DIR [out=docs]              all evaluations below DIR as one page with plots and gates
   cascade assets [only=[i3d]] [out=DIR]           fetch the networks that FVD, FID and LPIPS of the papers need
   cascade embed prompts=FILE out=DIR              write text embeddings once, for text.store=DIR
+  cascade export [chain=tiny] out=DIR             a folder that diffusers and Cascade.from_pretrained load
   cascade info                                    versions, device, attention kernels
   cascade list                                    chains and stages that can be named
 
@@ -88,7 +89,7 @@ def generate(tree: dict[str, Any]) -> None:
         chain.rules[0].output(given.shape, chain.stages[0])
     if run.image is not None:
         given = first_frame(Path(run.image), chain.stages[0])
-    check_weights(chain)
+    chain.check_weights()
     from cascade import store
 
     jobs = jobs_of(texts, run.samples, out)
@@ -106,16 +107,6 @@ def chain_of(tree: dict[str, Any]) -> Chain:
     from cascade.pipeline import Chain
 
     return Chain.read(tree, [f.name for f in fields(Generate)])
-
-
-def check_weights(chain: Chain) -> None:
-    """Every stage's weights directory exists: said before anything heavy loads."""
-    from cascade import checkpoint, store
-
-    for stage in chain.stages:
-        if stage.weights != checkpoint.RANDOM:
-            store.manifest(checkpoint.locate(stage.weights, stage.name, stage.sampler.steps), "weights")
-        stage.codec.folder()
 
 
 def runner_of(chain: Chain, on: Any, run: Any, progress: Any) -> Runner:
@@ -151,6 +142,13 @@ def evaluate(tree: dict[str, Any]) -> None:
 def assets(tree: dict[str, Any]) -> None:
     """Networks of others, for measures."""
     from cascade.assets import verb
+
+    verb(tree)
+
+
+def export(tree: dict[str, Any]) -> None:
+    """A chain as a folder in diffusers' layout."""
+    from cascade.export import verb
 
     verb(tree)
 
@@ -205,6 +203,7 @@ VERBS: dict[str, tuple[str | None, Callable[[dict[str, Any]], None]]] = {
     "report": ("report", results),
     "assets": ("assets", assets),
     "embed": ("embed", embed),
+    "export": ("export", export),
     "info": (None, info),
     "list": (None, list_),
 }

@@ -188,12 +188,12 @@ def _loaded(folder: Path) -> Any:
     name = store.from_json((folder / CONFIG).read_bytes(), folder / CONFIG).get("_class_name")
     if name != "AutoencoderKL":
         raise InputError(f"autoencoder {folder}: {CONFIG} is of {name}, not AutoencoderKL", fix="another codec.weights")
-    with _quiet("xformers"):  # diffusers imports it, and it says on six lines that it has no CUDA
+    with quiet("xformers"):  # diffusers imports it, and it says on six lines that it has no CUDA
         from diffusers import AutoencoderKL
     from safetensors import SafetensorError
 
     try:
-        with _quiet("diffusers"):
+        with quiet("diffusers"):
             model, report = AutoencoderKL.from_pretrained(
                 str(folder),
                 local_files_only=True,
@@ -220,7 +220,7 @@ def _loaded(folder: Path) -> Any:
 
 
 @contextmanager
-def _quiet(library: str) -> Iterator[None]:
+def quiet(library: str) -> Iterator[None]:
     """Nothing below an error from the log of `library`."""
     log = logging.getLogger(library)
     level = log.level

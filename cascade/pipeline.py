@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +33,7 @@ VIDEO = "video.safetensors"
 FORMATS = ("mp4", "gif", "webm")
 log = logging.getLogger("cascade")
 Progress = Callable[[str, int, int], None]  # stage name, steps done, steps in all
+Load = Callable[[StageConfig, Rule, torch.device], tuple[Stage, str]]  # a stage on the device, hash of its weights
 
 
 @dataclass(kw_only=True)
@@ -143,6 +145,13 @@ class Chain:
             raise ConfigError(f"start is {start!r}, expected one of {', '.join(names)}", fix=f"start={names[0]}")
         at = names.index(start)
         return Chain(self.stages[at:], self.rules[at:], self.text)
+
+    def check_weights(self) -> None:
+        """Every stage's weights are there: said before anything heavy loads. Raises ConfigError, InputError."""
+        for stage in self.stages:
+            if stage.weights != checkpoint.RANDOM:
+                checkpoint.check(checkpoint.locate(stage.weights, stage.name, stage.sampler.steps))
+            stage.codec.folder()
 
 
 def _check_windows(stage: StageConfig, rate: int) -> None:
@@ -289,10 +298,15 @@ def read_input(path: Path, size: tuple[int, int]) -> Video:
 
 
 def first_frame(path: Path, cfg: StageConfig) -> Video:
-    """An image as the known first frame of a clip."""
+    """An image file as the known first frame of a clip."""
     if not path.is_file():
         raise InputError(f"image {path}: no such file", fix="image=FILE")
-    image = media.fit(media.read_image(path)[None], cfg.shape.height, cfg.shape.width)[0]
+    return known_first(media.read_image(path), cfg)
+
+
+def known_first(image: Tensor, cfg: StageConfig) -> Video:
+    """An image (C, H, W) in [-1, 1] of any size as the known first frame of a clip."""
+    image = media.fit(image[None], cfg.shape.height, cfg.shape.width)[0]
     frames = image[None, :, None].repeat(1, 1, cfg.shape.frames, 1, 1)
     known = torch.zeros(1, cfg.shape.frames, dtype=torch.bool)
     known[:, 0] = True
@@ -301,7 +315,11 @@ def first_frame(path: Path, cfg: StageConfig) -> Video:
 
 @dataclass
 class Runner:
-    """Makes the videos of many jobs, stage by stage, each stage loaded once."""
+    """Makes the videos of many jobs, stage by stage, each stage loaded once.
+
+    Without `disk` nothing is written and nothing that was is looked for. `after` is told the stage, the jobs and what
+    `sampler.After` is, at every step.
+    """
 
     chain: Chain
     source: TextSource
@@ -309,19 +327,28 @@ class Runner:
     seed: int = 0
     negative: str | None = None
     progress: Progress | None = None
+    load: Load = load_stage
+    disk: bool = True
+    after: Callable[[str, Sequence[Job], int, float, Tensor], Tensor] | None = None
     laps: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # by stage, of every call: clips, seconds
     _texts: dict[str, Text] = field(default_factory=dict)
 
-    def run(self, jobs: Sequence[Job], given: Video | None) -> dict[Path, Video]:
-        """Every stage of every job, as artefacts under job.directory/stages; returns the last stage's videos."""
-        inputs: dict[Path, tuple[Video | None, str]] = {job.directory: (given, digest(given)) for job in jobs}
+    def run(self, jobs: Sequence[Job], given: Video | Sequence[Video | None] | None) -> dict[Path, Video]:
+        """Every stage of every job, as artefacts under job.directory/stages; returns the last stage's videos.
+
+        `given` is what the first stage gets: the same clip for all jobs, or one for each.
+        """
+        clips = given if isinstance(given, Sequence) else [given] * len(jobs)
+        inputs: dict[Path, tuple[Video | None, str]] = {
+            job.directory: (clip, digest(clip)) for job, clip in zip(jobs, clips, strict=True)
+        }
         for i, (cfg, rule) in enumerate(zip(self.chain.stages, self.chain.rules, strict=True)):
-            stage, weights = load_stage(cfg, rule, self.on.torch)
+            stage, weights = self.load(cfg, rule, self.on.torch)
             todo = []
             for job in jobs:
                 key = self.key(stage, weights, job, inputs[job.directory][1])
                 folder = job.directory / "stages" / cfg.name
-                done = finished(folder, key)
+                done = finished(folder, key) if self.disk else None
                 if done is None:
                     todo.append((job, key))
                 else:
@@ -344,7 +371,9 @@ class Runner:
                 for (job, key), video in zip(group, videos, strict=True):
                     inputs[job.directory] = (
                         video,
-                        commit_stage(job.directory / "stages" / cfg.name, video, key, preview=i == 0),
+                        commit_stage(job.directory / "stages" / cfg.name, video, key, preview=i == 0)
+                        if self.disk
+                        else "",
                     )
                 counter += len(group) * cfg.sampler.steps
             del stage
@@ -371,10 +400,11 @@ class Runner:
         text = self.text([job.prompt for job in jobs])
         negative = None if self.negative is None else self.text([self.negative] * len(jobs))
         noise = Noise(self.seed, stage.cfg.name, tuple(job.sample for job in jobs))
+        after = None if self.after is None else partial(self.after, stage.cfg.name, jobs)
         start = time.perf_counter()
         try:
             with attention.use(self.on.attention), precision(self.on):
-                video = stage.sample(low, text, negative, noise, tick)
+                video = stage.sample(low, text, negative, noise, tick, after=after)
         except CascadeError as error:
             raise type(error)(f"{stage.cfg.name}: {error.message}", error.fix) from error
         self.laps.setdefault(stage.cfg.name, []).append((len(jobs), time.perf_counter() - start))

@@ -19,6 +19,7 @@ from cascade.errors import NumericError
 Denoise = Callable[[Tensor, Tensor], Tensor]  # z (B, C, F, H, W), t (B,) -> x_hat
 StepDenoise = Callable[[Tensor, Tensor, int], Tensor]  # z, t, step -> x_hat, guidance of that step applied
 Hook = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_hat, z, t -> x_hat
+After = Callable[[int, float, Tensor], Tensor]  # step, its t, the z it made -> z
 Draw = Callable[[Sequence[int], int, str], Tensor]  # shape, step, purpose -> N(0, 1); cascade.noise.Noise is one
 
 
@@ -258,14 +259,15 @@ def sample(
     start: Tensor | None = None,
     hooks: Sequence[Hook] = (),
     progress: Callable[[int], None] | None = None,
+    after: After | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """A video of `shape` (B, C, F, H, W): x_hat of the last step.
 
     `noise` is asked for ("start", step 0) and, by the rules that need it, for ("step", step i). `start` (B, C, F, H, W)
     is noised to sampler.strength and sampling goes on from there. `hooks` run in order on every x_hat, after the
-    sampler's threshold. `progress` gets the number of steps done. t (B,) comes in the dtype of the noise, and so do
-    all results.
+    sampler's threshold. `after` may replace what a step made, `progress` gets the number of steps done. t (B,) comes in
+    the dtype of the noise, and so do all results.
 
     Raises ValueError for a strength below 1 without a video to start from or for a start of another shape, NumericError
     naming the step if x_hat is not finite.
@@ -301,6 +303,8 @@ def sample(
         else:
             z = heun(diffusion, z, x, t, s, partial(predict, step=step))
         before = x, t
+        if after is not None:
+            z = _finite(after(step, t[0].item(), z), step, sampler.steps)
         if progress is not None:
             progress(step + 1)
     return z

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cascade.codec import COLOURS, Codec, Coder, Kind
 from cascade.diffusion import Diffusion, Path
-from cascade.sampler import Draw, Hook, Sampler, Threshold, keep_known, sample
+from cascade.sampler import After, Draw, Hook, Sampler, Threshold, keep_known, sample
 from cascade.sampler import Rule as StepRule
 from cascade.text import Text
 from cascade.unet import Cond, UNetConfig, VideoUNet
@@ -322,11 +322,12 @@ class Stage:
         noise: Draw,
         progress: Callable[[int], None] | None = None,
         start: tuple[Video, float] | None = None,
+        after: After | None = None,
     ) -> Video:
         """A video from the one before (None: from text alone), on the CPU.
 
         `noise` says what its randomness depends on (see `Noise`). With `start`, a video and a time, sampling goes on
-        from that video noised to that time, on as fine a grid.
+        from that video noised to that time, on as fine a grid. `after` sees, and may replace, what each step made.
         """
         cfg, sampler = self.cfg, self.cfg.sampler
         shape = self.rule.output(None if low is None else low.shape, cfg)
@@ -361,7 +362,7 @@ class Stage:
         first = None if start is None else self.encode(start[0].frames.to(self.device))
         x = sample(
             cfg.diffusion, denoise, sampler, draw, full,
-            start=first, hooks=hooks, progress=progress, device=self.device,
+            start=first, hooks=hooks, progress=progress, after=after, device=self.device,
         )  # fmt: skip
         x = self.coder.to(self.device).decode(x).clamp(-1, 1)
         fps = cfg.fps if low is None else low.fps * self.rule.rate(cfg)

@@ -11,7 +11,7 @@ import io
 import logging
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -289,6 +289,19 @@ def find_encoder(name: str) -> Path:
             fix += "; T5EncoderModel.from_pretrained(...).save_pretrained(...) of transformers writes the last"
         raise InputError(f"text encoder {folder}: {', '.join(absent)} missing, it {has}", fix=fix)
     return folder
+
+
+def encoder_files(name: str) -> Iterator[tuple[str, bytes]]:
+    """Name and content of every file of the encoder `name`, its manifest too if it has one, to copy it."""
+    folder = find_encoder(name)
+    if (folder / store.MANIFEST).is_file():
+        for file in store.manifest(folder)["files"]:
+            yield file, store.member(folder, file)
+        yield store.MANIFEST, (folder / store.MANIFEST).read_bytes()
+        return
+    shards = [folder / SHARDS] if not (folder / WEIGHTS).is_file() else []
+    for path in (folder / CONFIG, folder / TOKENIZER, *shards, *_weight_files(folder)):
+        yield path.name, path.read_bytes()
 
 
 def _fetched(name: str) -> Path:
