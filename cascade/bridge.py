@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizer, T5EncoderModel  # noqa: F401  see above
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
@@ -22,17 +22,17 @@ from cascade.api import Cascade, Parts
 from cascade.config import parse, plugin
 from cascade.pipeline import Chain, Device
 from cascade.stage import Rule, Stage, StageConfig
-from cascade.text import CONFIG, TOKENIZER, WEIGHTS, T5Text, TextConfig
+from cascade.text import CONFIG, TOKENIZER, WEIGHTS, Precision, T5Text, TextConfig
 
 
 class CascadeUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """The denoiser of one stage; `settings` are the stage's. Called as it is in a stage."""
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, settings: dict[str, Any]) -> None:
         super().__init__()
         rule = plugin(settings["kind"])
-        self.net = Stage(parse(settings, rule.Config), rule).net  # type: ignore[arg-type]
+        self.net = Stage(parse(settings, rule.Config), rule).net
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = self.net(*args, **kwargs)
@@ -48,6 +48,14 @@ class CascadeTokenizer(SentencePieceBackend):  # type: ignore[misc]
     def __init__(self, vocab_file: str, **kwargs: Any) -> None:
         fixed = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", "split_special_tokens": True}
         super().__init__(vocab_file=vocab_file, **(kwargs | fixed | {"special_tokens_pattern": "eos"}))
+
+
+def aligned(module: nn.Module) -> nn.Module:
+    """The module with parameters that begin where torch's own begin, as checkpoint.apply leaves them, in our layout."""
+    for parameter in module.parameters():
+        if parameter.data_ptr() % 64:
+            parameter.data = parameter.data.clone()
+    return module.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 class LoadedText(T5Text):
@@ -83,11 +91,12 @@ class CascadePipeline(DiffusionPipeline):  # type: ignore[misc]
         names, text = self.config.chain["stages"], parse(self.config.chain["text"], TextConfig, "text")
         models = {name: getattr(self, name).config for name in names}
         trees = {name: {**model["settings"], "weights": model.get("_name_or_path")} for name, model in models.items()}
-        source = LoadedText(text, self.tokenizer, self.text_encoder.to(getattr(torch, text.precision.value)))
+        if text.precision is not Precision.FLOAT32:  # whatever precision diffusers was asked for
+            self.text_encoder.to(getattr(torch, text.precision.value))
+        source = LoadedText(text, self.tokenizer, aligned(self.text_encoder))
 
         def load(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
-            net = getattr(self, cfg.name).net.requires_grad_(False).to(memory_format=torch.channels_last)
-            return Stage(cfg, rule, net), ""
+            return Stage(cfg, rule, aligned(getattr(self, cfg.name).net)), ""
 
         on = Device(device=str(self.device), dtype=str(self.dtype).removeprefix("torch."))
         return Cascade(Chain.build(names, trees, text), Parts(lambda: source, load, source.files), on)

@@ -152,7 +152,8 @@ def apply(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
             f"weights {where}: {len(found)} differences from the model: {'; '.join(found[:8])}{more}",
             fix="use weights made for this configuration, or the configuration in their config.json",
         )
-    ready = {name: state[name].to(tensor.dtype) for name, tensor in wanted.items()}
+    # Copies: the last bits of a product depend on where its factors begin, and views into a file begin anywhere.
+    ready = {name: state[name].to(tensor.dtype, copy=True) for name, tensor in wanted.items()}
     module.load_state_dict(ready, assign=any(tensor.is_meta for tensor in wanted.values()))
 
 

@@ -365,7 +365,8 @@ def _encoder(folder: Path, verified: Mapping[str, bytes], precision: Precision, 
             fix="take both files from one model",
         )
     dtype = getattr(torch, precision.value)
-    model.load_state_dict({key: value.to(device, dtype) for key, value in state.items()}, assign=True)
+    # Copies, not views into a file: see checkpoint.apply.
+    model.load_state_dict({key: value.to(device, dtype, copy=True) for key, value in state.items()}, assign=True)
     model.requires_grad_(False)
     model.train(False)
     return model
