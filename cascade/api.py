@@ -12,7 +12,7 @@ the k-th video of a prompt is the same whatever else is asked for beside it. The
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from cascade import checkpoint, export, media
+from cascade import checkpoint, export, media, store
 from cascade.compose import compose
 from cascade.config import package_root
 from cascade.errors import ConfigError
@@ -30,7 +30,7 @@ from cascade.frames import OUTPUTS, Frames, of_clips, of_images, to_frames
 from cascade.pipeline import Chain, Device, Load, Runner, known_first, load_stage, read_input
 from cascade.request import Job, bars, jobs_of, take
 from cascade.stage import Rule, Stage, StageConfig
-from cascade.text import TextSource, check_prompt, encoder_files, text_source
+from cascade.text import TextSource, check_prompt, text_source
 from cascade.video import Video
 
 Callback = Callable[[Any, int, float, dict[str, Any]], dict[str, Any]]
@@ -53,7 +53,7 @@ class Parts:
 
     text: Callable[[], TextSource]
     load: Load
-    files: Callable[[], Iterable[tuple[str, bytes]]]  # of the text encoder, to save it
+    others: Callable[[Chain], store.Pairs] = export.others  # the files of all else, to save it
     offload: bool = False  # stages wait on the CPU for their turn
     _stages: dict[tuple[str, str], tuple[Stage, str]] = field(default_factory=dict)
 
@@ -83,9 +83,8 @@ class Cascade:
     """
 
     def __init__(self, chain: Chain, parts: Parts | None = None, on: Device | None = None) -> None:
-        files = partial(encoder_files, chain.text.encoder)
         self.chain = chain
-        self.parts = parts or Parts(partial(text_source, chain.text), load_stage, files)
+        self.parts = parts or Parts(partial(text_source, chain.text), load_stage)
         self.on = on or Device(device="cpu")
         self._quiet = False
 
@@ -115,7 +114,7 @@ class Cascade:
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes the chain as a folder that `from_pretrained` and diffusers load, whole or not at all."""
-        export.write(self.chain, Path(save_directory), self.parts.stage, self.parts.files)
+        export.write(self.chain, Path(save_directory), self.parts.stage, self.parts.others)
 
     # moving and cutting ----------------------------------------------------------------------------------------------
 

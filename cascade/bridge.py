@@ -8,21 +8,23 @@ name of its base class in the module of the component: ModelMixin, PreTrainedTok
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from diffusers.configuration_utils import register_to_config
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizer, T5EncoderModel  # noqa: F401  see above
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-from cascade import store
+from cascade import codec, export, store, text
 from cascade.api import Cascade, Parts
+from cascade.codec import Autoencoder, aligned
 from cascade.config import parse, plugin
 from cascade.pipeline import Chain, Device
 from cascade.stage import Rule, Stage, StageConfig
-from cascade.text import CONFIG, TOKENIZER, WEIGHTS, Precision, T5Text, TextConfig
+from cascade.text import TOKENIZER, Precision, T5Text, TextConfig
 
 
 class CascadeUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -50,14 +52,6 @@ class CascadeTokenizer(SentencePieceBackend):  # type: ignore[misc]
         super().__init__(vocab_file=vocab_file, **(kwargs | fixed | {"special_tokens_pattern": "eos"}))
 
 
-def aligned(module: nn.Module) -> nn.Module:
-    """The module with parameters that begin where torch's own begin, as checkpoint.apply leaves them, in our layout."""
-    for parameter in module.parameters():
-        if parameter.data_ptr() % 64:
-            parameter.data = parameter.data.clone()
-    return module.requires_grad_(False).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
-
-
 class LoadedText(T5Text):
     """A text encoder that diffusers has loaded."""
 
@@ -66,40 +60,51 @@ class LoadedText(T5Text):
         self.fingerprint = ""  # nothing is kept that it could be the name of
         self._told = set()
 
-    def files(self) -> Iterator[tuple[str, bytes]]:
-        """What `text.encoder_files` gives of a folder."""
-        yield CONFIG, self.model.config.to_json_string().encode()
-        yield TOKENIZER, self.tokenizer.serialized_model_proto()
-        shared = "encoder.embed_tokens.weight"  # shared.weight again
-        state = {name: tensor for name, tensor in self.model.state_dict().items() if name != shared}
-        yield WEIGHTS, store.tensors_to_bytes(state)
-
 
 class CascadePipeline(DiffusionPipeline):  # type: ignore[misc]
     """What `Cascade` is, as a pipeline of diffusers: loaded and moved as they are, called as `Cascade` is."""
 
     def __init__(
-        self, text_encoder: T5EncoderModel, tokenizer: CascadeTokenizer, chain: Mapping[str, Any], **stages: CascadeUNet
+        self, text_encoder: T5EncoderModel, tokenizer: CascadeTokenizer, chain: Mapping[str, Any], **models: ModelMixin
     ) -> None:
         super().__init__()
-        self.register_modules(text_encoder=text_encoder, tokenizer=tokenizer, **stages)
+        self.register_modules(text_encoder=text_encoder, tokenizer=tokenizer, **models)
         self.register_to_config(chain=dict(chain))
 
     @property
     def cascade(self) -> Cascade:
         """The same chain, with the components as they are now."""
-        names, text = self.config.chain["stages"], parse(self.config.chain["text"], TextConfig, "text")
+        names, encoder = self.config.chain["stages"], parse(self.config.chain["text"], TextConfig, "text")
         models = {name: getattr(self, name).config for name in names}
         trees = {name: {**model["settings"], "weights": model.get("_name_or_path")} for name, model in models.items()}
-        if text.precision is not Precision.FLOAT32:  # whatever precision diffusers was asked for
-            self.text_encoder.to(getattr(torch, text.precision.value))
-        source = LoadedText(text, self.tokenizer, aligned(self.text_encoder))
-
-        def load(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
-            return Stage(cfg, rule, aligned(getattr(self, cfg.name).net)), ""
-
+        if encoder.precision is not Precision.FLOAT32:  # whatever precision diffusers was asked for
+            self.text_encoder.to(getattr(torch, encoder.precision.value))
+        source = LoadedText(encoder, self.tokenizer, aligned(self.text_encoder))
         on = Device(device=str(self.device), dtype=str(self.dtype).removeprefix("torch."))
-        return Cascade(Chain.build(names, trees, text), Parts(lambda: source, load, source.files), on)
+        return Cascade(Chain.build(names, trees, encoder), Parts(lambda: source, self._stage, self._others), on)
+
+    def _stage(self, cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
+        net = aligned(getattr(self, cfg.name).net).to(memory_format=torch.channels_last)
+        stage = Stage(cfg, rule, net)
+        if cfg.codec.weights is not None:
+            model = aligned(getattr(self, cfg.codec.weights).to(torch.float32))
+            stage.coder = Autoencoder(cfg.codec, model, cfg.codec.weights)
+        return stage, ""
+
+    def _others(self, chain: Chain) -> Iterator[tuple[str, bytes]]:
+        """What `export.others` gives, from the components."""
+        tokens = self.tokenizer.sp_model.serialized_model_proto()
+        state = self.text_encoder.state_dict()
+        state.pop("encoder.embed_tokens.weight")  # shared.weight again
+        yield f"{export.TEXT}/{text.CONFIG}", self.text_encoder.config.to_json_string().encode()
+        yield f"{export.TEXT}/{text.TOKENIZER}", tokens
+        yield f"{export.TEXT}/{text.WEIGHTS}", store.tensors_to_bytes(state)
+        yield f"{export.TOKENS}/{text.TOKENIZER}", tokens
+        for name in export.autoencoders(chain):  # here the folder's name itself
+            model = getattr(self, name)
+            config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+            yield f"{name}/{codec.CONFIG}", store.canonical({**config, "_class_name": type(model).__name__})
+            yield f"{name}/{codec.WEIGHTS}", store.tensors_to_bytes(model.state_dict())
 
     def __call__(self, *args: Any, callback_on_step_end: Any = None, **kwargs: Any) -> Any:
         """See `Cascade.__call__`; `callback_on_step_end` is given this pipeline."""
@@ -113,4 +118,5 @@ class CascadePipeline(DiffusionPipeline):  # type: ignore[misc]
         """The folder as `cascade export` writes it, with its pipeline file and manifest."""
         if kwargs:
             raise ValueError(f"{', '.join(kwargs)}: not known here; the folder is always written as safetensors")
-        self.cascade.save_pretrained(save_directory)
+        cascade = self.cascade
+        export.write(cascade.chain, Path(save_directory), cascade.parts.stage, cascade.parts.others)

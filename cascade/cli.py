@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from cascade import __version__
 from cascade.compose import compose, split_prompts
 from cascade.config import fingerprint, package_root, parse, plain, suggest
-from cascade.errors import CascadeError, ConfigError, HostError, MemoryLimitError
+from cascade.errors import CascadeError, ConfigError, HostError, InputError, MemoryLimitError
 from cascade.request import Prompts, bars, jobs_of, take
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ cascade: cascaded text-to-video, stage by stage.
   cascade embed prompts=FILE out=DIR              write text embeddings once, for text.store=DIR
   cascade export [chain=tiny] out=DIR             a folder that diffusers and Cascade.from_pretrained load
   cascade info                                    versions, device, attention kernels
-  cascade list                                    chains and stages that can be named
+  cascade list                                    chains, whether their weights are here, and stages
 
   python -m stages.<kind> stage=tiny/base [task=sample|train|distill|evaluate]     one stage alone
       kinds: base, tsr, ssr, interp
@@ -188,11 +188,36 @@ def info(tree: dict[str, Any]) -> None:
 
 
 def list_(tree: dict[str, Any]) -> None:
-    """Chains and stages that can be named."""
+    """Chains, what they are and whether their weights are here; stages."""
+    from cascade.pipeline import Chain
+
     conf = package_root() / "conf"
-    for group in ("chain", "stage"):
-        names = sorted(str(path.relative_to(conf / group).with_suffix("")) for path in (conf / group).rglob("*.yaml"))
-        print(f"{group}: {', '.join(names)}")
+    for path in sorted((conf / "chain").rglob("*.yaml")):
+        name = path.relative_to(conf / "chain").with_suffix("").as_posix()
+        settings = compose("plan", [f"chain={name}"])
+        settings.pop("format")
+        chain = Chain.read(settings)
+        print(f"chain={name}: {', '.join(stage.name for stage in chain.stages)}; {weights_of(chain)}")
+        print("".join(f"    {line}\n" for line in opening(path)), end="")
+    names = sorted(path.relative_to(conf / "stage").with_suffix("").as_posix() for path in conf.glob("stage/**/*.yaml"))
+    print(f"stage={' '.join(names)}")
+
+
+def weights_of(chain: Chain) -> str:
+    """Whether the weights of a chain are on this machine."""
+    absent = []
+    for number, stage in enumerate(chain.stages):
+        try:
+            replace(chain, stages=chain.stages[number : number + 1]).check_weights()
+        except (ConfigError, InputError):
+            absent.append(stage.name)
+    return f"weights of {', '.join(absent)} are not here" if absent else "weights are here"
+
+
+def opening(path: Path) -> list[str]:
+    """The comment that a settings file begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    return [line.lstrip("# ") for line in lines if "@package" not in line]
 
 
 VERBS: dict[str, tuple[str | None, Callable[[dict[str, Any]], None]]] = {

@@ -99,9 +99,12 @@ class Codec:
         return folder
 
     def open(self) -> Coder:
-        """Loads the autoencoder (on the CPU); see `Autoencoder` for what it raises."""
+        """Loads the autoencoder (on the CPU).
+
+        Raises InputError for weights that are damaged or do not fit, NumericError for weights that are not finite.
+        """
         folder = self.folder()
-        return Pixels() if folder is None else Autoencoder(self, folder)
+        return Pixels() if folder is None else Autoencoder(self, _loaded(folder), str(folder), _hash(folder))
 
 
 class Coder(Protocol):
@@ -134,30 +137,27 @@ class Pixels:
 class Autoencoder:
     """diffusers' AutoencoderKL, frame by frame: z = scale (mode of q(z | x) - shift).
 
-    Raises InputError for weights that are damaged or do not fit the settings, NumericError for weights that are not
-    finite.
+    Raises InputError, naming `where` the model is from, if it does not fit the settings.
     """
 
-    def __init__(self, codec: Codec, folder: Path) -> None:
-        self.codec = codec
-        self.model = _loaded(folder)
+    def __init__(self, codec: Codec, model: Any, where: str, digest: str = "") -> None:
+        self.codec, self.model, self.hash = codec, model, digest
         made = self.model.config
         found = {"channels": made.latent_channels, "stride": 2 ** (len(made.block_out_channels) - 1)}
         for name, value in found.items():
             if getattr(codec, name) != value:
                 raise InputError(
-                    f"autoencoder {folder}: has {name} {value}, but codec.{name} is {getattr(codec, name)}",
+                    f"autoencoder {where}: has {name} {value}, but codec.{name} is {getattr(codec, name)}",
                     fix=f"codec.{name}={value}",
                 )
         if (made.in_channels, made.out_channels) != (COLOURS, COLOURS):
             raise InputError(
-                f"autoencoder {folder}: takes {made.in_channels} channels and gives {made.out_channels}, expected "
+                f"autoencoder {where}: takes {made.in_channels} channels and gives {made.out_channels}, expected "
                 f"{COLOURS}",
                 fix="another codec.weights",
             )
         self.scale = float(made.scaling_factor) if codec.scale is None else codec.scale
         self.shift = float(made.shift_factor or 0)
-        self.hash = _hash(folder)
 
     def to(self, device: torch.device) -> Coder:
         self.model.to(device)
@@ -216,7 +216,15 @@ def _loaded(folder: Path) -> Any:
     for key, value in model.state_dict().items():
         if not torch.isfinite(value).all():
             raise NumericError(f"autoencoder {folder}: {key} is not finite", fix="copy it again")
-    return model.requires_grad_(False).eval()
+    return aligned(model).eval()
+
+
+def aligned(model: Any) -> Any:
+    """A model that diffusers loaded, its parameters copied out of the file: see checkpoint.apply."""
+    for parameter in model.parameters():
+        if parameter.data_ptr() % 64:  # where torch's own memory begins
+            parameter.data = parameter.data.clone()
+    return model.requires_grad_(False)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ diffusion_pytorch_model.safetensors, README.md}}. diffusers reads it by its own 
 from __future__ import annotations
 
 import keyword
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 
-from cascade import checkpoint, store
-from cascade.codec import quiet
-from cascade.config import parse, plain
+from cascade import checkpoint, codec, store
+from cascade.config import locate, parse, plain
 from cascade.errors import ConfigError, InputError
 from cascade.pipeline import Chain, Load, load_stage
 from cascade.request import take
@@ -62,40 +61,49 @@ The same without diffusers, verified by `manifest.json`: `cascade.Cascade.from_p
 
 def check(chain: Chain) -> None:
     """Raises ConfigError for what cannot be exported, before anything loads."""
-    with quiet("xformers"):
+    taken = {TEXT, TOKENS, "chain", *autoencoders(chain).values()}
+    with codec.quiet("xformers"):
         from cascade.bridge import CascadePipeline
     for stage in chain.stages:
         name = stage.name
-        if not name.isidentifier() or keyword.iskeyword(name) or hasattr(CascadePipeline, name) or name in _OURS:
+        if not name.isidentifier() or keyword.iskeyword(name) or hasattr(CascadePipeline, name) or name in taken:
             raise ConfigError(
                 f"stage {name}: cannot be an attribute of a diffusers pipeline", fix="another name in `stages`"
             )
+
+
+def autoencoders(chain: Chain) -> dict[str, str]:
+    """The folder of each autoencoder, by where the chain has it: named for the first stage with its latents."""
+    found: dict[str, str] = {}
+    for stage in chain.stages:
         if stage.codec.weights is not None:
-            raise ConfigError(
-                f"stage {name}: works on latents, and autoencoders are not exported", fix="a chain that works on pixels"
-            )
+            found.setdefault(stage.codec.weights, f"{stage.name}_vae")
+    return found
 
 
-_OURS = {TEXT, TOKENS, "chain"}
+def others(chain: Chain) -> store.Pairs:
+    """The files of what a chain needs beside its stages: text encoder, tokenizer, autoencoders."""
+    for name, data in encoder_files(chain.text.encoder):
+        yield f"{TEXT}/{name}", data
+        if name == TOKENIZER:
+            yield f"{TOKENS}/{name}", data
+    for weights, name in autoencoders(chain).items():
+        for file in (codec.CONFIG, codec.WEIGHTS):
+            yield f"{name}/{file}", (locate(weights) / file).read_bytes()
 
 
-def write(
-    chain: Chain, out: Path, load: Load = load_stage, text: Callable[[], Iterable[tuple[str, bytes]]] | None = None
-) -> Path:
-    """Writes the folder `out`, whole or not at all, from the stages that `load` gives, one after the other.
-
-    `text` gives the files of the text encoder, where they are not those in the folder that the chain names.
-    """
+def write(chain: Chain, out: Path, load: Load = load_stage, besides: Callable[[Chain], store.Pairs] = others) -> Path:
+    """Writes the folder `out`, whole or not at all, from the stages that `load` gives, one after the other."""
     check(chain)
-    encoder = encoder_files(chain.text.encoder) if text is None else text()
-    return store.commit(out, _files(chain, load, encoder), kind=checkpoint.EXPORTED, replace=True)
+    return store.commit(out, _files(chain, load, besides(chain)), kind=checkpoint.EXPORTED, replace=True)
 
 
-def _files(chain: Chain, load: Load, encoder: Iterable[tuple[str, bytes]]) -> Iterator[tuple[str, bytes]]:
+def _files(chain: Chain, load: Load, besides: store.Pairs) -> store.Pairs:
     from cascade.bridge import CascadeTokenizer, CascadeUNet
 
-    names = [stage.name for stage in chain.stages]
+    names, coders = [stage.name for stage in chain.stages], autoencoders(chain)
     ours = {name: [CascadeUNet.__module__, CascadeUNet.__name__] for name in names}
+    ours |= {name: ["diffusers", "AutoencoderKL"] for name in coders.values()}
     index = {
         "_class_name": [Path(CODE).stem, "CascadePipeline"],
         "_diffusers_version": version("diffusers"),
@@ -105,17 +113,15 @@ def _files(chain: Chain, load: Load, encoder: Iterable[tuple[str, bytes]]) -> It
     }
     last = chain.stages[-1]
     yield INDEX, store.canonical(index | ours)
-    given = ", ".join(f"{name}={name}" for name in names)
-    yield CODE, PIPELINE.format(names=", ".join(names), given=given).encode()
+    given = ", ".join(f"{name}={name}" for name in ours)
+    yield CODE, PIPELINE.format(names=", ".join(ours), given=given).encode()
     yield checkpoint.CARD, README.format(names=", ".join(names), shape=last.shape, fps=last.fps).encode()
-    for name, data in encoder:
-        yield f"{TEXT}/{name}", data
-        if name == TOKENIZER:
-            yield f"{TOKENS}/{name}", data
+    yield from besides
     yield f"{TOKENS}/tokenizer_config.json", store.canonical({"tokenizer_class": CascadeTokenizer.__name__})
     for cfg, rule in zip(chain.stages, chain.rules, strict=True):
         stage, _ = load(cfg, rule, torch.device("cpu"))
-        settings = plain(replace(stage.cfg, weights=None, train=None))
+        coder = replace(cfg.codec, weights=coders.get(cfg.codec.weights or ""))
+        settings = plain(replace(stage.cfg, weights=None, train=None, codec=coder))
         for name, data in checkpoint.portable(stage.net.state_dict(), settings, CascadeUNet.__name__).items():
             yield f"{cfg.name}/{name}", data
         if cfg.weights not in (None, checkpoint.RANDOM):
@@ -136,6 +142,8 @@ def read(folder: Path) -> Chain:
     for name in names:
         config = store.from_json(store.member(folder, f"{name}/{checkpoint.CONFIG}"), folder / name / checkpoint.CONFIG)
         trees[name] = {**config["settings"], "weights": str(folder / name)}
+        if (coder := trees[name]["codec"])["weights"] is not None:
+            trees[name]["codec"] = {**coder, "weights": str(folder / coder["weights"])}
     return Chain.build(names, trees, parse({**text, "encoder": str(folder / TEXT)}, TextConfig, "text"))
 
 

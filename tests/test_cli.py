@@ -287,3 +287,15 @@ def test_the_shipped_encoder_fits_the_shipped_chain() -> None:
 def test_unknown_task_is_refused(stage: Any) -> None:
     with pytest.raises(ConfigError, match="task"):
         stage("base", "task=dance")
+
+
+def test_the_list_says_what_chains_are_and_whether_their_weights_are_here(
+    mini: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.command(["list"])
+    said = capsys.readouterr().out
+    assert "chain=tiny: base, tsr, ssr1, interp, ssr2; weights are here\n    The shipped chain: text -> 31" in said
+    assert "stage=" in said and "tiny/base" in said
+    tree = cli.settings("plan", ["chain=mini", "tsr.weights=null", "ssr.weights=none", "--config-dir", str(mini)])[0]
+    tree.pop("format")
+    assert cli.weights_of(pipeline.Chain.read(tree)) == "weights of tsr, ssr are not here"

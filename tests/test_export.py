@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import STAGES
+from conftest import LEVEL, STAGES
 
 from cascade import Cascade, checkpoint, cli, export, store
 from cascade.config import package_root, plain
 from cascade.errors import CascadeError, ConfigError, InputError
+from cascade.pipeline import Chain
 from cascade.text import T5Text, TextConfig
 
 PROMPT = "a large red circle moves left on a black background"
@@ -29,7 +30,7 @@ import json, sys
 import torch
 from diffusers import DiffusionPipeline
 
-folder, again, frames = sys.argv[1:]
+folder, latent, again, frames = sys.argv[1:]
 pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
 pipe.set_progress_bar_config(disable=True)
 seen = []
@@ -43,7 +44,10 @@ pipe.save_pretrained(again)
 named = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.bfloat16)
 named.set_progress_bar_config(disable=True)
 half = named({PROMPT!r}, generator=torch.Generator().manual_seed(7))
-torch.save({{"frames": out.video.frames, "half": half.video.frames}}, frames)
+latents = DiffusionPipeline.from_pretrained(latent, custom_pipeline=latent, trust_remote_code=True)
+latents.save_pretrained(again + "-latent")
+decoded = latents({PROMPT!r}, generator=torch.Generator().manual_seed(7))
+torch.save({{"frames": out.video.frames, "half": half.video.frames, "latent": decoded.video.frames}}, frames)
 ids = pipe.tokenizer([{PROMPT!r}, {ODD!r}]).input_ids
 refused = []
 for call in (pipe.enable_model_cpu_offload, lambda: pipe.save_pretrained(again, variant="fp16")):
@@ -52,7 +56,8 @@ for call in (pipe.enable_model_cpu_offload, lambda: pipe.save_pretrained(again, 
     except ValueError as error:
         refused.append(str(error))
 print(json.dumps({{
-    "seen": seen, "ids": ids, "components": sorted(pipe.components), "shape": out.frames.shape, "fps": out.fps,
+    "seen": seen, "ids": ids, "components": [sorted(pipe.components), sorted(latents.components)],
+    "shape": out.frames.shape, "fps": out.fps,
     "dtypes": [str(pipe.dtype), str(named.dtype)], "refused": refused,
 }}))
 """
@@ -67,12 +72,46 @@ def folder(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stranger(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def latent(tmp_path_factory: pytest.TempPathFactory) -> Cascade:
+    """A base and a tsr that work on the latents of one autoencoder; all weights random."""
+    from diffusers import AutoencoderKL
+
+    vae = tmp_path_factory.mktemp("vae")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            latent_channels=4,
+            norm_num_groups=4,
+        ).save_pretrained(vae)
+    net = {"levels": [LEVEL], "embedding": 8, "text": 128, "head": 4, "channels": 4}
+    shared = {
+        "net": net,
+        "diffusion": {"prediction": "v"},
+        "sampler": {"steps": 2},
+        "codec": {"kind": "latent", "weights": str(vae), "channels": 4, "stride": 2},
+        "weights": "random",
+    }
+    trees = {name: {"name": name, **STAGES[name], **shared} for name in ("base", "tsr")}
+    return Cascade(Chain.build(["base", "tsr"], trees, TextConfig(max_tokens=48)))
+
+
+@pytest.fixture(scope="module")
+def latent_folder(latent: Cascade, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "latent"
+    latent.save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def stranger(folder: Path, latent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What diffusers makes of the folder, in a process of its own."""
     home = tmp_path_factory.mktemp("home")
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # they decide the last bits
     env = {**os.environ, **threads, "PYTHONPATH": str(ROOT), "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    words = [str(folder), str(home / "again"), str(home / "frames.pt")]
+    words = [str(folder), str(latent_folder), str(home / "again"), str(home / "frames.pt")]
     done = subprocess.run([sys.executable, "-c", STRANGER, *words], cwd=home, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     said: dict[str, Any] = json.loads(done.stdout)
@@ -91,7 +130,20 @@ def test_diffusers_makes_the_same_frames(stranger: dict[str, Any], mini: Path) -
     assert torch.equal(stranger["made"]["frames"], frames(ours))
     assert stranger["shape"] == [1, 15, 16, 16, 3] and stranger["fps"] == 8
     assert stranger["seen"] == [[True, name, step, t] for name in STAGES for step, t in enumerate((1.0, 0.5))]
-    assert stranger["components"] == sorted([*STAGES, "text_encoder", "tokenizer"])
+    assert stranger["components"][0] == sorted([*STAGES, "text_encoder", "tokenizer"])
+
+
+def test_a_chain_of_latents_takes_its_autoencoder_with_it(
+    stranger: dict[str, Any], latent: Cascade, latent_folder: Path
+) -> None:
+    made = stranger["made"]["latent"]
+    assert stranger["components"][1] == ["base", "base_vae", "text_encoder", "tokenizer", "tsr"]
+    assert torch.equal(made, frames(latent)) and made.std() > 0.01
+    again = Path(f"{stranger['again']}-latent")
+    for folder in (latent_folder, again):
+        moved = Cascade.from_pretrained(folder)
+        assert {cfg.codec.weights for cfg in moved.chain.stages} == {str(folder.resolve() / "base_vae")}
+        assert torch.equal(frames(moved), made)
 
 
 def test_diffusers_in_half_precision_is_near(stranger: dict[str, Any]) -> None:
@@ -132,6 +184,13 @@ def test_the_folder_comes_back_as_the_chain_it_was(folder: Path, mini: Path, tmp
     ours.save_pretrained(tmp_path / "again")  # replaces it, by the same
     assert store.manifest(tmp_path / "again") == store.manifest(folder)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again"]
+
+
+def test_nothing_in_it_tells_where_it_was_made(folder: Path, latent_folder: Path, stranger: dict[str, Any]) -> None:
+    for where in (folder, latent_folder, stranger["again"], Path(f"{stranger['again']}-latent")):
+        for path in where.rglob("*"):
+            if path.suffix in (".json", ".py", ".md"):
+                assert str(folder.parent.parent) not in path.read_text() and str(ROOT) not in path.read_text()
 
 
 def test_a_folder_in_it_is_weights_for_any_command(folder: Path, mini: Path) -> None:
