@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from cascade import checkpoint, export, media, store
+from cascade import checkpoint, export, media
 from cascade.compose import compose
 from cascade.config import package_root
 from cascade.errors import ConfigError
@@ -53,7 +53,6 @@ class Parts:
 
     text: Callable[[], TextSource]
     load: Load
-    others: Callable[[Chain], store.Pairs] = export.others  # the files of all else, to save it
     offload: bool = False  # stages wait on the CPU for their turn
     _stages: dict[tuple[str, str], tuple[Stage, str]] = field(default_factory=dict)
 
@@ -90,12 +89,18 @@ class Cascade:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | Path, *settings: str, torch_dtype: torch.dtype = torch.float32, config_dir: Path | None = None
+        cls,
+        name: str | Path,
+        *settings: str,
+        torch_dtype: torch.dtype = torch.float32,
+        micro_batch: int = 1,
+        config_dir: Path | None = None,
     ) -> Cascade:
         """The chain `name` of conf/chain (or of `config_dir`), with `settings` as a command takes them, such as
         "base.sampler.steps=16"; or the folder that `save_pretrained` or `cascade export` wrote.
 
-        Raises ConfigError, InputError.
+        `micro_batch` videos are made at once: more is faster on a GPU and changes the last bits. Raises ConfigError,
+        InputError.
         """
         roots = [package_root() / "conf", *([config_dir] if config_dir is not None else [])]
         plain = isinstance(name, str) and re.fullmatch(r"[\w-]+", name)
@@ -110,11 +115,15 @@ class Cascade:
         else:
             raise ConfigError(f"{name}: is neither a chain of conf/chain nor a folder", fix="`cascade list`")
         chain.check_weights()
-        return cls(chain).to(torch_dtype)
+        return cls(chain, on=Device(device="cpu", micro_batch=micro_batch)).to(torch_dtype)
 
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes the chain as a folder that `from_pretrained` and diffusers load, whole or not at all."""
-        export.write(self.chain, Path(save_directory), self.parts.stage, self.parts.others)
+
+        def here(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
+            return self.parts.stage(cfg, rule, self.device)
+
+        export.write(self.chain, Path(save_directory), here)
 
     # moving and cutting ----------------------------------------------------------------------------------------------
 

@@ -74,14 +74,15 @@ class CascadePipeline(DiffusionPipeline):  # type: ignore[misc]
     @property
     def cascade(self) -> Cascade:
         """The same chain, with the components as they are now."""
-        names, encoder = self.config.chain["stages"], parse(self.config.chain["text"], TextConfig, "text")
+        names, folder = self.config.chain["stages"], str(Path(self.text_encoder.name_or_path).resolve())
+        encoder = parse({**self.config.chain["text"], "encoder": folder}, TextConfig, "text")
         models = {name: getattr(self, name).config for name in names}
         trees = {name: {**model["settings"], "weights": model.get("_name_or_path")} for name, model in models.items()}
         if encoder.precision is not Precision.FLOAT32:  # whatever precision diffusers was asked for
             self.text_encoder.to(getattr(torch, encoder.precision.value))
         source = LoadedText(encoder, self.tokenizer, aligned(self.text_encoder))
         on = Device(device=str(self.device), dtype=str(self.dtype).removeprefix("torch."))
-        return Cascade(Chain.build(names, trees, encoder), Parts(lambda: source, self._stage, self._others), on)
+        return Cascade(Chain.build(names, trees, encoder), Parts(lambda: source, self._stage), on)
 
     def _stage(self, cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
         net = aligned(getattr(self, cfg.name).net).to(memory_format=torch.channels_last)
@@ -118,5 +119,4 @@ class CascadePipeline(DiffusionPipeline):  # type: ignore[misc]
         """The folder as `cascade export` writes it, with its pipeline file and manifest."""
         if kwargs:
             raise ValueError(f"{', '.join(kwargs)}: not known here; the folder is always written as safetensors")
-        cascade = self.cascade
-        export.write(cascade.chain, Path(save_directory), cascade.parts.stage, cascade.parts.others)
+        export.write(self.cascade.chain, Path(save_directory), self._stage, self._others)

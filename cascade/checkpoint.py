@@ -100,8 +100,12 @@ def check(directory: Path) -> None:
 def portable(state: Mapping[str, Tensor], settings: Mapping[str, Any], model: str) -> dict[str, bytes]:
     """The files of a folder from which diffusers makes the class `model`; `settings` are the stage's.
 
-    Where half precision holds every value exactly it is used: what was loaded from it becomes no larger.
+    Where half precision holds every value exactly it is used: what was loaded from it becomes no larger. Raises
+    NumericError if a value is not finite.
     """
+    for name, tensor in state.items():
+        if not _finite(tensor):
+            raise NumericError(f"weights: {name} is not finite", fix="train from an earlier step")
     half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     lossless = all(torch.equal(half[name].to(tensor), tensor) for name, tensor in state.items())
     named = {PREFIX + name: tensor for name, tensor in (half if lossless else state).items()}

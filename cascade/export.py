@@ -21,7 +21,7 @@ from cascade.config import locate, parse, plain
 from cascade.errors import ConfigError, InputError
 from cascade.pipeline import Chain, Load, load_stage
 from cascade.request import take
-from cascade.text import TOKENIZER, TextConfig, encoder_files
+from cascade.text import TOKENIZER, TextConfig, encoder_files, find_encoder
 
 INDEX, TEXT, TOKENS, CODE = "model_index.json", "text_encoder", "tokenizer", "pipeline.py"
 PIPELINE = '''\
@@ -166,6 +166,7 @@ def verb(tree: dict[str, Any]) -> None:
     if ask.out is None:
         raise ConfigError("out is missing", fix="out=DIRECTORY")
     chain.check_weights()
+    find_encoder(chain.text.encoder)
     check(chain)
     with store.lock(Path(ask.out)):
         print(write(chain, Path(ask.out)))

@@ -162,6 +162,19 @@ def test_a_callback_sees_every_step_and_changes_nothing_by_itself(pipe: Any) -> 
     ]
 
 
+def test_a_callback_is_told_which_videos_are_made_at_once(mini: Path) -> None:
+    pair = Cascade.from_pretrained("mini", "stages=[base]", micro_batch=2, config_dir=mini)
+    pair.set_progress_bar_config(disable=True)
+    seen: list[tuple[Any, ...]] = []
+
+    def second(of: Any, step: int, t: float, kwargs: dict[str, Any]) -> dict[str, Any]:
+        seen.append((step, kwargs["videos"], len(kwargs["latents"])))
+        return kwargs
+
+    assert pair([PROMPT, OTHER, PROMPT], callback_on_step_end=second).frames.shape[0] == 3  # type: ignore[union-attr]
+    assert seen == [(0, [0, 1], 2), (1, [0, 1], 2), (0, [2], 1), (1, [2], 1)]
+
+
 def test_what_a_callback_returns_goes_on(base: Any) -> None:
     def flat(of: Any, step: int, t: float, kwargs: dict[str, Any]) -> dict[str, Any]:
         return {"latents": torch.full_like(kwargs["latents"], 0.25)} if step == 1 else {}

@@ -16,7 +16,7 @@ from conftest import LEVEL, STAGES
 
 from cascade import Cascade, checkpoint, cli, export, store
 from cascade.config import package_root, plain
-from cascade.errors import CascadeError, ConfigError, InputError
+from cascade.errors import CascadeError, ConfigError, InputError, NumericError
 from cascade.pipeline import Chain
 from cascade.text import T5Text, TextConfig
 
@@ -73,8 +73,9 @@ def folder(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def latent(tmp_path_factory: pytest.TempPathFactory) -> Cascade:
-    """A base and a tsr that work on the latents of one autoencoder; all weights random."""
+    """A base and a tsr that work on the latents of one autoencoder, with a text encoder in shards; all random."""
     from diffusers import AutoencoderKL
+    from transformers import T5Config, T5EncoderModel
 
     vae = tmp_path_factory.mktemp("vae")
     with torch.random.fork_rng(devices=[]):
@@ -86,7 +87,11 @@ def latent(tmp_path_factory: pytest.TempPathFactory) -> Cascade:
             latent_channels=4,
             norm_num_groups=4,
         ).save_pretrained(vae)
-    net = {"levels": [LEVEL], "embedding": 8, "text": 128, "head": 4, "channels": 4}
+        settings = T5Config(vocab_size=512, d_model=16, d_kv=4, d_ff=8, num_layers=1, num_heads=4, dropout_rate=0.0)
+        encoder = tmp_path_factory.mktemp("t5")
+        T5EncoderModel(settings).save_pretrained(encoder, max_shard_size="8KB")
+    shutil.copy(ROOT / "checkpoints/tiny/text/spiece.model", encoder)
+    net = {"levels": [LEVEL], "embedding": 8, "text": 16, "head": 4, "channels": 4}
     shared = {
         "net": net,
         "diffusion": {"prediction": "v"},
@@ -95,7 +100,7 @@ def latent(tmp_path_factory: pytest.TempPathFactory) -> Cascade:
         "weights": "random",
     }
     trees = {name: {"name": name, **STAGES[name], **shared} for name in ("base", "tsr")}
-    return Cascade(Chain.build(["base", "tsr"], trees, TextConfig(max_tokens=48)))
+    return Cascade(Chain.build(["base", "tsr"], trees, TextConfig(encoder=str(encoder), max_tokens=48)))
 
 
 @pytest.fixture(scope="module")
@@ -224,13 +229,18 @@ def test_what_half_precision_holds_is_kept_in_it() -> None:
         assert all(torch.equal(back[f"net.{name}"].float(), tensor) for name, tensor in state.items())
 
 
+def test_what_is_not_finite_is_not_exported() -> None:
+    with pytest.raises(NumericError, match="weights: a is not finite"):
+        checkpoint.portable({"a": torch.tensor([1.0, float("nan")])}, {}, "Model")
+
+
 FAULTS: list[tuple[list[str], int, str]] = [
     (["out=x", "format=onnx"], 2, "format is 'onnx', expected diffusers"),
     ([], 2, "out is missing"),
     (["out=x", "base.weights=none"], 3, "none"),
     (["out=x", "base.weights=null"], 2, "base has no weights"),
     (["out=file"], 3, "file: it exists and is not an artefact"),
-    (["out=x", "text.encoder=./none"], 3, "none"),
+    (["out=deep/x", "text.encoder=./none"], 3, "none"),
 ]
 
 
