@@ -13,7 +13,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from cascade import __version__
 from cascade.compose import compose, split_prompts
 from cascade.config import fingerprint, package_root, parse, plain, suggest
-from cascade.errors import CascadeError, ConfigError, HostError, InputError, MemoryLimitError
+from cascade.errors import CascadeError, ConfigError, HostError, MemoryLimitError
 from cascade.request import Prompts, bars, jobs_of, take
 
 if TYPE_CHECKING:
@@ -197,21 +197,12 @@ def list_(tree: dict[str, Any]) -> None:
         settings = compose("plan", [f"chain={name}"])
         settings.pop("format")
         chain = Chain.read(settings)
-        print(f"chain={name}: {', '.join(stage.name for stage in chain.stages)}; {weights_of(chain)}")
+        absent = ", ".join(chain.absent())
+        weights = f"weights of {absent} are not here" if absent else "weights are here"
+        print(f"chain={name}: {', '.join(stage.name for stage in chain.stages)}; {weights}")
         print("".join(f"    {line}\n" for line in opening(path)), end="")
     names = sorted(path.relative_to(conf / "stage").with_suffix("").as_posix() for path in conf.glob("stage/**/*.yaml"))
     print(f"stage={' '.join(names)}")
-
-
-def weights_of(chain: Chain) -> str:
-    """Whether the weights of a chain are on this machine."""
-    absent = []
-    for number, stage in enumerate(chain.stages):
-        try:
-            replace(chain, stages=chain.stages[number : number + 1]).check_weights()
-        except (ConfigError, InputError):
-            absent.append(stage.name)
-    return f"weights of {', '.join(absent)} are not here" if absent else "weights are here"
 
 
 def opening(path: Path) -> list[str]:

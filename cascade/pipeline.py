@@ -146,12 +146,22 @@ class Chain:
         at = names.index(start)
         return Chain(self.stages[at:], self.rules[at:], self.text)
 
-    def check_weights(self) -> None:
-        """Every stage's weights are there: said before anything heavy loads. Raises ConfigError, InputError."""
+    def absent(self) -> dict[str, CascadeError]:
+        """The stages whose weights are not there, and why; nothing heavy loads."""
+        found: dict[str, CascadeError] = {}
         for stage in self.stages:
-            if stage.weights != checkpoint.RANDOM:
-                checkpoint.check(checkpoint.locate(stage.weights, stage.name, stage.sampler.steps))
-            stage.codec.folder()
+            try:
+                if stage.weights != checkpoint.RANDOM:
+                    checkpoint.check(checkpoint.locate(stage.weights, stage.name, stage.sampler.steps))
+                stage.codec.folder()
+            except (ConfigError, InputError) as error:
+                found[stage.name] = error
+        return found
+
+    def check_weights(self) -> None:
+        """Raises ConfigError or InputError for the first stage whose weights are not there."""
+        for error in self.absent().values():
+            raise error
 
 
 def _check_windows(stage: StageConfig, rate: int) -> None:
