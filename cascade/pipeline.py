@@ -379,12 +379,9 @@ class Runner:
                     stage, [job for job, _ in group], [inputs[job.directory][0] for job, _ in group], tick
                 )
                 for (job, key), video in zip(group, videos, strict=True):
-                    inputs[job.directory] = (
-                        video,
-                        commit_stage(job.directory / "stages" / cfg.name, video, key, preview=i == 0)
-                        if self.disk
-                        else "",
-                    )
+                    folder = job.directory / "stages" / cfg.name
+                    kept = commit_stage(folder, video, key, preview=i == 0) if self.disk else ""
+                    inputs[job.directory] = video, kept
                 counter += len(group) * cfg.sampler.steps
             del stage
         return {path: video for path, (video, _) in inputs.items() if video is not None}
