@@ -21,7 +21,7 @@ from cascade.diffusion import Diffusion, Path
 from cascade.errors import ConfigError
 from cascade.grid import Spacing
 from cascade.noise import generator
-from cascade.sampler import Denoise, Draw, Hook, Sampler, Threshold, keep_known, reconstruction, sample, shared
+from cascade.sampler import After, Denoise, Draw, Hook, Sampler, Threshold, keep_known, reconstruction, sample, shared
 from cascade.sampler import Rule as StepRule
 from cascade.text import Text, TextConfig
 from cascade.unet import Cond, UNetConfig, VideoUNet
@@ -408,20 +408,21 @@ class Stage:
         noise: Draw,
         progress: Callable[[int], None] | None = None,
         start: tuple[Video, float] | None = None,
+        after: After | None = None,
     ) -> Video:
         """A video from the one before (None: from text alone), on the CPU.
 
         `noise` says what its randomness depends on (see `Noise`). With `start`, a video and a time, sampling goes on
-        from that video noised to that time, on as fine a grid.
+        from that video noised to that time, on as fine a grid. `after` sees, and may replace, what each step made.
         """
         if not self.cfg.windows.in_turn:
-            return self._sample(low, text, negative, noise, progress, start)
+            return self._sample(low, text, negative, noise, progress, start, after)
         if low is None:
             raise ConfigError(
                 f"{self.cfg.name}: windows.rule is {self.cfg.windows.rule.value}, which needs an incoming video",
                 fix=f"{self.cfg.name}.windows.rule=blend",
             )
-        return self._in_turn(low, text, negative, noise, progress)
+        return self._in_turn(low, text, negative, noise, progress, after)
 
     def _in_turn(
         self,
@@ -430,6 +431,7 @@ class Stage:
         negative: Text | None,
         noise: Draw,
         progress: Callable[[int], None] | None,
+        after: After | None,
     ) -> Video:
         """Windows that are clips of their own, one after the other."""
         cfg, rate, steps = self.cfg, self.rule.rate(self.cfg), self.cfg.sampler.steps
@@ -450,7 +452,7 @@ class Stage:
                 if progress is not None:
                     progress((number * steps + done) // len(spans))
 
-            out[:, :, first:end] = self._sample(Video(given, low.fps), text, negative, draw, tick, None).frames
+            out[:, :, first:end] = self._sample(Video(given, low.fps), text, negative, draw, tick, None, after).frames
         return Video(out, low.fps * rate)
 
     def _sample(
@@ -461,6 +463,7 @@ class Stage:
         noise: Draw,
         progress: Callable[[int], None] | None,
         start: tuple[Video, float] | None,
+        after: After | None,
     ) -> Video:
         """One run of the sampler."""
         cfg, sampler = self.cfg, self.cfg.sampler
@@ -510,7 +513,7 @@ class Stage:
             first = None
         x = sample(
             cfg.diffusion, denoise, sampler, draw, full,
-            start=first, hooks=hooks, progress=progress, device=self.device,
+            start=first, hooks=hooks, progress=progress, after=after, device=self.device,
         )  # fmt: skip
         x = self.coder.to(self.device).decode(x).clamp(-1, 1)
         fps = cfg.fps if low is None else low.fps if shape == low.shape else low.fps * self.rule.rate(cfg)
