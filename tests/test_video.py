@@ -48,7 +48,8 @@ def test_between_known_frames_stands_their_blend_and_after_the_last_its_copy(giv
 @pytest.mark.parametrize("frames", [7, 9])
 def test_gaps_are_filled_as_asked(frames: int) -> None:
     x = draw(3)
-    (blend, mask), (repeat, _), (blank, _) = (spread(x, 3, frames, fill) for fill in Fill)
+    blend, repeat, blank = (spread(x, 3, frames, fill)[0] for fill in (Fill.BLEND, Fill.REPEAT, Fill.BLANK))
+    mask = spread(x, 3, frames)[1]
     assert mask[0, 0, :, 0, 0].tolist() == [1, 0, 0, 1, 0, 0, 1, 0, 0][:frames]
     for filled in (blend, repeat, blank):
         assert torch.equal(filled[:, :, ::3], x)
