@@ -45,7 +45,9 @@ class EvaluateConfig:
     split: str = "all"  # compositions: train, held_out (kept out of training), or all: both in turn
     two: float = 0.0  # share of clips with two things
     wording: str = "plain"  # of the prompts: plain, trained (any wording of training), unseen (wordings never trained)
-    image: bool = False  # a stage that starts from text alone gets the first frame of a real clip as well
+    given: bool = (
+        False  # a stage that starts from text alone gets what its training gives it: known=1 known_kinds=[half]
+    )
     label: dict[str, str] = field(default_factory=dict)  # for `cascade report`: method, gap, ...; changes no answer
 
     def __post_init__(self) -> None:
@@ -66,7 +68,8 @@ class Case:
     rate: int = 1  # output frames for each input frame
     low: Tensor | None = None  # (B, 3, f, h, w), the input
     given: Tensor | None = None  # (B, 3, F, H, W), the input at the size of the output
-    known: Tensor | None = None  # (B, F), frames of `given` that have to come out as they are
+    mask: Tensor | None = None  # (B, 1, F, 1, 1) or (B, 1, F, H, W), what of `given` has to come out as it is
+    known: Tensor | None = None  # (B, F), frames all of which has to
     specs: list[Spec] | None = None  # what the prompts say
     borders: list[int] | None = None  # frames at which a window begins, or before which one ends
 
@@ -74,6 +77,7 @@ class Case:
 ABSENT = {
     "low": "the stage has no video as its input",
     "given": "the stage has no video as its input",
+    "mask": "the stage has no video as its input",
     "known": "the stage has no video as its input",
     "borders": "the stage works on all frames at once, without windows",
     "specs": "what these clips show is not known, only their captions",

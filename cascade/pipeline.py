@@ -24,7 +24,7 @@ from cascade.config import fingerprint, parse, plain, plugin, suggest
 from cascade.errors import CascadeError, ConfigError, HostError, InputError, NumericError
 from cascade.noise import Noise
 from cascade.request import Job, take
-from cascade.stage import Rule, Stage, StageConfig
+from cascade.stage import Rule, Stage, StageConfig, from_text
 from cascade.text import Text, TextConfig, TextSource, known_width
 from cascade.video import Video
 
@@ -124,7 +124,7 @@ class Chain:
             raise ConfigError("two stages have one name, which keys their noise", fix="different names in `stages`")
         width = known_width(self.text)
         for stage, rule in zip(self.stages, self.rules, strict=True):
-            _check_windows(stage, rule.rate(stage))
+            _check_windows(stage, rule)
             if width is not None and stage.net.text != width:
                 raise ConfigError(
                     f"{stage.name}: net.text is {stage.net.text}, but the embeddings of "
@@ -145,8 +145,14 @@ class Chain:
         return Chain(self.stages[at:], self.rules[at:], self.text)
 
 
-def _check_windows(stage: StageConfig, rate: int) -> None:
+def _check_windows(stage: StageConfig, rule: Rule) -> None:
     """A window holds whole groups of frames: from one known frame to the next, as the clip itself does."""
+    if stage.windows.chained and not from_text(stage, rule):
+        raise ConfigError(
+            f"{stage.name}: windows.chained is true, but the stage is given a whole video, not known frames of its own",
+            fix=f"{stage.name}.windows.chained=false",
+        )
+    rate = rule.rate(stage)
     frames, extra = stage.windows.frames, stage.shape.frames % rate
     if frames and (frames < rate or frames % rate != extra):
         near = max(1, round((frames - extra) / rate)) * rate + extra
@@ -278,27 +284,6 @@ def read_clip(data: bytes, where: str) -> Video:
     return Video(frames[None].float(), float(fps))
 
 
-def read_input(path: Path, size: tuple[int, int]) -> Video:
-    """The user's own clip, lossless or any video file, at the height and width that a stage takes."""
-    if not path.is_file():
-        raise InputError(f"input {path}: no such file", fix="input=FILE")
-    if path.suffix == ".safetensors":
-        return read_clip(path.read_bytes(), str(path)).resize(*size)
-    video = media.read_video(path)
-    return Video(media.fit(video.frames[0].transpose(0, 1), *size).transpose(0, 1)[None], video.fps)
-
-
-def first_frame(path: Path, cfg: StageConfig) -> Video:
-    """An image as the known first frame of a clip."""
-    if not path.is_file():
-        raise InputError(f"image {path}: no such file", fix="image=FILE")
-    image = media.fit(media.read_image(path)[None], cfg.shape.height, cfg.shape.width)[0]
-    frames = image[None, :, None].repeat(1, 1, cfg.shape.frames, 1, 1)
-    known = torch.zeros(1, cfg.shape.frames, dtype=torch.bool)
-    known[:, 0] = True
-    return Video(frames, cfg.fps, known)
-
-
 @dataclass
 class Runner:
     """Makes the videos of many jobs, stage by stage, each stage loaded once."""
@@ -417,8 +402,8 @@ def digest(video: Video | None) -> str:
     """Hash of a clip; of none: the empty string."""
     if video is None:
         return ""
-    known = "" if video.known is None else str(video.known.int().tolist())
-    return hashlib.sha256(video_bytes(video) + known.encode()).hexdigest()
+    known = b"" if video.known is None else video.known.to("cpu", torch.uint8).contiguous().numpy().tobytes()
+    return hashlib.sha256(video_bytes(video) + known).hexdigest()
 
 
 def finish(job: Job, video: Video, formats: Sequence[str], fps: float | None, meta: dict[str, Any]) -> None:

@@ -55,6 +55,8 @@ class Sampler:
     the first `guidance_constant` steps at `guidance`, then `guidance`, `guidance_low`, `guidance`, ... (Ho et al. 2022,
     Imagen Video, "Large guidance weights"). `gamma` belongs to the ancestral rule, `percentile` and `per` to the
     dynamic threshold. `strength` is the time at which a given video starts (SDEdit, Meng et al. 2022); 1 is pure noise.
+    `reconstruction` is the weight of the gradient that pulls x_hat towards what is known of the video but not told to
+    the network, see the function of that name; 0 is off, and what is known is then only put in its place.
     """
 
     steps: int
@@ -67,6 +69,7 @@ class Sampler:
     percentile: float = 0.995
     per: Per = Per.CLIP
     strength: float = 1.0
+    reconstruction: float = 0.0
 
     def __post_init__(self) -> None:
         low = 0.0 if self.guidance_low is None else self.guidance_low
@@ -78,6 +81,7 @@ class Sampler:
             ("guidance_constant", self.guidance_constant >= 0, "at least 0"),
             ("percentile", 0 < self.percentile <= 1, "a number above 0, at most 1"),
             ("strength", 0 < self.strength <= 1, "a number above 0, at most 1"),
+            ("reconstruction", 0 <= self.reconstruction < math.inf, "a number of at least 0"),
         ):
             if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")

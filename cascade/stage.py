@@ -18,12 +18,13 @@ from torch import Tensor
 
 from cascade.codec import COLOURS, Codec, Coder, Kind
 from cascade.diffusion import Diffusion, Path
-from cascade.sampler import Draw, Hook, Sampler, Threshold, keep_known, sample
+from cascade.errors import ConfigError
+from cascade.sampler import Draw, Hook, Sampler, StepDenoise, Threshold, keep_known, reconstruction, sample
 from cascade.sampler import Rule as StepRule
 from cascade.text import Text
 from cascade.unet import Cond, UNetConfig, VideoUNet
 from cascade.video import Shape, Video
-from cascade.windows import Windows, windowed
+from cascade.windows import Windows, chained, windowed
 
 
 @dataclass(kw_only=True)
@@ -189,8 +190,20 @@ class Rule(Protocol):
         ...
 
     def condition(self, low: Video, cfg: Any, shape: Shape) -> tuple[Tensor, Tensor]:
-        """The incoming video at the output's size (B, C, F, H, W) and its mask (B, 1, F, 1, 1)."""
+        """What the network is told: the incoming video at the output's size (B, C, F, H, W), and its mask.
+
+        The mask is (B, 1, F, 1, 1), or (B, 1, F, H, W) where the network was trained to know parts of frames.
+        """
         ...
+
+
+def from_text(cfg: StageConfig, rule: Rule) -> bool:
+    """Whether the stage needs no video: what it is given then is known parts of its own output."""
+    try:
+        rule.output(None, cfg)
+    except ConfigError:
+        return False
+    return True
 
 
 @dataclass
@@ -326,9 +339,11 @@ class Stage:
         """A video from the one before (None: from text alone), on the CPU.
 
         `noise` says what its randomness depends on (see `Noise`). With `start`, a video and a time, sampling goes on
-        from that video noised to that time, on as fine a grid.
+        from that video noised to that time, on as fine a grid. What `low` knows comes out exactly.
         """
         cfg, sampler = self.cfg, self.cfg.sampler
+        if cfg.windows.chained and low is not None and low.shape.frames > cfg.windows.frames:
+            return self._chained(low, text, negative, noise, progress)
         shape = self.rule.output(None if low is None else low.shape, cfg)
         full = (len(text.mask), cfg.net.channels, *cfg.codec.inside(shape))
         if start is not None:
@@ -348,11 +363,14 @@ class Stage:
             return x if w == 0 else (1 + w) * x - w * self.denoise(z, t, dropped)
 
         hooks: list[Hook] = []
+        towards: StepDenoise = denoise
         keeps = self.rule.KEEPS_KNOWN and low is not None
-        if keeps:
-            known, mask = self.rule.condition(low, cfg, shape)  # type: ignore[arg-type]
+        if low is not None and keeps:
+            known, mask = (low.frames, low.mask) if low.known is not None else self.rule.condition(low, cfg, shape)
             known, mask = known.to(self.device), mask.to(self.device)
-            hooks.append(keep_known(self.encode(known), cfg.codec.mask(mask)))
+            inside, kept = self.encode(known), cfg.codec.mask(mask)
+            hooks.append(keep_known(inside, kept))
+            towards = self._towards(denoise, inside, kept * (1 - cond.mask))
 
         def draw(shape: Sequence[int], step: int, purpose: str) -> Tensor:
             drawn = noise(shape, step, purpose)
@@ -360,12 +378,42 @@ class Stage:
 
         first = None if start is None else self.encode(start[0].frames.to(self.device))
         x = sample(
-            cfg.diffusion, denoise, sampler, draw, full,
+            cfg.diffusion, towards, sampler, draw, full,
             start=first, hooks=hooks, progress=progress, device=self.device,
         )  # fmt: skip
         x = self.coder.to(self.device).decode(x).clamp(-1, 1)
         fps = cfg.fps if low is None else low.fps * self.rule.rate(cfg)
         return Video((torch.where(mask > 0, known, x) if keeps else x).cpu(), fps)
+
+    def _towards(self, denoise: StepDenoise, known: Tensor, untold: Tensor) -> StepDenoise:
+        """`denoise`, drawn towards `known` where `untold` is 1: known, but not to the network."""
+        diffusion, weight = self.cfg.diffusion, self.cfg.sampler.reconstruction
+        if weight == 0 or not bool(untold.any()):
+            return denoise
+
+        def drawn(z: Tensor, t: Tensor, step: int) -> Tensor:
+            def at(z: Tensor, t: Tensor) -> Tensor:
+                return denoise(z, t, step)
+
+            return reconstruction(diffusion, at, lambda x: x * untold, known * untold, weight)(z, t)
+
+        return drawn
+
+    def _chained(
+        self, low: Video, text: Text, negative: Text | None, noise: Draw, progress: Callable[[int], None] | None
+    ) -> Video:
+        """A long video of which `low` says what is known, window after window."""
+        self.rule.output(low.shape, self.cfg)
+        steps = self.cfg.sampler.steps
+
+        def make(part: Video, noise: Draw, tick: Callable[[float], None]) -> Tensor:
+            return self.sample(part, text, negative, noise, lambda done: tick(done / steps)).frames
+
+        def told(share: float) -> None:
+            if progress is not None:
+                progress(int(share * steps))
+
+        return Video(chained(make, low, self.cfg.windows, noise, told), low.fps)
 
 
 AUGMENTATION = Diffusion()  # noise levels are times of the plain cosine schedule, whatever the stage's own

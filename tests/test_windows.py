@@ -50,6 +50,20 @@ def test_windows_cover_the_video_and_begin_at_known_frames(plan: tuple[int, Wind
         assert windows.frames <= total - starts[-1] < windows.frames + rate
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 12), st.integers(0, 11))
+def test_chained_windows_make_every_frame_once_and_see_what_is_before_it(
+    known: list[bool], frames: int, overlap: int
+) -> None:
+    windows, done = Windows(frames=frames, overlap=min(overlap, frames - 1), chained=True), list(known)
+    for start in windows.chain(torch.tensor(known)):
+        first = done.index(False)
+        assert 0 <= start <= max(0, len(known) - frames) and start <= first < start + frames
+        assert first - start >= min(first, windows.overlap)
+        done[start : start + frames] = [True] * len(done[start : start + frames])
+    assert all(done)
+
+
 @settings(max_examples=40, deadline=None)
 @given(plans())
 def test_borders_are_where_other_windows_see_a_frame(plan: tuple[int, Windows, int]) -> None:
