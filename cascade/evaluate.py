@@ -152,6 +152,10 @@ def answer(
     if MADE not in variants or exam.cfg.given:
         low = degraded(stage, truth, questions, seed)
         case.low = None if MADE in variants else low.frames
+    elif exam.cfg.image:
+        first = torch.arange(cfg.shape.frames) < 1
+        low = Video(truth, cfg.fps, first.expand(len(truth), -1))
+    if low is not None:
         known = low.known is not None
         case.given, mask = (low.frames * low.mask, low.mask) if known else rule.condition(low, cfg, cfg.shape)
         case.mask = (mask > 0) & rule.KEEPS_KNOWN
@@ -249,8 +253,10 @@ def judge_chain(runner: Runner, source: Source, cfg: EvaluateConfig, out: Path) 
     The clips are a chain's ordinary artefacts below `out`/videos, so that a run that was cut short goes on.
     """
     chain, exam = runner.chain, Exam(source, cfg)
-    if cfg.given:
-        raise ConfigError("given is for a stage alone", fix="python -m stages.base task=evaluate evaluate.given=true")
+    if cfg.image or cfg.given:
+        raise ConfigError(
+            "image and given are for a stage alone", fix="python -m stages.base task=evaluate evaluate.image=true"
+        )
     last = chain.stages[-1]
     names = cfg.metrics if cfg.metrics is not None else list(chain.rules[0].METRICS)
     stages = {}

@@ -45,15 +45,16 @@ class EvaluateConfig:
     split: str = "all"  # compositions: train, held_out (kept out of training), or all: both in turn
     two: float = 0.0  # share of clips with two things
     wording: str = "plain"  # of the prompts: plain, trained (any wording of training), unseen (wordings never trained)
-    given: bool = (
-        False  # a stage that starts from text alone gets what its training gives it: known=1 known_kinds=[half]
-    )
+    image: bool = False  # a stage that starts from text alone gets the first frame of a real clip as well
+    given: bool = False  # or what its training gives it: known=1 known_kinds=[half]
     label: dict[str, str] = field(default_factory=dict)  # for `cascade report`: method, gap, ...; changes no answer
 
     def __post_init__(self) -> None:
         for name, low, high in (("n", 1, 10**6), ("batch", 1, 10**4), ("two", 0, 1), ("seed", 0, 2**62)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {low} to {high}")
+        if self.image and self.given:
+            raise ValueError("image and given are both true, expected one of them")
         for name, legal in (("split", (*SPLITS, "all")), ("wording", WORDINGS)):
             if getattr(self, name) not in legal:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(legal)}")

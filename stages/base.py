@@ -22,6 +22,7 @@ SIDES = (0.25, 0.75)  # shortest and longest of its sides, of the picture's
 class Config(StageConfig):
     known: float = 0.0  # fraction of training clips a part of which is given
     known_kinds: list[str] = field(default_factory=lambda: list(KINDS))  # which part, each kind as often
+    parts: bool = False  # the network is told of known parts of frames, for it was trained with holes
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,9 +108,9 @@ def hole(u: Tensor, height: int, width: int) -> Tensor:
 
 
 def condition(low: Video, cfg: Config, shape: Shape) -> tuple[Tensor, Tensor]:
-    """What is known, blank elsewhere: whole frames alone, unless parts of frames were part of the training."""
+    """What is known, blank elsewhere. Without `parts` parts of frames are known to the sampler alone."""
     assert low.known is not None, "base: frames were given without saying which are known"
-    mask = low.mask if HOLE in cfg.known_kinds else low.mask.amin((3, 4), keepdim=True)
+    mask = low.mask if cfg.parts else low.mask.amin((3, 4), keepdim=True)
     return low.frames * mask, mask
 
 

@@ -217,7 +217,16 @@ def test_a_stage_in_windows_is_judged_at_their_borders(kind: str, make_stage: An
     assert found["seam", condition].value > 0 and found["truth", condition].n == 2
 
 
-@pytest.mark.parametrize("kind", ["first", "ends", "hole"])
+def test_an_image_is_the_first_frame_given(make_stage: Any, encode: Any) -> None:
+    reports = []
+    for image in (True, False):
+        cfg = EvaluateConfig(n=3, image=image, given=not image, metrics=["known", "completion"])
+        stage = make_stage("base", std=0.1, known=1.0, known_kinds=["first"])
+        reports.append([row.value for row in judge_stage(stage, WORLD, encode, cfg).rows])
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("kind", ["ends", "some", "hole"])
 def test_what_is_given_comes_out_as_it_went_in(kind: str, make_stage: Any, encode: Any) -> None:
     cfg = EvaluateConfig(n=3, given=True, metrics=["known", "completion", "fidelity"])
     report = judge_stage(make_stage("base", std=0.1, known=1.0, known_kinds=[kind]), WORLD, encode, cfg)

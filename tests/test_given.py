@@ -203,8 +203,8 @@ def test_chained_windows_are_clips_that_know_the_end_of_the_one_before(make_stag
 def test_a_network_trained_on_frames_is_told_of_whole_frames_alone(stage_config: Make) -> None:
     rule, mask = plugin("base"), some(4, 0.5, 8, 8)
     mask[1] = True
-    for kinds, told in ((["half"], [1]), (["half", "hole"], [0, 1, 2, 3])):
-        cfg = stage_config("base", known_kinds=kinds)
+    for parts, told in ((False, [1]), (True, [0, 1, 2, 3])):
+        cfg = stage_config("base", parts=parts)
         low = Video(torch.ones(1, 3, 4, 8, 8), 8.0, mask[None])
         concat, seen = rule.condition(low, cfg, cfg.shape)
         assert seen[0, 0].flatten(1).any(1).nonzero()[:, 0].tolist() == told
