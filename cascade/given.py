@@ -6,6 +6,7 @@ A picture at either end, a clip that goes on, a clip with a hole: each is a `Vid
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,11 +77,12 @@ def with_ends(run: Given, cfg: StageConfig) -> Video | None:
             f"seconds is {run.seconds:g}, which is {total} frames of {cfg.name}, and {there} are given",
             fix=f"seconds={(there + new) / cfg.fps:g}",
         )
-    frames, known = torch.zeros(3, total, *size), torch.zeros(1, total, dtype=torch.bool)
+    video = Video.unknown(1, 3, replace(cfg.shape, frames=total), cfg.fps)
+    assert video.known is not None
     for part, place in ((head, slice(0, head.shape[1])), (tail, slice(total - tail.shape[1], total))):
-        frames[:, place] = part
-        known[:, place] = True
-    return Video(frames[None], cfg.fps, known)
+        video.frames[0, :, place] = part
+        video.known[:, place] = True
+    return video
 
 
 def with_hole(run: Given, cfg: StageConfig) -> Video:

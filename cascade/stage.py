@@ -342,9 +342,10 @@ class Stage:
         from that video noised to that time, on as fine a grid. What `low` knows comes out exactly.
         """
         cfg, sampler = self.cfg, self.cfg.sampler
-        if cfg.windows.chained and low is not None and low.shape.frames > cfg.windows.frames:
-            return self._chained(low, text, negative, noise, progress)
         shape = self.rule.output(None if low is None else low.shape, cfg)
+        if cfg.windows.chained and shape.frames > cfg.windows.frames:
+            whole = Video.unknown(len(text.mask), cfg.colours, shape, cfg.fps) if low is None else low
+            return self._chained(whole, text, negative, noise, progress)
         full = (len(text.mask), cfg.net.channels, *cfg.codec.inside(shape))
         if start is not None:
             sampler = replace(sampler, strength=start[1], steps=max(1, round(sampler.steps * start[1])))
@@ -403,7 +404,6 @@ class Stage:
         self, low: Video, text: Text, negative: Text | None, noise: Draw, progress: Callable[[int], None] | None
     ) -> Video:
         """A long video of which `low` says what is known, window after window."""
-        self.rule.output(low.shape, self.cfg)
         steps = self.cfg.sampler.steps
 
         def make(part: Video, noise: Draw, tick: Callable[[float], None]) -> Tensor:

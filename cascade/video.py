@@ -40,6 +40,12 @@ class Video:
     fps: float
     known: Tensor | None = None
 
+    @staticmethod
+    def unknown(batch: int, channels: int, shape: Shape, fps: float) -> Video:
+        """Blank clips of which nothing is known."""
+        frames = torch.zeros(batch, channels, shape.frames, shape.height, shape.width)
+        return Video(frames, fps, torch.zeros(batch, shape.frames, dtype=torch.bool))
+
     @property
     def shape(self) -> Shape:
         return Shape(frames=self.frames.shape[2], height=self.frames.shape[3], width=self.frames.shape[4])

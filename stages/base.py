@@ -42,7 +42,8 @@ def output(low: Shape | None, cfg: Config) -> Shape:
         return cfg.shape
     if (low.height, low.width) != (cfg.shape.height, cfg.shape.width):
         raise ConfigError(f"{cfg.name}: known frames come as {low}, expected {cfg.shape}", fix="image=FILE")
-    least, window = cfg.shape.frames, cfg.windows.frames
+    window = cfg.windows.frames
+    least = min(cfg.shape.frames, window or cfg.shape.frames)
     if low.frames < least:
         raise ConfigError(
             f"{cfg.name}: {low.frames} frames at {cfg.fps:g} a second, expected the {least} it makes at once, or more",

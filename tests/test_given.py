@@ -22,7 +22,7 @@ from cascade.sampler import Sampler
 from cascade.stage import Stage
 from cascade.text import TextConfig
 from cascade.unet import Cond
-from cascade.video import Video
+from cascade.video import Shape, Video
 from cascade.windows import Windows
 
 Make = Callable[..., Any]
@@ -191,9 +191,11 @@ def test_what_is_known_comes_out_exactly(
 def test_chained_windows_are_clips_that_know_the_end_of_the_one_before(make_stage: Make, encode: Make) -> None:
     stage = make_stage("base", 0.2, windows=CHAINED, sampler=Sampler(steps=2))
     text = encode([PROMPT])
-    nothing = Video(torch.zeros(1, 3, 8, 8, 8), 8.0, torch.zeros(1, 8, dtype=torch.bool))
+    nothing = Video.unknown(1, 3, Shape(frames=8, height=8, width=8), 8.0)
     whole = stage.sample(nothing, text, None, noise()).frames
     assert torch.equal(whole[:, :, :4], stage.sample(None, text, None, noise()).frames)
+    longer = Stage(replace(stage.cfg, shape=nothing.shape), stage.rule, stage.net)
+    assert torch.equal(whole, longer.sample(None, text, None, noise()).frames)
     for start in (2, 4):
         low = Video(whole[:, :, start : start + 4], 8.0, torch.tensor([[True, True, False, False]]))
         again = stage.sample(low, text, None, noise().window(start)).frames
