@@ -72,7 +72,7 @@ def degrade(video: Video, cfg: Config, rng: torch.Generator) -> Video | None:
     masks = kinds(torch.rand(batch, frames, generator=rng, device=rng.device))
     if HOLE in cfg.known_kinds:
         masks = {name: mask[..., None, None].expand(-1, -1, height, width) for name, mask in masks.items()}
-        around = hole(torch.rand(batch, 4, generator=rng, device=rng.device), height, width)
+        around = around_box(torch.rand(batch, 4, generator=rng, device=rng.device), height, width)
         masks[HOLE] = around[:, None].expand(-1, frames, -1, -1)
     choices = torch.stack([masks[name] for name in cfg.known_kinds])
     number = (len(choices) * kind).long().clamp(max=len(choices) - 1)
@@ -97,8 +97,8 @@ def kinds(u: Tensor) -> dict[str, Tensor]:
     }
 
 
-def hole(u: Tensor, height: int, width: int) -> Tensor:
-    """What is known (B, H, W) around a box drawn by u (B, 4) in [0, 1): its height, width, upper and left edge."""
+def around_box(u: Tensor, height: int, width: int) -> Tensor:
+    """Pixels (B, H, W) known, all but a box drawn by u (B, 4) in [0, 1): its height, width, upper and left edge."""
     size = torch.tensor([height, width], device=u.device)
     sides = ((SIDES[0] + (SIDES[1] - SIDES[0]) * u[:, :2]) * size).round().clamp(min=1)
     start = (u[:, 2:] * (size - sides + 1)).floor()

@@ -250,7 +250,7 @@ def test_reconstruction_leaves_alone_what_the_network_is_told(make_stage: Make, 
 
 def test_a_training_hole_is_a_box_within_the_picture() -> None:
     rule = plugin("base")
-    around = rule.hole(torch.rand(500, 4, generator=generator("hole")), 8, 12)  # type: ignore[attr-defined]
+    around = rule.around_box(torch.rand(500, 4, generator=generator("hole")), 8, 12)  # type: ignore[attr-defined]
     heights, widths = (~around).any(2).sum(1), (~around).any(1).sum(1)
     assert torch.equal((~around).sum((1, 2)), heights * widths)
     assert (heights.min(), heights.max(), widths.min(), widths.max()) == (2, 6, 3, 9)
