@@ -1,18 +1,19 @@
-"""Long videos in windows, all at once or one after the other.
+"""Long videos in windows.
 
-All at once: one sampler loop over the whole video, the denoiser works window by window. Every step the windows' x_hat
-are averaged where they overlap (MultiDiffusion, Bar-Tal et al. 2023; Lumiere sec. 3.3), with weights that fall towards
-a window's ends; the noise of a frame is the same in every window that sees it, because it belongs to the whole video.
-Memory grows with the window, not with the video.
+By default there is one sampler loop over the whole video, and the denoiser works window by window. Every step the
+windows' x_hat are averaged where they overlap (MultiDiffusion, Bar-Tal et al. 2023; Lumiere sec. 3.3), with weights
+that fall towards a window's ends; the noise of a frame is the same in every window that sees it, because it belongs to
+the whole video. Memory grows with the window, not with the video.
 
-One after the other (`chained`): each window has a loop of its own and is given the end of the one before as known
-frames (Ho et al. 2022, Video Diffusion Models, sec. 3.1: autoregressive extension).
+A stage that may be given parts of its own output goes on by itself (`rule: extend`): each window is told what the one
+before has made (Ho et al. 2022, Video Diffusion Models, sec. 3.1: autoregressive extension).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 from torch import Tensor
@@ -23,22 +24,60 @@ from cascade.unet import Cond
 from cascade.video import Video
 
 
+class Join(Enum):
+    """How windows become one video. All but the first way sample every window by itself, one after the other."""
+
+    BLEND = "blend"
+    OVERWRITE = "overwrite"  # where windows overlap the later one counts
+    CHAINED = "chained"  # the same, and a window's first frame is known: it is the finished one before it (Show-1)
+    EXTEND = "extend"  # the frames of the one before are known where they overlap, beside what is given of the video
+    FIRST = "first"  # only the first window is sampled, the other frames stay as they come in
+
+
 @dataclass(kw_only=True)
 class Windows:
-    """`frames` at once (0: all of them), neighbours sharing at least `overlap`; `chained`: one after the other.
+    """`frames` at once (0: all of them), neighbours sharing at least `overlap`.
 
-    Only a stage whose input may be known frames can chain its windows.
+    Windows sampled by themselves have to fill the clip exactly, but for those of `extend`. With `same_noise` each of
+    them starts from the noise of the first one's frames, and the noise no longer belongs to the frame.
     """
 
     frames: int = 0
     overlap: int = 0
-    chained: bool = False
+    rule: Join = Join.BLEND
+    same_noise: bool = False
 
     def __post_init__(self) -> None:
-        if self.chained and not self.frames:
-            raise ValueError("chained is true, but frames is 0, expected the frames of a window")
         if self.frames < 0 or not 0 <= self.overlap <= max(0, self.frames - 1):
             raise ValueError(f"frames is {self.frames} and overlap {self.overlap}, expected 0 <= overlap < frames")
+        if self.rule in (Join.BLEND, Join.EXTEND) and self.same_noise:
+            raise ValueError(f"same_noise is true, expected false where rule is {self.rule.value}")
+        if self.rule is not Join.BLEND and not self.frames:
+            raise ValueError(f"frames is 0, expected at least 1 where rule is {self.rule.value}")
+        if self.rule is Join.CHAINED and self.overlap != 1:
+            raise ValueError(f"overlap is {self.overlap}, expected 1 where rule is chained: the frame that is known")
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether every window is a run of the sampler."""
+        return self.rule is not Join.BLEND
+
+    def spans(self, total: int, rate: int = 1) -> list[tuple[int, int]]:
+        """First frame and end of every window that is sampled by itself; ConfigError if they do not fill the clip."""
+        if self.rule is Join.BLEND:
+            return [(0, total)]
+        if self.rule is Join.FIRST:
+            return [(0, min(self.frames, total))]
+        if self.rule is Join.EXTEND:
+            return [(start, min(start + self.frames, total)) for start in self.starts(total, rate)]
+        hop = max(rate, (self.frames - self.overlap) // rate * rate)
+        if total < self.frames or (total - self.frames) % hop:
+            fits = max(0, (total - self.frames) // hop) * hop + self.frames
+            raise ConfigError(
+                f"windows of {self.frames} frames, {hop} on from one to the next, do not fill {total} frames",
+                fix=f"shape.frames={fits} or {fits + hop}",
+            )
+        return [(start, start + self.frames) for start in range(0, total - self.frames + 1, hop)]
 
     def starts(self, total: int, rate: int = 1) -> list[int]:
         """First frames of the windows over `total` frames; all but the last start at a multiple of `rate`.
@@ -58,8 +97,8 @@ class Windows:
         last = (total - self.frames) // rate * rate
         return [*range(0, last, hop), last]
 
-    def chain(self, known: Tensor) -> list[int]:
-        """First frames of chained windows over a video whose frames `known` (F,) are there already.
+    def unmade(self, known: Tensor) -> list[int]:
+        """First frames of the windows of `extend` over a video whose frames `known` (F,) are there already.
 
         Each begins `overlap` frames before the first frame that is still to be made; none ends after the video.
         """
@@ -72,6 +111,8 @@ class Windows:
 
     def borders(self, total: int, rate: int = 1) -> list[int]:
         """The frames with which a window begins, or before which one ends, but for the video's own ends."""
+        if self.in_turn:
+            return sorted({frame for span in self.spans(total, rate) for frame in span} - {0, total})
         starts = self.starts(total, rate)
         return sorted({*starts[1:], *(start + self.frames for start in starts[:-1])})
 
@@ -90,23 +131,28 @@ def ramp(frames: int, overlap: int, first: bool, last: bool) -> Tensor:
 def windowed(
     denoise: Callable[[Tensor, Cond], Tensor], z: Tensor, cond: Cond, windows: Windows, rate: int = 1
 ) -> Tensor:
-    """x_hat of z (B, C, F, H, W) by `denoise` on windows of frames; one window is exactly one call."""
+    """x_hat of z (B, C, F, H, W) by `denoise` on windows of frames; one window is exactly one call.
+
+    `denoise` may say more than x_hat on the channels: all of it is averaged.
+    """
     total = z.shape[2]
-    starts = windows.starts(total, rate)
+    starts = [0] if windows.in_turn else windows.starts(total, rate)
     if len(starts) == 1:
         return denoise(z, cond)
-    out, weights = torch.zeros_like(z), torch.zeros(total, dtype=z.dtype, device=z.device)
+    out, weights = torch.zeros(()), torch.zeros(total, dtype=z.dtype, device=z.device)
     for start in starts:
         stop = total if start == starts[-1] else start + windows.frames
         weight = ramp(stop - start, windows.overlap, start == 0, stop == total).to(z)
         part = denoise(z[:, :, start:stop], cond.frames(start, stop))
+        if start == 0:
+            out = z.new_zeros(*part.shape[:2], *z.shape[2:])
         out[:, :, start:stop] += part * weight.view(1, 1, -1, 1, 1)
         weights[start:stop] += weight
     return out / weights.view(1, 1, -1, 1, 1)
 
 
-def chained(
-    make: Callable[[Video, Draw, Callable[[float], None]], Tensor],
+def extended(
+    make: Callable[[slice, Video, Draw, Callable[[float], None]], Tensor],
     low: Video,
     windows: Windows,
     noise: Draw,
@@ -114,13 +160,13 @@ def chained(
 ) -> Tensor:
     """The frames (B, C, F, H, W) of a long video of which `low` says what is known, window after window.
 
-    `make` gives the frames of a window from what is known of it, from its part of the whole video's noise, and tells
-    its progress, a share of 1. What `low` knows stays; what a window has made is known to the next one.
+    `make` gives a window's frames from its place, from what is known of it and from its part of the whole video's
+    noise, and tells its progress, a share of 1. What `low` knows stays; what a window has made the next one knows.
     """
     assert low.known is not None
     frames, known = low.frames.clone(), low.known.clone()
     total = low.shape.frames
-    starts = windows.chain(known.flatten(2).all(2).all(0) if known.ndim == 4 else known.all(0))
+    starts = windows.unmade(known.flatten(2).all(2).all(0) if known.ndim == 4 else known.all(0))
     for number, start in enumerate(starts):
         part = slice(start, start + windows.frames)
 
@@ -130,6 +176,6 @@ def chained(
         def tick(share: float, number: int = number) -> None:
             progress((number + share) / len(starts))
 
-        frames[:, :, part] = make(Video(frames[:, :, part], low.fps, known[:, part]), draw, tick)
+        frames[:, :, part] = make(part, Video(frames[:, :, part], low.fps, known[:, part]), draw, tick)
         known[:, part] = True
     return frames

@@ -53,7 +53,7 @@ def output(low: Shape | None, cfg: Config) -> Shape:
         raise ConfigError(
             f"{cfg.name}: {low.frames} frames, expected the {least} that it makes at once",
             fix=" ".join(
-                f"{cfg.name}.windows.{key}" for key in (f"frames={least}", f"overlap={least // 2}", "chained=true")
+                f"{cfg.name}.windows.{key}" for key in (f"frames={least}", f"overlap={least // 2}", "rule=extend")
             ),
         )
     return low

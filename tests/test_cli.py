@@ -197,9 +197,9 @@ GIVEN = {
 def test_what_is_given_is_exact_in_the_base_and_passes_through_the_chain(
     cascade: Any, stage: Any, files: None, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    chained = ["windows.frames=4", "windows.overlap=2", "windows.chained=true"]
+    extend = ["windows.frames=4", "windows.overlap=2", "windows.rule=extend"]
     words = [f"prompt={PROMPT}", *GIVEN[name]]
-    cascade("generate", *words, "out=run", *(f"base.{word}" for word in chained))
+    cascade("generate", *words, "out=run", *(f"base.{word}" for word in extend))
     base = pipeline.read_clip(video(Path("run"), "base"), "").frames[0]
     clip = pipeline.read_clip(Path("clip.safetensors").read_bytes(), "").frames[0, :, ::2]
     grey = {"first": round(1.25 * 127.5) / 127.5 - 1, "last": round(0.5 * 127.5) / 127.5 - 1}
@@ -217,10 +217,10 @@ def test_what_is_given_is_exact_in_the_base_and_passes_through_the_chain(
     frames = {"ends": 4, "extend": 10, "long": 8, "hole": 6}[name]
     last = pipeline.read_clip(video(Path("run"), "interp"), "").frames
     assert base.shape[1] == frames and last.shape == (1, 3, 4 * frames - 1, 16, 16)
-    stage("base", *words, "out=alone.safetensors", *chained)
+    stage("base", *words, "out=alone.safetensors", *extend)
     assert Path("alone.safetensors").read_bytes() == video(Path("run"), "base")
     monkeypatch.setattr(Stage, "sample", lambda *_, **__: pytest.fail("a finished stage ran again"))
-    cascade("generate", *words, "out=run", *(f"base.{word}" for word in chained))
+    cascade("generate", *words, "out=run", *(f"base.{word}" for word in extend))
 
 
 def test_another_picture_under_the_same_name_replaces_the_video(cascade: Any, files: None) -> None:
@@ -307,7 +307,7 @@ FAULTS: list[tuple[list[str], int, str]] = [
     (["generate", "prompt=x", "extend=a.mp4"], 3, "a.mp4"),
     (["generate", "prompt=x", "seconds=4"], 2, "windows"),
     (["generate", "prompt=x", "seconds=nan"], 2, "seconds"),
-    (["generate", "prompt=x", "tsr.windows.frames=4", "tsr.windows.chained=true"], 2, "chained"),
+    (["generate", "prompt=x", "tsr.windows.frames=4", "tsr.windows.rule=extend"], 2, "extend"),
     (["generate", "prompts=none.txt"], 3, "none.txt"),
     (["generate", "prompt=x", "base.weights=none"], 3, "none"),
     (["generate", "prompt=x", "base.weights=null"], 2, "weights"),

@@ -23,10 +23,10 @@ from cascade.stage import Stage
 from cascade.text import TextConfig
 from cascade.unet import Cond
 from cascade.video import Shape, Video
-from cascade.windows import Windows
+from cascade.windows import Join, Windows
 
 Make = Callable[..., Any]
-CHAINED = Windows(frames=4, overlap=2, chained=True)
+EXTEND = Windows(frames=4, overlap=2, rule=Join.EXTEND)
 PROMPT = "a red circle"
 
 
@@ -64,7 +64,7 @@ def known(video: Video | None) -> list[int]:
 
 
 def test_pictures_stand_at_the_ends_and_nothing_else_is_known(here: Path, stage_config: Make) -> None:
-    cfg = stage_config("base", windows=CHAINED)  # 4 frames of 8 x 8 at 8 fps
+    cfg = stage_config("base", windows=EXTEND)  # 4 frames of 8 x 8 at 8 fps
     assert asked(cfg) is None
     assert known(asked(cfg, image="dark.png")) == [0]
     both = asked(cfg, image="dark.png", last="light.png", seconds=1.0)
@@ -76,7 +76,7 @@ def test_pictures_stand_at_the_ends_and_nothing_else_is_known(here: Path, stage_
 
 @pytest.mark.parametrize("name", ["clip.safetensors", "clip.mp4"])
 def test_a_clip_goes_on_at_the_rate_of_the_stage(here: Path, name: str, stage_config: Make) -> None:
-    cfg = stage_config("base", windows=CHAINED)
+    cfg = stage_config("base", windows=EXTEND)
     longer = asked(cfg, extend=name)  # every second one of 12 frames, and one more window
     assert longer is not None and longer.shape.frames == 8 and known(longer) == [0, 1, 2, 3, 4, 5]
     assert (longer.frames[:, :, :6] - ramp(12)[:, :, ::2]).abs().max() < (0.05 if name.endswith("mp4") else 1e-6)
@@ -84,7 +84,7 @@ def test_a_clip_goes_on_at_the_rate_of_the_stage(here: Path, name: str, stage_co
 
 
 def test_a_hole_is_where_the_mask_is_white(here: Path, stage_config: Make) -> None:
-    cfg = stage_config("base", windows=CHAINED)
+    cfg = stage_config("base", windows=EXTEND)
     video = asked(cfg, input="clip.safetensors", mask="hole.png")
     assert video is not None and video.known is not None and video.known.shape == (1, 6, 8, 8)
     assert not video.known[:, :, 2:5, 3:7].any() and video.known.sum() == 6 * (64 - 12)
@@ -130,7 +130,7 @@ def test_what_cannot_be_given_is_refused(
 ) -> None:
     Path("short.mp4").write_bytes(media.encoded(torch.ones(3, 4, 8, 8), 16.0, ".mp4"))
     with pytest.raises(CascadeError) as error:
-        asked(stage_config("base", windows=CHAINED), **words)
+        asked(stage_config("base", windows=EXTEND), **words)
     assert error.value.code == code and named in error.value.message and error.value.fix, error.value
 
 
@@ -139,17 +139,17 @@ def test_a_stage_that_needs_a_video_takes_no_part_of_one(here: Path, kind: str, 
     for words in ({"image": "dark.png"}, {"input": "clip.mp4", "mask": "hole.png"}, {"seconds": 2.0}, {}):
         with pytest.raises(ConfigError, match=f"{kind} needs a video"):
             asked(stage_config(kind), **words)
-    chain = Chain([stage_config(kind, windows=replace(CHAINED, frames=5))], [plugin(kind)], TextConfig())  # type: ignore[list-item]
-    with pytest.raises(ConfigError, match=r"windows\.chained"):
+    chain = Chain([stage_config(kind, windows=replace(EXTEND, frames=5))], [plugin(kind)], TextConfig())  # type: ignore[list-item]
+    with pytest.raises(ConfigError, match=r"windows\.rule is extend"):
         chain.check()
 
 
 def test_a_long_video_needs_windows(here: Path, stage_config: Make) -> None:
-    with pytest.raises(ConfigError, match=r"windows\.chained=true") as error:
+    with pytest.raises(ConfigError, match=r"windows\.rule=extend") as error:
         asked(stage_config("base"), seconds=1.0)
     assert "8 frames, expected the 4" in error.value.message
-    with pytest.raises(ValueError, match="chained is true, but frames is 0"):
-        Windows(chained=True)
+    with pytest.raises(ValueError, match="frames is 0, expected at least 1 where rule is extend"):
+        Windows(rule=Join.EXTEND)
 
 
 # what the stage makes of them ----------------------------------------------------------------------------------------
@@ -170,13 +170,13 @@ def some(frames: int, share: float, *size: int) -> Tensor:
     return torch.rand(frames, *size, generator=generator("some", frames)) < share
 
 
-@pytest.mark.parametrize("chained", [True, False])
+@pytest.mark.parametrize("rule", [Join.EXTEND, Join.BLEND])
 @pytest.mark.parametrize("size", [(), (8, 8)])
 @pytest.mark.parametrize("frames", [4, 9])
 def test_what_is_known_comes_out_exactly(
-    frames: int, size: tuple[int, ...], chained: bool, make_stage: Make, encode: Make
+    frames: int, size: tuple[int, ...], rule: Join, make_stage: Make, encode: Make
 ) -> None:
-    windows = replace(CHAINED, chained=chained)
+    windows = replace(EXTEND, rule=rule)
     sampler = Sampler(steps=3, guidance=2.0, reconstruction=1.0)
     stage = make_stage("base", 0.2, windows=windows, sampler=sampler)
     low = part_of(stage, frames, some(frames, 0.5, *size), 2)
@@ -188,8 +188,8 @@ def test_what_is_known_comes_out_exactly(
     assert steps == sorted(steps) and steps[-1] == 3
 
 
-def test_chained_windows_are_clips_that_know_the_end_of_the_one_before(make_stage: Make, encode: Make) -> None:
-    stage = make_stage("base", 0.2, windows=CHAINED, sampler=Sampler(steps=2))
+def test_windows_that_extend_are_clips_that_know_the_end_of_the_one_before(make_stage: Make, encode: Make) -> None:
+    stage = make_stage("base", 0.2, windows=EXTEND, sampler=Sampler(steps=2))
     text = encode([PROMPT])
     nothing = Video.unknown(1, 3, Shape(frames=8, height=8, width=8), 8.0)
     whole = stage.sample(nothing, text, None, noise()).frames
