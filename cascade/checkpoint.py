@@ -6,6 +6,7 @@ dtypes, finiteness, and only then the module; safetensors itself has no checksum
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from cascade.errors import ConfigError, InputError, NumericError
 KIND = "weights"
 RANDOM = "random"  # in place of a directory: weights drawn at random, to try out a chain that has none
 MODEL, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+EXPORTED = "pipeline"  # kind of a folder in diffusers' layout; each stage is a folder in it, as `portable` has it
+PORTABLE, PREFIX = "diffusion_pytorch_model.safetensors", "net."  # diffusers' file; our network is `net` of its model
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,47 @@ def locate(weights: str | None, stage: str, steps: int) -> Path:
     return config.locate(directory)
 
 
+def check(directory: Path) -> None:
+    """Raises InputError where `load` would find no weights; their content is not read."""
+    if (directory / PORTABLE).is_file():
+        store.manifest(directory.parent, EXPORTED)
+    else:
+        store.manifest(directory, KIND)
+
+
+def portable(state: Mapping[str, Tensor], settings: Mapping[str, Any], model: str) -> dict[str, bytes]:
+    """The files of a folder from which diffusers makes the class `model`; `settings` are the stage's.
+
+    Where half precision holds every value exactly it is used: what was loaded from it becomes no larger. Raises
+    NumericError if a value is not finite.
+    """
+    for name, tensor in state.items():
+        if not _finite(tensor):
+            raise NumericError(f"weights: {name} is not finite", fix="train from an earlier step")
+    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    lossless = all(torch.equal(half[name].to(tensor), tensor) for name, tensor in state.items())
+    named = {PREFIX + name: tensor for name, tensor in (half if lossless else state).items()}
+    config = {"_class_name": model, "settings": dict(settings)}
+    return {CONFIG: store.canonical(config), PORTABLE: store.tensors_to_bytes(named)}
+
+
+def _ported(directory: Path) -> Weights:
+    """The inverse of `portable`, verified by the manifest of the pipeline that the folder is in."""
+    config, model = (
+        store.member(directory.parent, f"{directory.name}/{name}", EXPORTED) for name in (CONFIG, PORTABLE)
+    )
+    state = store.bytes_to_tensors(model, str(directory / PORTABLE))
+    settings = store.from_json(config, directory / CONFIG).get("settings")
+    if not isinstance(settings, dict) or not all(name.startswith(PREFIX) for name in state):
+        raise InputError(f"weights {directory}: are not of a stage of Cascade", fix="export the chain again")
+    digest = hashlib.sha256(config + model).hexdigest()
+    return Weights({name.removeprefix(PREFIX): tensor for name, tensor in state.items()}, settings, digest)
+
+
 def load(directory: Path) -> Weights:
     """Reads a weights directory that verifies. Raises InputError; other formats are refused by their content."""
+    if (directory / PORTABLE).is_file():
+        return _ported(directory)
     if directory.is_file():
         with directory.open("rb") as file:
             store.refuse_pickle(file.read(512), str(directory))
@@ -114,7 +156,8 @@ def apply(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
             f"weights {where}: {len(found)} differences from the model: {'; '.join(found[:8])}{more}",
             fix="use weights made for this configuration, or the configuration in their config.json",
         )
-    ready = {name: state[name].to(tensor.dtype) for name, tensor in wanted.items()}
+    # Copies: the last bits of a product depend on where its factors begin, and views into a file begin anywhere.
+    ready = {name: state[name].to(tensor.dtype, copy=True) for name, tensor in wanted.items()}
     module.load_state_dict(ready, assign=any(tensor.is_meta for tensor in wanted.values()))
 
 

@@ -43,8 +43,9 @@ cascade: cascaded text-to-video, stage by stage.
   cascade assets [only=[i3d]] [out=DIR]           fetch the networks that FVD, FID and LPIPS of the papers need
   cascade import weights=show1 source=DIR out=DIR published weights: modelscope, show1, if_image, lavie, lavie_interp
   cascade embed prompts=FILE out=DIR              write text embeddings once, for text.store=DIR
+  cascade export [chain=tiny] out=DIR             a folder that diffusers and Cascade.from_pretrained load
   cascade info                                    versions, device, attention kernels
-  cascade list                                    chains and stages that can be named
+  cascade list                                    chains, whether their weights are here, and stages
 
   python -m stages.<kind> stage=tiny/base [task=sample|train|distill|evaluate]     one stage alone
       kinds: base, tsr, ssr, interp
@@ -88,7 +89,7 @@ def generate(tree: dict[str, Any]) -> None:
         [plain(stage) for stage in chain.stages] + [plain(run), plain(on), plain(chain.text)]
     )[:16]  # fmt: skip
     first = given(run, chain.stages[0], chain.rules[0])
-    check_weights(chain)
+    chain.check_weights()
     from cascade import store
 
     jobs = jobs_of(texts, run.samples, out)
@@ -106,16 +107,6 @@ def chain_of(tree: dict[str, Any]) -> Chain:
     from cascade.pipeline import Chain
 
     return Chain.read(tree, [f.name for f in fields(Generate)])
-
-
-def check_weights(chain: Chain) -> None:
-    """Every stage's weights directory exists: said before anything heavy loads."""
-    from cascade import checkpoint, store
-
-    for stage in chain.stages:
-        if stage.weights != checkpoint.RANDOM:
-            store.manifest(checkpoint.locate(stage.weights, stage.name, stage.sampler.steps), "weights")
-        stage.codec.folder()
 
 
 def runner_of(chain: Chain, on: Any, run: Any, progress: Any) -> Runner:
@@ -151,6 +142,13 @@ def evaluate(tree: dict[str, Any]) -> None:
 def assets(tree: dict[str, Any]) -> None:
     """Networks of others, for measures."""
     from cascade.assets import verb
+
+    verb(tree)
+
+
+def export(tree: dict[str, Any]) -> None:
+    """A chain as a folder in diffusers' layout."""
+    from cascade.export import verb
 
     verb(tree)
 
@@ -198,11 +196,27 @@ def info(tree: dict[str, Any]) -> None:
 
 
 def list_(tree: dict[str, Any]) -> None:
-    """Chains and stages that can be named."""
+    """Chains, what they are and whether their weights are here; stages."""
+    from cascade.pipeline import Chain
+
     conf = package_root() / "conf"
-    for group in ("chain", "stage"):
-        names = sorted(str(path.relative_to(conf / group).with_suffix("")) for path in (conf / group).rglob("*.yaml"))
-        print(f"{group}: {', '.join(names)}")
+    for path in sorted((conf / "chain").rglob("*.yaml")):
+        name = path.relative_to(conf / "chain").with_suffix("").as_posix()
+        settings = compose("plan", [f"chain={name}"])
+        settings.pop("format")
+        chain = Chain.read(settings)
+        absent = ", ".join(chain.absent())
+        weights = f"weights of {absent} are not here" if absent else "weights are here"
+        print(f"chain={name}: {', '.join(stage.name for stage in chain.stages)}; {weights}")
+        print("".join(f"    {line}\n" for line in opening(path)), end="")
+    names = sorted(path.relative_to(conf / "stage").with_suffix("").as_posix() for path in conf.glob("stage/**/*.yaml"))
+    print(f"stage={' '.join(names)}")
+
+
+def opening(path: Path) -> list[str]:
+    """The comment that a settings file begins with."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    return [line.lstrip("# ") for line in lines if "@package" not in line]
 
 
 VERBS: dict[str, tuple[str | None, Callable[[dict[str, Any]], None]]] = {
@@ -214,6 +228,7 @@ VERBS: dict[str, tuple[str | None, Callable[[dict[str, Any]], None]]] = {
     "assets": ("assets", assets),
     "import": ("import", import_),
     "embed": ("embed", embed),
+    "export": ("export", export),
     "info": (None, info),
     "list": (None, list_),
 }

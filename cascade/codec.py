@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -82,9 +82,16 @@ class Codec:
         return None if self.weights is None else foreign.find(self.weights, AUTOENCODER, WHAT)
 
     def open(self) -> Coder:
-        """Loads the autoencoder (on the CPU); see `Autoencoder` for what it raises."""
+        """Loads the autoencoder (on the CPU).
+
+        Raises InputError for weights that are damaged or do not fit, NumericError for weights that are not finite.
+        """
         folder = self.folder()
-        return Pixels() if folder is None else Autoencoder(self, folder)
+        return Pixels() if folder is None else self._autoencoder(folder)
+
+    def _autoencoder(self, folder: Path) -> Autoencoder:
+        model = foreign.load(folder, AUTOENCODER, WHAT, "codec.weights")
+        return Autoencoder(self, model, str(folder), foreign.digest(folder))
 
 
 class Coder(Protocol):
@@ -117,30 +124,27 @@ class Pixels:
 class Autoencoder:
     """diffusers' AutoencoderKL, frame by frame: z = scale (mode of q(z | x) - shift).
 
-    Raises InputError for weights that are damaged or do not fit the settings, NumericError for weights that are not
-    finite.
+    Raises InputError, naming `where` the model is from, if it does not fit the settings.
     """
 
-    def __init__(self, codec: Codec, folder: Path) -> None:
-        self.codec = codec
-        self.model = foreign.load(folder, AUTOENCODER, WHAT, "codec.weights")
+    def __init__(self, codec: Codec, model: Any, where: str, digest: str = "") -> None:
+        self.codec, self.model, self.hash = codec, model, digest
         made = self.model.config
         found = {"channels": made.latent_channels, "stride": 2 ** (len(made.block_out_channels) - 1)}
         for name, value in found.items():
             if getattr(codec, name) != value:
                 raise InputError(
-                    f"autoencoder {folder}: has {name} {value}, but codec.{name} is {getattr(codec, name)}",
+                    f"autoencoder {where}: has {name} {value}, but codec.{name} is {getattr(codec, name)}",
                     fix=f"codec.{name}={value}",
                 )
         if (made.in_channels, made.out_channels) != (COLOURS, COLOURS):
             raise InputError(
-                f"autoencoder {folder}: takes {made.in_channels} channels and gives {made.out_channels}, expected "
+                f"autoencoder {where}: takes {made.in_channels} channels and gives {made.out_channels}, expected "
                 f"{COLOURS}",
                 fix="another codec.weights",
             )
         self.scale = float(made.scaling_factor) if codec.scale is None else codec.scale
         self.shift = float(made.shift_factor or 0)
-        self.hash = foreign.digest(folder)
 
     def to(self, device: torch.device) -> Coder:
         self.model.to(device)

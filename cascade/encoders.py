@@ -99,6 +99,20 @@ def tokenizer_files(folder: Path) -> tuple[str, ...]:
     return VOCABULARY if is_clip(folder) else (TOKENIZER,)
 
 
+def encoder_files(name: str) -> Iterator[tuple[str, bytes]]:
+    """Name and content of every file of the encoder `name`, its manifest too if it has one, to copy it."""
+    folder = find_encoder(name)
+    if (folder / store.MANIFEST).is_file():
+        for file in store.manifest(folder)["files"]:
+            yield file, store.member(folder, file)
+        yield store.MANIFEST, (folder / store.MANIFEST).read_bytes()
+        return
+    shards = [folder / SHARDS] if not (folder / WEIGHTS).is_file() else []
+    tokenizer = [near(folder, file) for file in tokenizer_files(folder)]
+    for path in (folder / CONFIG, *tokenizer, *shards, *weight_files(folder)):
+        yield path.name, path.read_bytes()
+
+
 def _fetched(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -173,7 +187,8 @@ def built(
             f"text encoder {folder}: the weights do not fit {CONFIG}: {', '.join(sorted(wrong)[:8])}{more}",
             fix="take both files from one model",
         )
-    model.load_state_dict({key: value.to(device, dtype) for key, value in state.items()}, assign=True)
+    # Copies, not views into a file: see checkpoint.apply.
+    model.load_state_dict({key: value.to(device, dtype, copy=True) for key, value in state.items()}, assign=True)
     model.requires_grad_(False)
     return model.train(False)
 

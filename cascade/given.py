@@ -52,6 +52,15 @@ def read_input(path: Path, size: tuple[int, int]) -> Video:
     return media.read_video(path, size=size)
 
 
+def known_first(image: Tensor, cfg: StageConfig) -> Video:
+    """An image (C, H, W) in [-1, 1] of any size as the known first frame of a clip."""
+    video = Video.unknown(1, len(image), cfg.shape, cfg.fps)
+    assert video.known is not None
+    video.frames[0, :, :1] = media.fit(image[None], cfg.shape.height, cfg.shape.width).transpose(0, 1)
+    video.known[:, 0] = True
+    return video
+
+
 def with_ends(run: Given, cfg: StageConfig) -> Video | None:
     """A video that begins with `image` or goes on after `extend`, ends with `last` and is `seconds` long.
 

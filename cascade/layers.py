@@ -197,7 +197,8 @@ class TextAttention(nn.Module):
         self.q = nn.Linear(channels, channels, bias=False)
         self.kv = nn.Linear(text, 2 * channels, bias=False)
         # Standard deviation 0.02. randn and normal_ would import torch._dynamo under the meta device: seconds.
-        self.null = nn.Parameter(nn.init.uniform_(torch.empty(1, 1, text), -0.035, 0.035))
+        self.null = nn.Parameter(torch.empty(1, 1, text))
+        nn.init.uniform_(self.null, -0.035, 0.035)  # in place: diffusers replaces nn.init by what returns nothing
         self.out = zero(nn.Linear(channels, channels))
 
     def forward(self, h: Tensor, clip: Clip, text: Text) -> Tensor:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +37,7 @@ VIDEO = "video.safetensors"
 FORMATS = ("mp4", "gif", "webm")
 log = logging.getLogger("cascade")
 Progress = Callable[[str, int, int], None]  # stage name, steps done, steps in all
+Load = Callable[[StageConfig, Rule, torch.device], tuple[Stage, str]]  # a stage on the device, hash of its weights
 
 
 @dataclass(kw_only=True)
@@ -159,6 +161,23 @@ class Chain:
             raise ConfigError(f"start is {start!r}, expected one of {', '.join(names)}", fix=f"start={names[0]}")
         at = names.index(start)
         return Chain(self.stages[at:], self.rules[at:], self.text)
+
+    def absent(self) -> dict[str, CascadeError]:
+        """The stages whose weights are not there, and why; nothing heavy loads."""
+        found: dict[str, CascadeError] = {}
+        for stage in self.stages:
+            try:
+                if stage.weights != checkpoint.RANDOM:
+                    checkpoint.check(checkpoint.locate(stage.weights, stage.name, stage.sampler.steps))
+                stage.codec.folder()
+            except (ConfigError, InputError) as error:
+                found[stage.name] = error
+        return found
+
+    def check_weights(self) -> None:
+        """Raises ConfigError or InputError for the first stage whose weights are not there."""
+        for error in self.absent().values():
+            raise error
 
 
 def _check_prior(text: TextConfig) -> None:
@@ -331,7 +350,11 @@ def read_clip(data: bytes, where: str) -> Video:
 
 @dataclass
 class Runner:
-    """Makes the videos of many jobs, stage by stage, each stage loaded once."""
+    """Makes the videos of many jobs, stage by stage, each stage loaded once.
+
+    Without `disk` nothing is written and nothing that was is looked for. `after` is told the stage, the jobs and what
+    `sampler.After` is, at every step.
+    """
 
     chain: Chain
     source: TextSource
@@ -339,20 +362,29 @@ class Runner:
     seed: int = 0
     negative: str | None = None
     progress: Progress | None = None
+    load: Load = load_stage
+    disk: bool = True
+    after: Callable[[str, Sequence[Job], int, float, Tensor], Tensor] | None = None
     laps: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # by stage, of every call: clips, seconds
     _sources: dict[str, TextSource] = field(default_factory=dict)  # encoders that only some stages read
     _texts: dict[tuple[str, str], Text] = field(default_factory=dict)
 
-    def run(self, jobs: Sequence[Job], given: Video | None) -> dict[Path, Video]:
-        """Every stage of every job, as artefacts under job.directory/stages; returns the last stage's videos."""
-        inputs: dict[Path, tuple[Video | None, str]] = {job.directory: (given, digest(given)) for job in jobs}
+    def run(self, jobs: Sequence[Job], given: Video | Sequence[Video | None] | None) -> dict[Path, Video]:
+        """Every stage of every job, as artefacts under job.directory/stages; returns the last stage's videos.
+
+        `given` is what the first stage gets: the same clip for all jobs, or one for each.
+        """
+        clips = given if isinstance(given, Sequence) else [given] * len(jobs)
+        inputs: dict[Path, tuple[Video | None, str]] = {
+            job.directory: (clip, digest(clip)) for job, clip in zip(jobs, clips, strict=True)
+        }
         for i, (cfg, rule) in enumerate(zip(self.chain.stages, self.chain.rules, strict=True)):
-            stage, weights = load_stage(cfg, rule, self.on.torch)
+            stage, weights = self.load(cfg, rule, self.on.torch)
             todo = []
             for job in jobs:
                 key = self.key(stage, weights, job, inputs[job.directory][1])
                 folder = job.directory / "stages" / cfg.name
-                done = finished(folder, key)
+                done = finished(folder, key) if self.disk else None
                 if done is None:
                     todo.append((job, key))
                 else:
@@ -373,10 +405,9 @@ class Runner:
                     stage, [job for job, _ in group], [inputs[job.directory][0] for job, _ in group], tick
                 )
                 for (job, key), video in zip(group, videos, strict=True):
-                    inputs[job.directory] = (
-                        video,
-                        commit_stage(job.directory / "stages" / cfg.name, video, key, preview=i == 0),
-                    )
+                    folder = job.directory / "stages" / cfg.name
+                    kept = commit_stage(folder, video, key, preview=i == 0) if self.disk else ""
+                    inputs[job.directory] = video, kept
                 counter += len(group) * cfg.sampler.steps
             del stage
         return {path: video for path, (video, _) in inputs.items() if video is not None}
@@ -418,10 +449,11 @@ class Runner:
         text, away = self.text([job.prompt for job in jobs], stage.cfg), self.negative_of(stage.cfg)
         negative = None if away is None else self.text([away] * len(jobs), stage.cfg)
         noise = Noise(self.seed, stage.cfg.name, tuple(job.sample for job in jobs))
+        after = None if self.after is None else partial(self.after, stage.cfg.name, jobs)
         start = time.perf_counter()
         try:
             with attention.use(self.on.attention), precision(self.on):
-                video = stage.sample(low, text, negative, noise, tick)
+                video = stage.sample(low, text, negative, noise, tick, after=after)
         except CascadeError as error:
             raise type(error)(f"{stage.cfg.name}: {error.message}", error.fix) from error
         self.laps.setdefault(stage.cfg.name, []).append((len(jobs), time.perf_counter() - start))

@@ -22,6 +22,7 @@ __all__ = ["times"]
 Denoise = Callable[[Tensor, Tensor], Tensor]  # z (B, C, F, H, W), t (B,) -> x_hat
 StepDenoise = Callable[[Tensor, Tensor, int], Tensor]  # z, t, step -> x_hat with the step's guidance (see `sample`)
 Hook = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_hat, z, t -> x_hat
+After = Callable[[int, float, Tensor], Tensor]  # step, its t, the z it made -> z
 Draw = Callable[[Sequence[int], int, str], Tensor]  # shape, step, purpose -> N(0, 1); cascade.noise.Noise is one
 
 
@@ -287,14 +288,16 @@ def sample(
     start: Tensor | None = None,
     hooks: Sequence[Hook] = (),
     progress: Callable[[int], None] | None = None,
+    after: After | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """A video of `shape` (B, C, F, H, W): x_hat of the last step.
 
     `noise` is asked for ("start", step 0) and, by the rules that need it, for ("step", step i). `start` (B, C, F, H, W)
     is noised to sampler.strength and sampling goes on from there. `hooks` run in order on every x_hat, after the
-    sampler's threshold. `progress` gets the number of steps done. t (B,) comes in the dtype of the noise, and so do
-    all results. Where sampler.learned, `denoise` gives (B, 2C, F, H, W): x_hat, and gamma as a number from -1 to 1.
+    sampler's threshold. `after` may replace what a step made, `progress` gets the number of steps done. t (B,) comes in
+    the dtype of the noise, and so do all results. Where sampler.learned, `denoise` gives (B, 2C, F, H, W): x_hat, and
+    gamma as a number from -1 to 1.
 
     Raises ValueError for a strength below 1 without a video to start from or for a start of another shape, NumericError
     naming the step if x_hat is not finite.
@@ -335,6 +338,8 @@ def sample(
         else:
             z = heun(diffusion, z, x, t, s, partial(estimate, step=step))
         before = x, t
+        if after is not None:
+            z = _finite(after(step, t[0].item(), z), step, sampler.steps)
         if progress is not None:
             progress(step + 1)
     return z

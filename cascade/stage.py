@@ -21,7 +21,7 @@ from cascade.diffusion import Diffusion, Path
 from cascade.errors import ConfigError
 from cascade.grid import Spacing
 from cascade.noise import generator
-from cascade.sampler import Denoise, Draw, Hook, Sampler, Threshold, keep_known, reconstruction, sample, shared
+from cascade.sampler import After, Denoise, Draw, Hook, Sampler, Threshold, keep_known, reconstruction, sample, shared
 from cascade.sampler import Rule as StepRule
 from cascade.text import Text, TextConfig
 from cascade.unet import Cond, UNetConfig, VideoUNet
@@ -426,22 +426,24 @@ class Stage:
         noise: Draw,
         progress: Callable[[int], None] | None = None,
         start: tuple[Video, float] | None = None,
+        after: After | None = None,
     ) -> Video:
         """A video from the one before (None: from text alone), on the CPU.
 
         `noise` says what its randomness depends on (see `Noise`). With `start`, a video and a time, sampling goes on
-        from that video noised to that time, on as fine a grid. What `low` knows comes out exactly.
+        from that video noised to that time, on as fine a grid. `after` sees, and may replace, what each step made. What
+        `low` knows comes out exactly.
         """
         if not self.cfg.windows.in_turn:
-            return self._sample(low, text, negative, noise, progress, start)
+            return self._sample(low, text, negative, noise, progress, start, after)
         if self.cfg.windows.rule is Join.EXTEND:
-            return self._extended(low, text, negative, noise, progress, start)
+            return self._extended(low, text, negative, noise, progress, start, after)
         if low is None:
             raise ConfigError(
                 f"{self.cfg.name}: windows.rule is {self.cfg.windows.rule.value}, which needs an incoming video",
                 fix=f"{self.cfg.name}.windows.rule=blend",
             )
-        return self._in_turn(low, text, negative, noise, progress)
+        return self._in_turn(low, text, negative, noise, progress, after)
 
     def _in_turn(
         self,
@@ -450,6 +452,7 @@ class Stage:
         negative: Text | None,
         noise: Draw,
         progress: Callable[[int], None] | None,
+        after: After | None,
     ) -> Video:
         """Windows that are clips of their own, one after the other."""
         cfg, rate, steps = self.cfg, self.rule.rate(self.cfg), self.cfg.sampler.steps
@@ -470,7 +473,7 @@ class Stage:
                 if progress is not None:
                     progress((number * steps + done) // len(spans))
 
-            out[:, :, first:end] = self._sample(Video(given, low.fps), text, negative, draw, tick, None).frames
+            out[:, :, first:end] = self._sample(Video(given, low.fps), text, negative, draw, tick, None, after).frames
         return Video(out, low.fps * rate)
 
     def _extended(
@@ -481,16 +484,17 @@ class Stage:
         noise: Draw,
         progress: Callable[[int], None] | None,
         start: tuple[Video, float] | None,
+        after: After | None,
     ) -> Video:
         """Windows each of which knows what is given and what the ones before have made."""
         cfg, shape, steps = self.cfg, self.made(low), self.cfg.sampler.steps
         if shape.frames <= cfg.windows.frames:
-            return self._sample(low, text, negative, noise, progress, start)
+            return self._sample(low, text, negative, noise, progress, start, after)
         whole = Video.unknown(len(text.mask), cfg.colours, shape, cfg.fps) if low is None else low
 
         def make(at: slice, part: Video, noise: Draw, tick: Callable[[float], None]) -> Tensor:
             first = None if start is None else (Video(start[0].frames[:, :, at], start[0].fps), start[1])
-            return self._sample(part, text, negative, noise, lambda done: tick(done / steps), first).frames
+            return self._sample(part, text, negative, noise, lambda done: tick(done / steps), first, after).frames
 
         def told(share: float) -> None:
             if progress is not None:
@@ -506,6 +510,7 @@ class Stage:
         noise: Draw,
         progress: Callable[[int], None] | None,
         start: tuple[Video, float] | None,
+        after: After | None,
     ) -> Video:
         """One run of the sampler."""
         cfg, sampler = self.cfg, self.cfg.sampler
@@ -555,7 +560,7 @@ class Stage:
             first = None
         x = sample(
             cfg.diffusion, denoise, sampler, draw, full,
-            start=first, hooks=hooks, progress=progress, device=self.device,
+            start=first, hooks=hooks, progress=progress, after=after, device=self.device,
         )  # fmt: skip
         x = self.coder.to(self.device).decode(x).clamp(-1, 1)
         fps = cfg.fps if low is None else low.fps if shape == low.shape else low.fps * self.rule.rate(cfg)

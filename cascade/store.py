@@ -19,7 +19,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ TEMPORARY = re.compile(r"\.(tmp|del|old)-(.+)-(\d+)-[0-9a-f]{8}")
 log = logging.getLogger("cascade")
 
 Fill = Callable[[Path], None]
+Pairs = Iterable[tuple[str, bytes]]  # names and contents, made one after the other: not all in memory at once
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def _single_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def commit(
     final: Path,
-    files: Mapping[str, bytes] | Fill,
+    files: Mapping[str, bytes] | Pairs | Fill,
     *,
     kind: str,
     meta: Mapping[str, Any] | None = None,
@@ -94,7 +95,7 @@ def commit(
     If `final` already verifies it is kept and the new one dropped, unless `replace`. A damaged artefact is replaced;
     a directory that is not an artefact is never touched. Raises HostError (disk, permission), InputError.
     """
-    need = 0 if callable(files) else sum(len(data) for data in files.values())
+    need = sum(len(data) for data in files.values()) if isinstance(files, Mapping) else 0
     with _host(final, need):
         final = final.absolute()
         _make_directories(final.parent)
@@ -169,17 +170,19 @@ def commit_file(path: Path, data: bytes, *, kind: str, meta: Mapping[str, Any] |
     return path
 
 
-def _written(folder: Path, files: Mapping[str, bytes]) -> dict[str, dict[str, Any]]:
+def _written(folder: Path, files: Mapping[str, bytes] | Pairs) -> dict[str, dict[str, Any]]:
     """Writes and flushes `files` below `folder` and returns the manifest's entries."""
-    if not files:
-        raise ValueError(f"there is nothing to write for {folder.name}")
-    for name, data in files.items():
+    entries = {}
+    for name, data in files.items() if isinstance(files, Mapping) else files:
         path = folder / _legal(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, data)
-    for inner in {folder / parent for name in files for parent in Path(name).parents}:
+        entries[name] = _entry(data)
+    if not entries:
+        raise ValueError(f"there is nothing to write for {folder.name}")
+    for inner in {folder / parent for name in entries for parent in Path(name).parents}:
         _sync_directory(inner)
-    return {name: _entry(data) for name, data in files.items()}
+    return entries
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -349,6 +352,14 @@ def read(path: Path, kind: str | None = None) -> Artefact:
     folder = path if path.is_dir() else path.parent
     files = {name: _verified(folder, name, entry) for name, entry in tree["files"].items()}
     return Artefact(path, tree["kind"], tree["meta"], files, hashlib.sha256(data).hexdigest())
+
+
+def member(path: Path, name: str, kind: str | None = None) -> bytes:
+    """One file of a directory artefact, verified; the others are not read. Raises InputError."""
+    files = _parsed(path, kind)[0]["files"]
+    if name not in files:
+        raise _bad(path / name, f"is not in {MANIFEST}")
+    return _verified(path, name, files[name])
 
 
 def problems(path: Path, kind: str | None = None) -> list[str]:

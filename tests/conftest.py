@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -30,6 +31,14 @@ OWN: dict[str, dict[str, Any]] = {
     "interp": {"factor": 2},
     "relay": {"scale": 2},
     "refine": {"from_height": 4, "from_width": 6},
+}
+# The chain `mini`, from text to 15 x 16 x 16.
+LEVEL = {"channels": 8, "mixer": "conv+attn", "text_attention": True}
+STAGES: dict[str, dict[str, Any]] = {
+    "base": {"kind": "base", "shape": {"frames": 4, "height": 8, "width": 8}, "fps": 2, "known": 0.5},
+    "tsr": {"kind": "tsr", "shape": {"frames": 8, "height": 8, "width": 8}, "fps": 4, "factor": 2, "augment": 0.1},
+    "ssr": {"kind": "ssr", "shape": {"frames": 8, "height": 16, "width": 16}, "fps": 4, "scale": 2, "augment": 0.1},
+    "interp": {"kind": "interp", "shape": {"frames": 15, "height": 16, "width": 16}, "fps": 8, "factor": 2},
 }
 
 
@@ -181,3 +190,42 @@ def encode() -> Callable[[Sequence[str]], Text]:
 @pytest.fixture
 def clips() -> Clips:
     return Clips()
+
+
+@pytest.fixture(scope="module")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration directory with the chain `mini` and its stages, with random weights."""
+    import torch
+    import yaml
+
+    from cascade import pipeline
+    from cascade.config import parse, plugin
+    from cascade.stage import Stage
+
+    conf = tmp_path_factory.mktemp("conf")
+    (conf / "stage").mkdir()
+    (conf / "chain").mkdir()
+    for number, (name, own) in enumerate(STAGES.items()):
+        tree = {
+            "name": name,
+            **own,
+            "net": {"levels": [LEVEL], "embedding": 8, "text": 128, "head": 4},
+            "diffusion": {"prediction": "v"},
+            "sampler": {"steps": 2, "threshold": "static"},
+            "weights": str(conf / "weights" / name),
+            "train": {"steps": 2, "batch": 2, "lr": 1e-3, "ema": 0.5, "checkpoint_every": 1},
+        }
+        text = yaml.safe_dump(tree)
+        (conf / "stage" / f"mini_{name}.yaml").write_text(f"# @package _global_\n{text}")
+        stage = {key: value for key, value in tree.items()}
+        cfg = parse(stage, plugin(own["kind"]).Config)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(number)
+            net = Stage(cfg, plugin(own["kind"])).net
+            for parameter in net.parameters():
+                torch.nn.init.normal_(parameter, std=0.1)
+        pipeline.save_stage(conf / "weights" / name, cfg, net.state_dict(), "Random.")
+    defaults = [{f"/stage@{name}": f"mini_{name}"} for name in STAGES]
+    chain = {"defaults": [*defaults, "_self_"], "stages": list(STAGES), "text": {"max_tokens": 48}}
+    (conf / "chain" / "mini.yaml").write_text(f"# @package _global_\n{yaml.safe_dump(chain, sort_keys=False)}")
+    return conf

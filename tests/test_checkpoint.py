@@ -71,6 +71,15 @@ def test_half_precision_halves_floats_only_and_is_cast_back(tmp_path: Path) -> N
     assert all(torch.equal(target.state_dict()[name], value) for name, value in expected.items())
 
 
+def test_loaded_weights_are_not_views_into_the_file(saved: Path) -> None:
+    with torch.device("meta"):
+        target = model(1)
+    state = checkpoint.load(saved).state
+    checkpoint.apply(target, state, "saved")
+    owners = {tensor.untyped_storage().data_ptr() for tensor in state.values()}
+    assert not owners & {tensor.untyped_storage().data_ptr() for tensor in target.state_dict().values()}
+
+
 def test_saving_what_is_not_finite_is_refused(tmp_path: Path) -> None:
     for value, dtype in ((float("nan"), None), (float("inf"), None), (1e6, torch.float16)):
         with pytest.raises(NumericError, match="w is not finite"):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import STAGES
 
 from cascade import cli, pipeline, store
 from cascade.config import parse, plugin
@@ -23,45 +24,6 @@ from cascade.stage import Stage
 from cascade.text import TextConfig
 
 PROMPT = "a large red circle moves left on a black background"
-LEVEL = {"channels": 8, "mixer": "conv+attn", "text_attention": True}
-STAGES: dict[str, dict[str, Any]] = {
-    "base": {"kind": "base", "shape": {"frames": 4, "height": 8, "width": 8}, "fps": 2, "known": 0.5},
-    "tsr": {"kind": "tsr", "shape": {"frames": 8, "height": 8, "width": 8}, "fps": 4, "factor": 2, "augment": 0.1},
-    "ssr": {"kind": "ssr", "shape": {"frames": 8, "height": 16, "width": 16}, "fps": 4, "scale": 2, "augment": 0.1},
-    "interp": {"kind": "interp", "shape": {"frames": 15, "height": 16, "width": 16}, "fps": 8, "factor": 2},
-}
-
-
-@pytest.fixture(scope="module")
-def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A configuration directory with the chain `mini` and its stages, with random weights."""
-    conf = tmp_path_factory.mktemp("conf")
-    (conf / "stage").mkdir()
-    (conf / "chain").mkdir()
-    for number, (name, own) in enumerate(STAGES.items()):
-        tree = {
-            "name": name,
-            **own,
-            "net": {"levels": [LEVEL], "embedding": 8, "text": 128, "head": 4},
-            "diffusion": {"prediction": "v"},
-            "sampler": {"steps": 2, "threshold": "static"},
-            "weights": str(conf / "weights" / name),
-            "train": {"steps": 2, "batch": 2, "lr": 1e-3, "ema": 0.5, "checkpoint_every": 1},
-        }
-        text = yaml.safe_dump(tree)
-        (conf / "stage" / f"mini_{name}.yaml").write_text(f"# @package _global_\n{text}")
-        stage = {key: value for key, value in tree.items()}
-        cfg = parse(stage, plugin(own["kind"]).Config)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(number)
-            net = Stage(cfg, plugin(own["kind"])).net
-            for parameter in net.parameters():
-                torch.nn.init.normal_(parameter, std=0.1)
-        pipeline.save_stage(conf / "weights" / name, cfg, net.state_dict(), "Random.")
-    defaults = [{f"/stage@{name}": f"mini_{name}"} for name in STAGES]
-    chain = {"defaults": [*defaults, "_self_"], "stages": list(STAGES), "text": {"max_tokens": 48}}
-    (conf / "chain" / "mini.yaml").write_text(f"# @package _global_\n{yaml.safe_dump(chain, sort_keys=False)}")
-    return conf
 
 
 @pytest.fixture
@@ -394,3 +356,15 @@ def test_the_shipped_encoder_fits_the_shipped_chain() -> None:
 def test_unknown_task_is_refused(stage: Any) -> None:
     with pytest.raises(ConfigError, match="task"):
         stage("base", "task=dance")
+
+
+def test_the_list_says_what_chains_are_and_whether_their_weights_are_here(
+    mini: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.command(["list"])
+    said = capsys.readouterr().out
+    assert "chain=tiny: base, tsr, ssr1, interp, ssr2; weights are here\n    The shipped chain: text -> 31" in said
+    assert "stage=" in said and "tiny/base" in said
+    tree = cli.settings("plan", ["chain=mini", "tsr.weights=null", "ssr.weights=none", "--config-dir", str(mini)])[0]
+    tree.pop("format")
+    assert list(pipeline.Chain.read(tree).absent()) == ["tsr", "ssr"]

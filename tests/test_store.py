@@ -40,6 +40,38 @@ def temporaries(root: Path) -> list[str]:
     return sorted(path.name for path in root.iterdir() if store.TEMPORARY.fullmatch(path.name))
 
 
+def test_files_may_come_one_after_the_other_and_be_read_alone(tmp_path: Path) -> None:
+    made: list[str] = []
+
+    def pairs() -> Iterator[tuple[str, bytes]]:
+        for name in ("a", "in/b"):
+            made.append(name)
+            yield name, name.encode()
+
+    out = store.commit(tmp_path / "x", pairs(), kind="test")
+    assert made == ["a", "in/b"] and store.read(out, "test").files == {"a": b"a", "in/b": b"in/b"}
+    assert store.manifest(store.commit(tmp_path / "y", {"in/b": b"in/b", "a": b"a"}, kind="test")) == store.manifest(
+        out
+    )
+    (out / "a").write_bytes(b"z")
+    assert store.member(out, "in/b", "test") == b"in/b"  # only what is asked for is read
+    for name, kind, words in (
+        ("a", "test", "SHA-256"),
+        ("c", "test", "is not in manifest"),
+        ("in/b", "other", "holds"),
+    ):
+        with pytest.raises(InputError, match=words):
+            store.member(out, name, kind)
+
+    def failing() -> Iterator[tuple[str, bytes]]:
+        yield "a", b""
+        raise InputError("no more")
+
+    with pytest.raises(InputError, match="no more"):
+        store.commit(tmp_path / "z", failing(), kind="test")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x", "y"]
+
+
 def test_commit_then_read_gives_the_same_bytes(tmp_path: Path) -> None:
     path = store.commit(tmp_path / "x/y/step-1", NEW, kind="test", meta={"n": 1})
     artefact = store.read(path, "test")
