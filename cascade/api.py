@@ -27,7 +27,8 @@ from cascade.compose import compose
 from cascade.config import package_root
 from cascade.errors import ConfigError
 from cascade.frames import OUTPUTS, Frames, of_clips, of_images, to_frames
-from cascade.pipeline import Chain, Device, Load, Runner, known_first, load_stage, read_input
+from cascade.given import known_first, read_input
+from cascade.pipeline import Chain, Device, Load, Runner, load_stage
 from cascade.request import Job, bars, jobs_of, take
 from cascade.stage import Rule, Stage, StageConfig
 from cascade.text import TextSource, check_prompt, text_source

@@ -22,7 +22,7 @@ from cascade import __version__
 from cascade.compose import compose, split_prompts
 from cascade.config import fingerprint, package_root, parse, plain, suggest
 from cascade.errors import CascadeError, ConfigError, HostError, MemoryLimitError
-from cascade.request import Prompts, bars, jobs_of, take
+from cascade.request import Given, Prompts, bars, jobs_of, take
 
 if TYPE_CHECKING:
     from cascade.pipeline import Chain, Runner
@@ -32,6 +32,9 @@ cascade: cascaded text-to-video, stage by stage.
 
   cascade generate prompt="..." [chain=tiny] [seed=0] [out=DIR] [base.sampler.steps=16 ...]
   cascade generate prompts=FILE out=DIR           one prompt a line, every stage loaded once
+  cascade generate image=FILE [last=FILE]         the first frame is given, or both ends
+  cascade generate extend=clip.mp4 [seconds=8]    your own video goes on
+  cascade generate input=clip.mp4 mask=FILE       your own video, made anew where the mask is white
   cascade generate start=ssr1 input=clip.mp4      your own video through the rest of the chain
   cascade plan [chain=tiny] [format=json]         check a chain; sizes, parameters, work and memory of its stages
   cascade train [recipe=tiny] [jobs=1]            make the weights of a chain from nothing, every step resumable
@@ -56,8 +59,7 @@ YAML files), -m (one run for each combination of comma-separated values), --debu
 
 
 @dataclass(kw_only=True)
-class Generate(Prompts):
-    image: str | None = None
+class Generate(Given):
     start: str | None = None
     format: list[str] = field(default_factory=lambda: ["mp4"])
     fps: float | None = None
@@ -69,13 +71,16 @@ class Generate(Prompts):
                 raise ValueError(f"format is {suffix!r}, expected mp4, gif or webm")
         if self.fps is not None and not 0 < self.fps <= 1000:
             raise ValueError(f"fps is {self.fps}, expected 0 to 1000")
-        if (self.start is None) != (self.input is None):
-            raise ValueError("start and input belong together: the stage to begin with and the video it gets")
+        if self.start is not None and (self.input is None or self.mask is not None):
+            raise ValueError("start and input belong together: the stage to begin with and the whole video it gets")
+        if self.input is not None and self.start is None and self.mask is None:
+            raise ValueError("input is set, but neither start, the stage it is for, nor mask, the hole in it")
 
 
 def generate(tree: dict[str, Any]) -> None:
     """Prompt to video through a chain."""
-    from cascade.pipeline import Device, finish, first_frame, read_input
+    from cascade.given import given
+    from cascade.pipeline import Device, finish
 
     run, on = take(tree, Generate), take(tree, Device)
     chain = chain_of(tree).since(run.start)
@@ -83,20 +88,14 @@ def generate(tree: dict[str, Any]) -> None:
     out = Path(run.out) if run.out else Path("runs") / fingerprint(
         [plain(stage) for stage in chain.stages] + [plain(run), plain(on), plain(chain.text)]
     )[:16]  # fmt: skip
-    given = None
-    if run.input is not None:
-        takes = chain.rules[0].takes(chain.stages[0])
-        given = read_input(Path(run.input), (takes.height, takes.width))
-        chain.rules[0].output(given.shape, chain.stages[0])
-    if run.image is not None:
-        given = first_frame(Path(run.image), chain.stages[0])
+    first = given(run, chain.stages[0], chain.rules[0])
     chain.check_weights()
     from cascade import store
 
     jobs = jobs_of(texts, run.samples, out)
     with store.lock(out), bars() as progress:
         runner = runner_of(chain, on, run, progress)
-        videos = runner.run(jobs, given)
+        videos = runner.run(jobs, first)
         for job in jobs:
             meta = {"seed": run.seed, "negative_prompt": run.negative_prompt, "stages": [s.name for s in chain.stages]}
             finish(job, videos[job.directory], run.format, run.fps, {**meta, "cascade": __version__})

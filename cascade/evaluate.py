@@ -149,15 +149,17 @@ def answer(
     truth = exam.films(questions, cfg.shape, cfg.fps)
     case = Case(truth, truth, rate=rule.rate(cfg), specs=known_specs(questions), borders=borders(stage.cfg, rule))
     low = None
-    if MADE not in variants:
+    if MADE not in variants or exam.cfg.given:
         low = degraded(stage, truth, questions, seed)
-        case.low = low.frames
+        case.low = None if MADE in variants else low.frames
     elif exam.cfg.image:
         first = torch.arange(cfg.shape.frames) < 1
-        low = Video(truth[:, :, :1].expand_as(truth), cfg.fps, first.expand(len(truth), -1))
+        low = Video(truth, cfg.fps, first.expand(len(truth), -1))
     if low is not None:
-        case.given, mask = rule.condition(low, cfg, cfg.shape)
-        case.known = (mask[:, 0, :, 0, 0] > 0) & rule.KEEPS_KNOWN
+        known = low.known is not None
+        case.given, mask = (low.frames * low.mask, low.mask) if known else rule.condition(low, cfg, cfg.shape)
+        case.mask = (mask > 0) & rule.KEEPS_KNOWN
+        case.known = case.mask[:, 0].flatten(2).all(2)
     skipped = {name: why for name in names if (why := lacking(name, case))}
     asked = [name for name in names if name not in skipped]
     shown = [i for i, question in enumerate(questions) if question.number < SHOWN]
@@ -182,14 +184,23 @@ def answer(
 
 
 def degraded(stage: Stage, truth: Tensor, questions: Sequence[Question], seed: int) -> Video:
-    """What the stage before would have made of each real clip, whatever clips stand beside it."""
-    lows = []
+    """What the stage before would have made of each real clip, whatever clips stand beside it.
+
+    Of a stage that starts from text: what its training would give it. ConfigError if that is nothing of any clip.
+    """
+    cfg, lows = stage.cfg, []
     for clip, question in zip(truth, questions, strict=True):
         rng = generator("degrade", seed, question.number)
-        low = stage.rule.degrade(Video(clip[None], stage.cfg.fps), stage.cfg, rng)
-        assert low is not None, f"{stage.cfg.kind}: takes a video, but degrade gives none"
-        lows.append(low)
-    return Video(torch.cat([low.frames for low in lows]), lows[0].fps)
+        lows.append(stage.rule.degrade(Video(clip[None], cfg.fps), cfg, rng))
+    made = [low for low in lows if low is not None]
+    if not made:
+        raise ConfigError(f"{cfg.name}: evaluate.given is true, but nothing is given in training", fix="known=1")
+    frames = [clip[None] if low is None else low.frames for clip, low in zip(truth, lows, strict=True)]
+    fps, some = made[0].fps, made[0].known
+    if some is None:
+        return Video(torch.cat(frames), fps)
+    known = [torch.zeros_like(some) if low is None or low.known is None else low.known for low in lows]
+    return Video(torch.cat(frames), fps, torch.cat(known))
 
 
 def _from(tick: Callable[[int], None], start: int, step: int) -> None:
@@ -242,8 +253,10 @@ def judge_chain(runner: Runner, source: Source, cfg: EvaluateConfig, out: Path) 
     The clips are a chain's ordinary artefacts below `out`/videos, so that a run that was cut short goes on.
     """
     chain, exam = runner.chain, Exam(source, cfg)
-    if cfg.image:
-        raise ConfigError("image is for a stage alone", fix="python -m stages.base task=evaluate evaluate.image=true")
+    if cfg.image or cfg.given:
+        raise ConfigError(
+            "image and given are for a stage alone", fix="python -m stages.base task=evaluate evaluate.image=true"
+        )
     last = chain.stages[-1]
     names = cfg.metrics if cfg.metrics is not None else list(chain.rules[0].METRICS)
     stages = {}

@@ -46,12 +46,15 @@ class EvaluateConfig:
     two: float = 0.0  # share of clips with two things
     wording: str = "plain"  # of the prompts: plain, trained (any wording of training), unseen (wordings never trained)
     image: bool = False  # a stage that starts from text alone gets the first frame of a real clip as well
+    given: bool = False  # or what its training gives it: known=1 known_kinds=[half]
     label: dict[str, str] = field(default_factory=dict)  # for `cascade report`: method, gap, ...; changes no answer
 
     def __post_init__(self) -> None:
         for name, low, high in (("n", 1, 10**6), ("batch", 1, 10**4), ("two", 0, 1), ("seed", 0, 2**62)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {low} to {high}")
+        if self.image and self.given:
+            raise ValueError("image and given are both true, expected one of them")
         for name, legal in (("split", (*SPLITS, "all")), ("wording", WORDINGS)):
             if getattr(self, name) not in legal:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(legal)}")
@@ -66,7 +69,8 @@ class Case:
     rate: int = 1  # output frames for each input frame
     low: Tensor | None = None  # (B, 3, f, h, w), the input
     given: Tensor | None = None  # (B, 3, F, H, W), the input at the size of the output
-    known: Tensor | None = None  # (B, F), frames of `given` that have to come out as they are
+    mask: Tensor | None = None  # (B, 1, F, 1, 1) or (B, 1, F, H, W), what of `given` has to come out as it is
+    known: Tensor | None = None  # (B, F), frames all of which has to
     specs: list[Spec] | None = None  # what the prompts say
     borders: list[int] | None = None  # frames at which a window begins, or before which one ends
 
@@ -74,6 +78,7 @@ class Case:
 ABSENT = {
     "low": "the stage has no video as its input",
     "given": "the stage has no video as its input",
+    "mask": "the stage has no video as its input",
     "known": "the stage has no video as its input",
     "borders": "the stage works on all frames at once, without windows",
     "specs": "what these clips show is not known, only their captions",

@@ -42,7 +42,8 @@ class Pick:
             return False
         steps = series.steps[series.stages.index(self.stage)]
         return (
-            (cfg.wording, cfg.two, cfg.image, cfg.split) == (self.wording, self.two, self.image, self.split)
+            (cfg.wording, cfg.two, cfg.image or cfg.given, cfg.split)
+            == (self.wording, self.two, self.image, self.split)
             and self.steps in (None, steps)
             and self.method in (None, series.method)
             and all(series.label.get(key) == value for key, value in self.labels.items())

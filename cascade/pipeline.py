@@ -27,7 +27,7 @@ from cascade.errors import CascadeError, ConfigError, HostError, InputError, Num
 from cascade.layers import channels_last
 from cascade.noise import Noise
 from cascade.request import Job, take
-from cascade.stage import Rule, Stage, StageConfig, check_told
+from cascade.stage import Rule, Stage, StageConfig, check_told, from_text
 from cascade.text import Text, TextConfig, TextSource, known_width, read_width, text_source
 from cascade.unet import completed
 from cascade.video import Video
@@ -197,6 +197,11 @@ def _check_windows(stage: StageConfig, rule: Rule) -> None:
     the size of what it makes.
     """
     windows, rate = stage.windows, rule.rate(stage)
+    if windows.rule is Join.EXTEND and not from_text(stage, rule):
+        raise ConfigError(
+            f"{stage.name}: windows.rule is extend, but it is given a whole video, not known parts of its own output",
+            fix=f"{stage.name}.windows.rule=blend",
+        )
     frames, extra = windows.frames, stage.shape.frames % rate
     if frames and windows.rule is not Join.FIRST and (frames < rate or frames % rate != extra):
         near = max(1, round((frames - extra) / rate)) * rate + extra
@@ -341,32 +346,6 @@ def read_clip(data: bytes, where: str) -> Video:
     if not torch.isfinite(frames).all():
         raise NumericError(f"{where}: not all values are finite", fix="make it again")
     return Video(frames[None].float(), float(fps))
-
-
-def read_input(path: Path, size: tuple[int, int]) -> Video:
-    """The user's own clip, lossless or any video file, at the height and width that a stage takes."""
-    if not path.is_file():
-        raise InputError(f"input {path}: no such file", fix="input=FILE")
-    if path.suffix == ".safetensors":
-        return read_clip(path.read_bytes(), str(path)).resize(*size)
-    video = media.read_video(path)
-    return Video(media.fit(video.frames[0].transpose(0, 1), *size).transpose(0, 1)[None], video.fps)
-
-
-def first_frame(path: Path, cfg: StageConfig) -> Video:
-    """An image file as the known first frame of a clip."""
-    if not path.is_file():
-        raise InputError(f"image {path}: no such file", fix="image=FILE")
-    return known_first(media.read_image(path), cfg)
-
-
-def known_first(image: Tensor, cfg: StageConfig) -> Video:
-    """An image (C, H, W) in [-1, 1] of any size as the known first frame of a clip."""
-    image = media.fit(image[None], cfg.shape.height, cfg.shape.width)[0]
-    frames = image[None, :, None].repeat(1, 1, cfg.shape.frames, 1, 1)
-    known = torch.zeros(1, cfg.shape.frames, dtype=torch.bool)
-    known[:, 0] = True
-    return Video(frames, cfg.fps, known)
 
 
 @dataclass
@@ -517,8 +496,8 @@ def digest(video: Video | None) -> str:
     """Hash of a clip; of none: the empty string."""
     if video is None:
         return ""
-    known = "" if video.known is None else str(video.known.int().tolist())
-    return hashlib.sha256(video_bytes(video) + known.encode()).hexdigest()
+    known = b"" if video.known is None else video.known.to("cpu", torch.uint8).contiguous().numpy().tobytes()
+    return hashlib.sha256(video_bytes(video) + known).hexdigest()
 
 
 def finish(job: Job, video: Video, formats: Sequence[str], fps: float | None, meta: dict[str, Any]) -> None:

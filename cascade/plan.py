@@ -33,6 +33,7 @@ from cascade.request import take
 from cascade.stage import Rule, Stage, StageConfig
 from cascade.text import Text, TextConfig, known_width, local_file, told_tokens
 from cascade.unet import Cond
+from cascade.windows import Join
 
 log = logging.getLogger("cascade")
 
@@ -100,7 +101,7 @@ def plan(chain: Chain) -> Plan:
         raise ConfigError(
             f"{error.message}, and no stage is before it", fix="begin with a stage that needs no input"
         ) from error
-    if (first := chain.stages[0]).windows.in_turn:
+    if (first := chain.stages[0]).windows.in_turn and first.windows.rule is not Join.EXTEND:
         raise ConfigError(
             f"{first.name}: windows.rule is {first.windows.rule.value}, which needs an incoming video",
             fix=f"{first.name}.windows.rule=blend",

@@ -24,7 +24,6 @@ class Prompts:
     seed: int = 0
     samples: int = 1
     out: str | None = None
-    input: str | None = None
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -43,6 +42,38 @@ class Prompts:
                 )
             return [check_prompt(self.prompt)]
         return read_prompts(Path(self.prompts))
+
+
+MOST_SECONDS = 3600
+
+
+@dataclass(kw_only=True)
+class Given(Prompts):
+    """What the first stage is given beside prompts: files, as they are read in cascade/given.py.
+
+    `input` is a whole video, for a stage that takes one, or, with `mask`, a video with a hole. The others are for a
+    stage that starts from text: `image` and `last` its first and last frame, `extend` a clip that goes on, `seconds`
+    the length of the video.
+    """
+
+    input: str | None = None
+    mask: str | None = None
+    image: str | None = None
+    last: str | None = None
+    extend: str | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mask is not None and self.input is None:
+            raise ValueError("mask is set, but input, the video that it is for, is not")
+        if self.image is not None and self.extend is not None:
+            raise ValueError("image and extend are both set, expected one of them: each says how the video begins")
+        also = [name for name in ("image", "last", "extend", "seconds") if getattr(self, name) is not None]
+        if self.input is not None and also:
+            raise ValueError(f"input and {also[0]} are both set, expected one of them")
+        if self.seconds is not None and not 0 < self.seconds <= MOST_SECONDS:
+            raise ValueError(f"seconds is {self.seconds:g}, expected more than 0, at most {MOST_SECONDS}")
 
 
 def read_prompts(path: Path) -> list[str]:

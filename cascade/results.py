@@ -105,12 +105,12 @@ def section(mine: Sequence[Series], stage: str, layout: Layout, shown: set[str],
 
 def asked(exam: tuple[str, float, str, bool]) -> str:
     """The kind of questions in words."""
-    wording, two, split, image = exam
+    wording, two, split, given = exam
     things = "one thing a clip" if two == 0 else f"two things in {two:.0%} of the clips"
     compositions = {"all": "seen and unseen compositions", "train": "seen compositions"}.get(
         split, "unseen compositions"
     )
-    return f"{wording.capitalize()} wording, {things}, {compositions}{', the first frame given' if image else ''}"
+    return f"{wording.capitalize()} wording, {things}, {compositions}{', a part of the video given' if given else ''}"
 
 
 def missing(mine: Sequence[Series], layout: Layout) -> str:

@@ -216,9 +216,9 @@ class Series:
 
     @property
     def exam(self) -> tuple[str, float, str, bool]:
-        """What kind of questions were asked: wording, share of two things, split, first frame given."""
+        """What kind of questions were asked: wording, share of two things, split, a part of the video given."""
         cfg = self.settings
-        return cfg.wording, cfg.two, cfg.split, cfg.image
+        return cfg.wording, cfg.two, cfg.split, cfg.image or cfg.given
 
     def condition(self, stage: str) -> str:
         """The condition in which the stage is used: what it made, at its own augmentation level."""

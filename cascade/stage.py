@@ -28,7 +28,7 @@ from cascade.unet import Cond, UNetConfig, VideoUNet
 from cascade.unet3d import UNet3D
 from cascade.unet3d_config import UNet3DConfig
 from cascade.video import Shape, Video
-from cascade.windows import Join, Windows, windowed
+from cascade.windows import Join, Windows, extended, windowed
 
 
 @dataclass(kw_only=True)
@@ -217,8 +217,20 @@ class Rule(Protocol):
         ...
 
     def condition(self, low: Video, cfg: Any, shape: Shape) -> tuple[Tensor, Tensor]:
-        """The incoming video at the output's size (B, C, F, H, W) and its mask (B, 1, F, 1, 1)."""
+        """What the network is told: the incoming video at the output's size (B, C, F, H, W), and its mask.
+
+        The mask is (B, 1, F, 1, 1), or (B, 1, F, H, W) where the network was trained to know parts of frames.
+        """
         ...
+
+
+def from_text(cfg: StageConfig, rule: Rule) -> bool:
+    """Whether the stage needs no video: what it is given then is known parts of its own output."""
+    try:
+        rule.output(None, cfg)
+    except ConfigError:
+        return False
+    return True
 
 
 def check_told(cfg: StageConfig, rule: Rule) -> None:
@@ -394,11 +406,17 @@ class Stage:
 
             target = low.frames.to(self.device)
             return lambda denoise: reconstruction(cfg.diffusion, denoise, observe, target, weight)
-        if weight and not cfg.told:
-            known, mask = (part.to(self.device) for part in self.rule.condition(low, cfg, shape))
-            known, mask = self.encode(known), cfg.codec.mask(mask)
-            return lambda denoise: reconstruction(cfg.diffusion, denoise, lambda x: x * mask, known * mask, weight)
+        if weight:
+            known, mask = self.given(low, shape)
+            untold = mask * (1 - self.rule.condition(low, cfg, shape)[1]) if cfg.told else mask
+            if bool(untold.any()):
+                known, mask = self.encode(known.to(self.device)), cfg.codec.mask(untold.to(self.device))
+                return lambda denoise: reconstruction(cfg.diffusion, denoise, lambda x: x * mask, known * mask, weight)
         return lambda denoise: denoise
+
+    def given(self, low: Video, shape: Shape) -> tuple[Tensor, Tensor]:
+        """What comes out as it comes in, and its mask: parts of frames too, of which the network may not be told."""
+        return (low.frames, low.mask) if low.known is not None else self.rule.condition(low, self.cfg, shape)
 
     def sample(
         self,
@@ -413,10 +431,13 @@ class Stage:
         """A video from the one before (None: from text alone), on the CPU.
 
         `noise` says what its randomness depends on (see `Noise`). With `start`, a video and a time, sampling goes on
-        from that video noised to that time, on as fine a grid. `after` sees, and may replace, what each step made.
+        from that video noised to that time, on as fine a grid. `after` sees, and may replace, what each step made. What
+        `low` knows comes out exactly.
         """
         if not self.cfg.windows.in_turn:
             return self._sample(low, text, negative, noise, progress, start, after)
+        if self.cfg.windows.rule is Join.EXTEND:
+            return self._extended(low, text, negative, noise, progress, start, after)
         if low is None:
             raise ConfigError(
                 f"{self.cfg.name}: windows.rule is {self.cfg.windows.rule.value}, which needs an incoming video",
@@ -454,6 +475,32 @@ class Stage:
 
             out[:, :, first:end] = self._sample(Video(given, low.fps), text, negative, draw, tick, None, after).frames
         return Video(out, low.fps * rate)
+
+    def _extended(
+        self,
+        low: Video | None,
+        text: Text,
+        negative: Text | None,
+        noise: Draw,
+        progress: Callable[[int], None] | None,
+        start: tuple[Video, float] | None,
+        after: After | None,
+    ) -> Video:
+        """Windows each of which knows what is given and what the ones before have made."""
+        cfg, shape, steps = self.cfg, self.made(low), self.cfg.sampler.steps
+        if shape.frames <= cfg.windows.frames:
+            return self._sample(low, text, negative, noise, progress, start, after)
+        whole = Video.unknown(len(text.mask), cfg.colours, shape, cfg.fps) if low is None else low
+
+        def make(at: slice, part: Video, noise: Draw, tick: Callable[[float], None]) -> Tensor:
+            first = None if start is None else (Video(start[0].frames[:, :, at], start[0].fps), start[1])
+            return self._sample(part, text, negative, noise, lambda done: tick(done / steps), first, after).frames
+
+        def told(share: float) -> None:
+            if progress is not None:
+                progress(int(share * steps))
+
+        return Video(extended(make, whole, cfg.windows, noise, told), whole.fps)
 
     def _sample(
         self,
@@ -496,8 +543,8 @@ class Stage:
 
         hooks: list[Hook] = []
         keeps = self.rule.KEEPS_KNOWN and cfg.keep_known and low is not None
-        if keeps:
-            known, mask = self.rule.condition(low, cfg, shape)  # type: ignore[arg-type]
+        if low is not None and keeps:
+            known, mask = self.given(low, shape)
             known, mask = known.to(self.device), mask.to(self.device)
             hooks.append(keep_known(self.encode(known), cfg.codec.mask(mask)))
 

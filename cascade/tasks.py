@@ -13,9 +13,10 @@ from cascade.config import fingerprint, locate, parse, plain, plugin, suggest
 from cascade.data.source import DataConfig, open_source
 from cascade.errors import ConfigError
 from cascade.examples import pool_of
-from cascade.pipeline import Chain, Device, Runner, digest, first_frame, load_stage, read_input, save_stage, video_bytes
+from cascade.given import given
+from cascade.pipeline import Chain, Device, Runner, digest, load_stage, save_stage, video_bytes
 from cascade.preview import Preview
-from cascade.request import Prompts, bars, jobs_of, take
+from cascade.request import Given, bars, jobs_of, take
 from cascade.stage import Rule, Stage, StageConfig, TrainConfig
 from cascade.text import TextConfig, text_source
 from cascade.train import fit
@@ -32,7 +33,7 @@ class Request:
 
     cfg: StageConfig
     rule: Rule
-    run: Prompts
+    run: Given
     on: Device
     text: TextConfig
     data: DataConfig
@@ -56,7 +57,7 @@ class Request:
 def request(kind: str, tree: dict[str, Any]) -> Request:
     """The typed command; settings that belong to nothing are refused."""
     rule = plugin(kind)
-    run, on = take(tree, Prompts), take(tree, Device)
+    run, on = take(tree, Given), take(tree, Device)
     text = parse(tree.pop("text", {}), TextConfig, "text")
     data = parse(tree.pop("data", {}), DataConfig, "data")
     own = {name: tree.pop(name) for name in ("distill", "evaluate") if name in tree}
@@ -66,11 +67,10 @@ def request(kind: str, tree: dict[str, Any]) -> Request:
 
 
 def sample(ask: Request) -> None:
-    """Videos of the stage for the prompts, from the file `input` (base: nothing, or an image)."""
+    """Videos of the stage for the prompts, from the file `input`, or from what is known of them."""
     texts = ask.run.texts()
     out = Path(ask.run.out) if ask.run.out else ask.out("sample") / "video.safetensors"
-    given = incoming(ask)
-    ask.rule.output(None if given is None else given.shape, ask.cfg)
+    first = given(ask.run, ask.cfg, ask.rule)
     chain = Chain([ask.cfg], [ask.rule], ask.text)
     chain.check()
     stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
@@ -83,21 +83,10 @@ def sample(ask: Request) -> None:
             def tick(step: int, done: int = number * stage.cfg.sampler.steps) -> None:
                 progress(stage.cfg.name, done + step, len(jobs) * stage.cfg.sampler.steps)
 
-            (video,) = runner.sample(stage, [job], [given], tick)
-            key = runner.key(stage, weights, job, digest(given))
+            (video,) = runner.sample(stage, [job], [first], tick)
+            key = runner.key(stage, weights, job, digest(first))
             write(job.directory.with_suffix(suffix), video, {"key": key, "prompt": job.prompt})
     print(out)
-
-
-def incoming(ask: Request) -> Video | None:
-    """The clip that the stage is given."""
-    if ask.run.input is None:
-        return None
-    path = Path(ask.run.input)
-    if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"):
-        return first_frame(path, ask.cfg)
-    takes = ask.rule.takes(ask.cfg)
-    return read_input(path, (takes.height, takes.width))
 
 
 def write(path: Path, video: Video, meta: dict[str, Any]) -> None:

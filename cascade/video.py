@@ -48,21 +48,35 @@ class Fill(Enum):
 
 @dataclass
 class Video:
-    """`frames` (B, C, F, H, W) in [-1, 1] shown at `fps` frames per second; `known` (B, F) names frames that count.
+    """`frames` (B, C, F, H, W) in [-1, 1] shown at `fps` frames per second; `known` says what of them counts.
 
-    `known` is None where all of them do. It carries image-to-video: a clip whose first frame alone is known.
+    It is bool: (B, F) names frames, (B, F, H, W) pixels, None means all. It carries whatever is given of a video before
+    it is made: its first frame, both ends, the clip that it goes on from, all but a hole.
     """
 
     frames: Tensor
     fps: float
     known: Tensor | None = None
 
+    @staticmethod
+    def unknown(batch: int, channels: int, shape: Shape, fps: float) -> Video:
+        """Blank clips of which nothing is known."""
+        frames = torch.zeros(batch, channels, shape.frames, shape.height, shape.width)
+        return Video(frames, fps, torch.zeros(batch, shape.frames, dtype=torch.bool))
+
     @property
     def shape(self) -> Shape:
         return Shape(frames=self.frames.shape[2], height=self.frames.shape[3], width=self.frames.shape[4])
 
+    @property
+    def mask(self) -> Tensor:
+        """1 where `known`, else 0: (B, 1, F, 1, 1) for frames, (B, 1, F, H, W) for pixels."""
+        assert self.known is not None, "all of it is known"
+        known = self.known if self.known.ndim == 4 else self.known[..., None, None]
+        return known[:, None].to(self.frames.dtype)
+
     def resize(self, height: int, width: int, by: Filter = Filter.BICUBIC) -> Video:
-        """Another size by that filter; values stay in [-1, 1]."""
+        """Another size by that filter; values stay in [-1, 1]. Pixels of `known` stay as they are."""
         return Video(resize(self.frames, height, width, by), self.fps, self.known)
 
     def every(self, k: int) -> Video:

@@ -4,11 +4,14 @@ By default there is one sampler loop over the whole video, and the denoiser work
 windows' x_hat are averaged where they overlap (MultiDiffusion, Bar-Tal et al. 2023; Lumiere sec. 3.3), with weights
 that fall towards a window's ends; the noise of a frame is the same in every window that sees it, because it belongs to
 the whole video. Memory grows with the window, not with the video.
+
+A stage that may be given parts of its own output goes on by itself (`rule: extend`): each window is told what the one
+before has made (Ho et al. 2022, Video Diffusion Models, sec. 3.1: autoregressive extension).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -16,7 +19,9 @@ import torch
 from torch import Tensor
 
 from cascade.errors import ConfigError
+from cascade.sampler import Draw
 from cascade.unet import Cond
+from cascade.video import Video
 
 
 class Join(Enum):
@@ -25,6 +30,7 @@ class Join(Enum):
     BLEND = "blend"
     OVERWRITE = "overwrite"  # where windows overlap the later one counts
     CHAINED = "chained"  # the same, and a window's first frame is known: it is the finished one before it (Show-1)
+    EXTEND = "extend"  # the frames of the one before are known where they overlap, beside what is given of the video
     FIRST = "first"  # only the first window is sampled, the other frames stay as they come in
 
 
@@ -32,8 +38,8 @@ class Join(Enum):
 class Windows:
     """`frames` at once (0: all of them), neighbours sharing at least `overlap`.
 
-    Windows sampled by themselves have to fill the clip exactly. With `same_noise` each of them starts from the noise of
-    the first one's frames, and the noise no longer belongs to the frame.
+    Windows sampled by themselves have to fill the clip exactly, but for those of `extend`. With `same_noise` each of
+    them starts from the noise of the first one's frames, and the noise no longer belongs to the frame.
     """
 
     frames: int = 0
@@ -44,8 +50,8 @@ class Windows:
     def __post_init__(self) -> None:
         if self.frames < 0 or not 0 <= self.overlap <= max(0, self.frames - 1):
             raise ValueError(f"frames is {self.frames} and overlap {self.overlap}, expected 0 <= overlap < frames")
-        if self.rule is Join.BLEND and self.same_noise:
-            raise ValueError("same_noise is true, expected false where rule is blend")
+        if self.rule in (Join.BLEND, Join.EXTEND) and self.same_noise:
+            raise ValueError(f"same_noise is true, expected false where rule is {self.rule.value}")
         if self.rule is not Join.BLEND and not self.frames:
             raise ValueError(f"frames is 0, expected at least 1 where rule is {self.rule.value}")
         if self.rule is Join.CHAINED and self.overlap != 1:
@@ -62,6 +68,8 @@ class Windows:
             return [(0, total)]
         if self.rule is Join.FIRST:
             return [(0, min(self.frames, total))]
+        if self.rule is Join.EXTEND:
+            return [(start, min(start + self.frames, total)) for start in self.starts(total, rate)]
         hop = max(rate, (self.frames - self.overlap) // rate * rate)
         if total < self.frames or (total - self.frames) % hop:
             fits = max(0, (total - self.frames) // hop) * hop + self.frames
@@ -88,6 +96,18 @@ class Windows:
         hop = max(rate, (self.frames - self.overlap) // rate * rate)
         last = (total - self.frames) // rate * rate
         return [*range(0, last, hop), last]
+
+    def unmade(self, known: Tensor) -> list[int]:
+        """First frames of the windows of `extend` over a video whose frames `known` (F,) are there already.
+
+        Each begins `overlap` frames before the first frame that is still to be made; none ends after the video.
+        """
+        done, starts = known.clone(), []
+        while not done.all():
+            first = int((~done).nonzero()[0])
+            starts.append(max(0, min(first - self.overlap, len(done) - self.frames)))
+            done[starts[-1] : starts[-1] + self.frames] = True
+        return starts
 
     def borders(self, total: int, rate: int = 1) -> list[int]:
         """The frames with which a window begins, or before which one ends, but for the video's own ends."""
@@ -129,3 +149,33 @@ def windowed(
         out[:, :, start:stop] += part * weight.view(1, 1, -1, 1, 1)
         weights[start:stop] += weight
     return out / weights.view(1, 1, -1, 1, 1)
+
+
+def extended(
+    make: Callable[[slice, Video, Draw, Callable[[float], None]], Tensor],
+    low: Video,
+    windows: Windows,
+    noise: Draw,
+    progress: Callable[[float], None],
+) -> Tensor:
+    """The frames (B, C, F, H, W) of a long video of which `low` says what is known, window after window.
+
+    `make` gives a window's frames from its place, from what is known of it and from its part of the whole video's
+    noise, and tells its progress, a share of 1. What `low` knows stays; what a window has made the next one knows.
+    """
+    assert low.known is not None
+    frames, known = low.frames.clone(), low.known.clone()
+    total = low.shape.frames
+    starts = windows.unmade(known.flatten(2).all(2).all(0) if known.ndim == 4 else known.all(0))
+    for number, start in enumerate(starts):
+        part = slice(start, start + windows.frames)
+
+        def draw(shape: Sequence[int], step: int, purpose: str, part: slice = part) -> Tensor:
+            return noise((*shape[:2], total, *shape[3:]), step, purpose)[:, :, part]
+
+        def tick(share: float, number: int = number) -> None:
+            progress((number + share) / len(starts))
+
+        frames[:, :, part] = make(part, Video(frames[:, :, part], low.fps, known[:, part]), draw, tick)
+        known[:, part] = True
+    return frames

@@ -21,7 +21,7 @@ ORDER = """
 errors config compose store noise video diffusion | kernels |
 foreign grid sampler encoders prior attention layers text clip media frames codec pickled | request |
 unet unet3d_config unet3d_blocks unet3d windows | stage temporal checkpoint | assets |
-pipeline data metrics plan textfit | examples |
+pipeline given data metrics plan textfit | examples |
 train preview exam marks evaluate importers |
 distill export api bridge tasks series gates plots results report recipe merge | cli
 """

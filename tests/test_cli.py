@@ -133,6 +133,66 @@ def test_an_image_becomes_the_first_frame(cascade: Any) -> None:
     assert frames[0, :, 1:].std() > 0
 
 
+@pytest.fixture
+def files(tmp_path: Path) -> None:
+    """Pictures and a clip of 12 frames at 4 a second, twice the rate of the chain's base."""
+    from cascade import media
+
+    for name, value in (("first", 0.25), ("last", -0.5)):
+        (tmp_path / f"{name}.png").write_bytes(media.png(torch.full((3, 12, 20), value)))
+    hole = torch.full((3, 8, 8), -1.0)
+    hole[:, 2:6, 2:6] = 1
+    (tmp_path / "hole.png").write_bytes(media.png(hole))
+    clip = torch.rand(1, 3, 12, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    (tmp_path / "clip.safetensors").write_bytes(pipeline.video_bytes(pipeline.Video(clip, 4.0)))
+
+
+GIVEN = {
+    "ends": ["image=first.png", "last=last.png"],
+    "extend": ["extend=clip.safetensors", "seconds=5"],
+    "long": ["image=first.png", "seconds=4"],
+    "hole": ["input=clip.safetensors", "mask=hole.png"],
+}
+
+
+@pytest.mark.parametrize("name", list(GIVEN))
+def test_what_is_given_is_exact_in_the_base_and_passes_through_the_chain(
+    cascade: Any, stage: Any, files: None, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    extend = ["windows.frames=4", "windows.overlap=2", "windows.rule=extend"]
+    words = [f"prompt={PROMPT}", *GIVEN[name]]
+    cascade("generate", *words, "out=run", *(f"base.{word}" for word in extend))
+    base = pipeline.read_clip(video(Path("run"), "base"), "").frames[0]
+    clip = pipeline.read_clip(Path("clip.safetensors").read_bytes(), "").frames[0, :, ::2]
+    grey = {"first": round(1.25 * 127.5) / 127.5 - 1, "last": round(0.5 * 127.5) / 127.5 - 1}
+    if name in ("ends", "long"):
+        assert torch.allclose(base[:, 0], torch.tensor(grey["first"]), atol=1e-6)
+    if name == "ends":
+        assert torch.allclose(base[:, 3], torch.tensor(grey["last"]), atol=1e-6)
+    if name == "extend":
+        assert torch.equal(base[:, :6], clip)
+    if name == "hole":
+        around = torch.ones(8, 8, dtype=torch.bool)
+        around[2:6, 2:6] = False
+        assert torch.equal(base[..., around], clip[..., around])
+        assert (base[..., ~around] != clip[..., ~around]).all()
+    frames = {"ends": 4, "extend": 10, "long": 8, "hole": 6}[name]
+    last = pipeline.read_clip(video(Path("run"), "interp"), "").frames
+    assert base.shape[1] == frames and last.shape == (1, 3, 4 * frames - 1, 16, 16)
+    stage("base", *words, "out=alone.safetensors", *extend)
+    assert Path("alone.safetensors").read_bytes() == video(Path("run"), "base")
+    monkeypatch.setattr(Stage, "sample", lambda *_, **__: pytest.fail("a finished stage ran again"))
+    cascade("generate", *words, "out=run", *(f"base.{word}" for word in extend))
+
+
+def test_another_picture_under_the_same_name_replaces_the_video(cascade: Any, files: None) -> None:
+    cascade("generate", f"prompt={PROMPT}", "image=first.png", "out=run")
+    before = video(Path("run"), "interp")
+    Path("first.png").write_bytes(Path("last.png").read_bytes())
+    cascade("generate", f"prompt={PROMPT}", "image=first.png", "out=run")
+    assert video(Path("run"), "interp") != before
+
+
 @pytest.mark.parametrize("frames", [3, 21])
 def test_a_clip_of_any_length_enters_in_the_middle(cascade: Any, frames: int) -> None:
     from cascade import media
@@ -201,6 +261,15 @@ FAULTS: list[tuple[list[str], int, str]] = [
     (["generate", "prompt=x", "start=nowhere", "input=none.mp4"], 2, "nowhere"),
     (["generate", "prompt=x", "start=ssr", "input=none.mp4"], 3, "none.mp4"),
     (["generate", "prompt=x", "image=none.png"], 3, "none.png"),
+    (["generate", "prompt=x", "image=a.png", "extend=b.mp4"], 2, "image and extend"),
+    (["generate", "prompt=x", "mask=a.png"], 2, "mask"),
+    (["generate", "prompt=x", "input=a.mp4"], 2, "mask"),
+    (["generate", "prompt=x", "start=ssr", "input=a.mp4", "mask=a.png"], 2, "start"),
+    (["generate", "prompt=x", "input=a.mp4", "mask=a.png"], 3, "a.mp4"),
+    (["generate", "prompt=x", "extend=a.mp4"], 3, "a.mp4"),
+    (["generate", "prompt=x", "seconds=4"], 2, "windows"),
+    (["generate", "prompt=x", "seconds=nan"], 2, "seconds"),
+    (["generate", "prompt=x", "tsr.windows.frames=4", "tsr.windows.rule=extend"], 2, "extend"),
     (["generate", "prompts=none.txt"], 3, "none.txt"),
     (["generate", "prompt=x", "base.weights=none"], 3, "none"),
     (["generate", "prompt=x", "base.weights=null"], 2, "weights"),

@@ -217,11 +217,27 @@ def test_a_stage_in_windows_is_judged_at_their_borders(kind: str, make_stage: An
     assert found["seam", condition].value > 0 and found["truth", condition].n == 2
 
 
-def test_an_image_comes_out_as_it_went_in(make_stage: Any, encode: Any) -> None:
-    cfg = EvaluateConfig(n=3, image=True, metrics=["known", "fidelity"])
-    report = judge_stage(make_stage("base", std=0.1), WORLD, encode, cfg)
-    assert {row.value for row in report.rows if row.metric == "known" and row.condition == "made"} == {0.0}
+def test_an_image_is_the_first_frame_given(make_stage: Any, encode: Any) -> None:
+    reports = []
+    for image in (True, False):
+        cfg = EvaluateConfig(n=3, image=image, given=not image, metrics=["known", "completion"])
+        stage = make_stage("base", std=0.1, known=1.0, known_kinds=["first"])
+        reports.append([row.value for row in judge_stage(stage, WORLD, encode, cfg).rows])
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("kind", ["ends", "some", "hole"])
+def test_what_is_given_comes_out_as_it_went_in(kind: str, make_stage: Any, encode: Any) -> None:
+    cfg = EvaluateConfig(n=3, given=True, metrics=["known", "completion", "fidelity"])
+    report = judge_stage(make_stage("base", std=0.1, known=1.0, known_kinds=[kind]), WORLD, encode, cfg)
+    made = {row.name: row.value for row in report.rows if row.condition == "made"}
+    assert made["error"] == 0.0 and made["gain_blending"] < 0
     assert "fidelity" in report.skipped
+
+
+def test_a_stage_that_is_never_given_anything_is_not_judged_by_it(make_stage: Any, encode: Any) -> None:
+    with pytest.raises(ConfigError, match="nothing is given"):
+        judge_stage(make_stage("base", known=0.0), WORLD, encode, EvaluateConfig(n=2, given=True, metrics=["known"]))
 
 
 def test_cut_short_and_run_again_it_is_the_same_report(
@@ -372,8 +388,8 @@ def test_a_chain_is_judged_stage_by_stage_and_makes_nothing_twice(
     judge_chain(runner, WORLD, EvaluateConfig(n=2, batch=3), out)
 
 
-def test_a_chain_takes_no_image_and_damaged_clips_are_refused(runner: Runner, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="image"):
-        judge_chain(runner, WORLD, EvaluateConfig(n=1, image=True), tmp_path)
+def test_a_chain_is_given_nothing_and_damaged_clips_are_refused(runner: Runner, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="given"):
+        judge_chain(runner, WORLD, EvaluateConfig(n=1, given=True), tmp_path)
     with pytest.raises(InputError):
         store.read(tmp_path / "videos/0000/stages/base", "stage")

@@ -10,7 +10,7 @@ from torch import Tensor
 from cascade import checkpoint
 from cascade.data.shapes import ShapesConfig, sample
 from cascade.errors import InputError
-from cascade.metrics import consistency, drift, features, fid, fidelity, fvd, known, motion, seam
+from cascade.metrics import completion, consistency, drift, features, fid, fidelity, fvd, known, motion, seam
 from cascade.noise import generator
 from cascade.video import Shape, resize, spread
 
@@ -118,12 +118,44 @@ def test_a_clip_is_consistent_with_its_own_small_version(frames: int, rate: int)
 def test_known_error_is_the_largest_difference_on_known_frames_alone() -> None:
     low = films(2, "known")[:, :, ::2]
     given, mask = spread(low, 2, 8)
-    marks = mask[:, 0, :, 0, 0] > 0
-    frames = given + (~marks).view(2, 1, 8, 1, 1) * 0.5
+    marks = mask > 0
+    frames = given + ~marks * 0.5
     assert known.judge(frames, given, marks)["error"].tolist() == [0, 0]
     frames[1, 2, 4, 7, 3] += 0.25
     assert known.judge(frames, given, marks)["error"].tolist() == [0, 0.25]
-    assert known.judge(frames, given, nothing_known(frames))["error"].isnan().all()
+    pixels = marks.repeat(1, 1, 1, *frames.shape[3:])
+    pixels[1, :, 4, 7, 3] = False
+    assert known.judge(frames, given, pixels)["error"].tolist() == [0, 0]
+    assert known.judge(frames, given, marks & False)["error"].isnan().all()
+
+
+# completion
+
+
+def test_fills_are_what_is_given_their_blend_and_the_usual_colour() -> None:
+    truth = torch.linspace(-1, 1, 9).view(1, 1, -1, 1, 1).expand(1, 3, -1, 4, 4)
+    mask = torch.zeros(1, 1, 9, 1, 1, dtype=torch.bool)
+    mask[:, :, [2, 6]] = True
+    full = mask.expand(-1, -1, -1, 4, 4).clone()
+    full[..., 0, 0] = False
+    rivals = completion.fills(truth * mask, full)
+    inner = (..., slice(2, 7), slice(1, 4), slice(None))
+    torch.testing.assert_close(rivals["blending"][inner], truth[inner])
+    assert torch.equal(rivals["repetition"][..., :6, 1, 1], truth[..., 2:3, 1, 1].expand(1, 3, 6))
+    assert torch.equal(rivals["blending"][..., 7:, 1, 1], truth[..., 6:7, 1, 1].expand(1, 3, 2))
+    assert torch.equal(rivals["blending"][..., 0, 0], truth[..., 2, 0, 0][..., None].expand(1, 3, 9))
+
+
+def test_completion_judges_only_what_was_not_given() -> None:
+    truth = films(2, "completion")
+    mask = torch.zeros(2, 1, 8, 32, 32, dtype=torch.bool)
+    mask[0, :, :, :16] = True
+    mask[1] = True
+    got = completion.judge(truth - 0.1 * ~mask - 0.7 * mask, truth, truth * mask, mask)
+    assert float(got["psnr"][0]) == pytest.approx(20 * math.log10(20), abs=1e-3)
+    assert got["psnr"][1].isnan()
+    exact = completion.fills(truth * mask, mask)["blending"]
+    assert torch.equal(got["psnr_blending"][:1], completion.judge(exact, truth, truth * mask, mask)["psnr"][:1])
 
 
 # motion

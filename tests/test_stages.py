@@ -16,6 +16,7 @@ from cascade.stage import StageConfig
 from cascade.text import Text
 from cascade.unet import Cond, VideoUNet
 from cascade.video import Fill, Shape, Video
+from cascade.windows import Windows
 
 KINDS = ("base", "tsr", "ssr", "interp")
 SHIPPED = sorted(
@@ -24,6 +25,7 @@ SHIPPED = sorted(
 )
 BUDGET = {"tiny/base": 6, "tiny/tsr": 6, "tiny/ssr1": 15, "tiny/interp": 13, "tiny/ssr2": 34}  # GFLOP an evaluation
 TASK = {"task", "prompt", "prompts", "negative_prompt", "input", "out", "seed", "samples", "text"}
+TASK |= {"mask", "image", "last", "extend", "seconds"}
 TASK |= {"command", "device", "dtype", "micro_batch", "attention", "data", "evaluate", "distill"}
 Make = Callable[..., Any]
 
@@ -79,11 +81,16 @@ def test_longer_videos_are_taken_and_wrong_sizes_refused(kind: str, stage_config
         rule.output(None, cfg)
 
 
-def test_a_base_stage_takes_nothing_or_its_own_size(stage_config: Make) -> None:
+def test_a_base_stage_takes_nothing_or_its_own_size_or_more_frames_in_windows(stage_config: Make) -> None:
     cfg, rule = stage_config("base"), plugin("base")
     assert rule.output(None, cfg) == cfg.shape
-    with pytest.raises(ConfigError, match="known frames come as 3x8x8, expected 4x8x8"):
-        rule.output(Shape(frames=3, height=8, width=8), cfg)
+    with pytest.raises(ConfigError, match="known frames come as 4x8x6, expected 4x8x8"):
+        rule.output(Shape(frames=4, height=8, width=6), cfg)
+    for frames in (3, 5):
+        with pytest.raises(ConfigError, match=f"{frames} frames.* the 4 "):
+            rule.output(Shape(frames=frames, height=8, width=8), cfg)
+    longer = Shape(frames=5, height=8, width=8)
+    assert rule.output(longer, stage_config("base", windows=Windows(frames=4, overlap=2))) == longer
     with pytest.raises(AssertionError, match="without saying which are known"):
         rule.condition(video(cfg.shape), cfg, cfg.shape)
 

@@ -14,7 +14,7 @@ from cascade.errors import ConfigError
 from cascade.noise import Noise, generator, sample_id
 from cascade.text import Text
 from cascade.unet import Cond
-from cascade.windows import Windows, ramp, windowed
+from cascade.windows import Join, Windows, ramp, windowed
 
 
 def clip(frames: int, rate: int = 1) -> tuple[Tensor, Cond]:
@@ -48,6 +48,20 @@ def test_windows_cover_the_video_and_begin_at_known_frames(plan: tuple[int, Wind
     assert all(stop <= total for stop in stops)
     if len(starts) > 1:
         assert windows.frames <= total - starts[-1] < windows.frames + rate
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=40), st.integers(1, 12), st.integers(0, 11))
+def test_windows_that_extend_make_every_frame_once_and_see_what_is_before_it(
+    known: list[bool], frames: int, overlap: int
+) -> None:
+    windows, done = Windows(frames=frames, overlap=min(overlap, frames - 1), rule=Join.EXTEND), list(known)
+    for start in windows.unmade(torch.tensor(known)):
+        first = done.index(False)
+        assert 0 <= start <= max(0, len(known) - frames) and start <= first < start + frames
+        assert first - start >= min(first, windows.overlap)
+        done[start : start + frames] = [True] * len(done[start : start + frames])
+    assert all(done)
 
 
 @settings(max_examples=40, deadline=None)

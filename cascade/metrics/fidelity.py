@@ -74,9 +74,14 @@ def pooled(values: Tensor) -> float:
 
 def total(values: dict[str, Tensor]) -> dict[str, float]:
     """Over all clips: PSNRs, the gain over each baseline (dB) and the share of clips that are nearer than it; SSIM."""
+    return {"ssim": float(values["ssim"].mean()), **gains(values)}
+
+
+def gains(values: dict[str, Tensor]) -> dict[str, float]:
+    """The pooled `psnr` and `psnr_<rival>`, how much the first is above each other, and in which share of clips."""
     out = {name: pooled(value) for name, value in values.items() if name.startswith("psnr")}
     for name in [name for name in out if name != "psnr"]:
         rival = name.removeprefix("psnr_")
         out[f"gain_{rival}"] = out["psnr"] - out[name]
         out[f"nearer_than_{rival}"] = float((values["psnr"] > values[name]).double().mean())
-    return {"ssim": float(values["ssim"].mean()), **out}
+    return out
