@@ -159,7 +159,8 @@ def test_a_chain_runs_through_with_the_frames_and_the_calls_that_its_stages_say(
     [
         ("modelscope", "base", [981, 961, 941], 1),  # DDIM, leading, steps_offset 1
         ("if_image", "base", [990, 980, 970], 0),  # DDPM, leading
-        ("lavie", "base", [980, 960, 940], 0),
+        ("lavie", "base", [981, 961, 941], 1),
+        ("lavie", "interp", [999, 979, 958], 0),  # evenly from end to end
         ("show1", "sr2", [799, 779, 759], 20),  # 40 of 50, linspace without its last point
         ("zeroscope", "xl", [599, 579, 559], 20),
     ],
