@@ -292,7 +292,7 @@ def test_256_shades_are_those_of_an_image_library() -> None:
     x = torch.rand(1, 3, 2, 10, 16, generator=generator("shades")) * 2 - 1
     got = resize(x, 20, 36, Filter.EIGHT_BIT)
     for f in range(2):
-        shades = ((x[0, :, f].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
+        shades = ((x[0, :, f].permute(1, 2, 0) * 0.5 + 0.5) * 255).to(torch.uint8).numpy()
         expected = torch.from_numpy(np.array(Image.fromarray(shades).resize((36, 20), Image.Resampling.BICUBIC)))
         near(((got[0, :, f].permute(1, 2, 0) + 1) * 127.5).round(), expected.float(), atol=1)
 
