@@ -17,7 +17,7 @@ class Filter(Enum):
 
     BICUBIC = "bicubic"  # anti-aliased when it shrinks
     CORNERS = "bilinear_corners"  # bilinear, the centres of the corners in one place (IF, Show-1)
-    EIGHT_BIT = "bicubic_8bit"  # bicubic in 256 shades, rounded down: what passing through image files does (Show-1's last stage)
+    EIGHT_BIT = "bicubic_8bit"  # bicubic in 256 shades, rounded down, as on the way through an image library (Show-1)
 
 
 @dataclass(kw_only=True)
