@@ -26,8 +26,9 @@ from cascade.errors import CascadeError, ConfigError, HostError, InputError, Num
 from cascade.layers import channels_last
 from cascade.noise import Noise
 from cascade.request import Job, take
-from cascade.stage import Rule, Stage, StageConfig
-from cascade.text import Text, TextConfig, TextSource, known_width, text_source
+from cascade.stage import Rule, Stage, StageConfig, check_told
+from cascade.text import Text, TextConfig, TextSource, known_width, read_width, text_source
+from cascade.unet import completed
 from cascade.video import Video
 from cascade.windows import Join
 
@@ -126,13 +127,15 @@ class Chain:
         if len({stage.name for stage in self.stages}) < len(self.stages):
             raise ConfigError("two stages have one name, which keys their noise", fix="different names in `stages`")
         for stage, rule in zip(self.stages, self.rules, strict=True):
+            check_told(stage, rule)
             _check_windows(stage, rule)
             text = self.text_of(stage)
+            _check_prior(text)
             width = known_width(text)
-            if width is not None and stage.net.text != width:
+            if width is not None and stage.net.text not in (0, width):
+                source = text.store or ("text.prior" if text.prior is not None else text.encoder)
                 raise ConfigError(
-                    f"{stage.name}: net.text is {stage.net.text}, but the embeddings of "
-                    f"{text.store or text.encoder} are {width} wide",
+                    f"{stage.name}: net.text is {stage.net.text}, but the embeddings of {source} are {width} wide",
                     fix=f"{stage.name}.net.text={width}",
                 )
         for before, after, rule in zip(self.stages, self.stages[1:], self.rules[1:], strict=False):
@@ -156,6 +159,16 @@ class Chain:
             raise ConfigError(f"start is {start!r}, expected one of {', '.join(names)}", fix=f"start={names[0]}")
         at = names.index(start)
         return Chain(self.stages[at:], self.rules[at:], self.text)
+
+
+def _check_prior(text: TextConfig) -> None:
+    """What a prior reads is as wide as it expects."""
+    width = None if text.prior is None or text.store is not None else read_width(text)
+    if text.prior is not None and width not in (None, text.prior.width):
+        raise ConfigError(
+            f"text.prior.width is {text.prior.width}, but the embeddings of {text.encoder} are {width} wide",
+            fix=f"text.prior.width={width}",
+        )
 
 
 def _check_windows(stage: StageConfig, rule: Rule) -> None:
@@ -214,7 +227,7 @@ def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stag
     saved = weights.config
     trained = _trained(saved.get("diffusion", {}))
     wanted = {"kind": cfg.kind, "net": plain(cfg.net), **{name: plain(cfg.diffusion)[name] for name in trained}}
-    found = {"kind": saved.get("kind"), "net": saved.get("net"), **trained}
+    found = {"kind": saved.get("kind"), "net": completed(saved.get("net", {})), **trained}
     checkpoint.compatible(found, wanted, f"{cfg.name} in {directory}")
     cfg = replace(cfg, w_range=saved.get("w_range"))
     with torch.device("meta"):

@@ -62,6 +62,9 @@ class Sampler:
     Imagen Video, "Large guidance weights"). `gamma` belongs to the ancestral rule; with `learned` the network itself
     says it, for every value of the video. `percentile`, `per` and `highest`, the largest divisor, belong to the dynamic
     threshold. `strength` is the time at which a given video starts (SDEdit, Meng et al. 2022); 1 is pure noise.
+    `reconstruction` is the weight of the gradient that pulls x_hat towards what is given of the video but not told to
+    the network, see the function of that name; 0 is off. With `shared_noise` all frames get the same noise (Singer et
+    al. 2022, Make-A-Video, sec. 3.2.2).
     """
 
     steps: int
@@ -77,6 +80,8 @@ class Sampler:
     per: Per = Per.CLIP
     highest: float | None = None
     strength: float = 1.0
+    reconstruction: float = 0.0
+    shared_noise: bool = False
 
     def __post_init__(self) -> None:
         low = 0.0 if self.guidance_low is None else self.guidance_low
@@ -90,6 +95,7 @@ class Sampler:
             ("strength", 0 < self.strength <= 1, "a number above 0, at most 1"),
             ("highest", self.highest is None or self.highest >= 1, "null, or at least 1"),
             ("learned", not self.learned or self.rule is Rule.ANCESTRAL, "false where rule is not ancestral"),
+            ("reconstruction", 0 <= self.reconstruction < math.inf, "a number of at least 0"),
         ):
             if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
@@ -173,6 +179,11 @@ def keep_known(known: Tensor, mask: Tensor) -> Hook:
         return torch.where(mask > 0, known.to(x), x)
 
     return hook
+
+
+def shared(noise: Draw) -> Draw:
+    """The noise of the first frame, for all frames."""
+    return lambda shape, step, purpose: noise((*shape[:2], 1, *shape[3:]), step, purpose).expand(*shape)
 
 
 def reconstruction(

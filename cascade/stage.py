@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +20,8 @@ from cascade.codec import COLOURS, Codec, Coder, Kind
 from cascade.diffusion import Diffusion, Path
 from cascade.errors import ConfigError
 from cascade.grid import Spacing
-from cascade.sampler import Draw, Hook, Sampler, Threshold, keep_known, sample
+from cascade.noise import generator
+from cascade.sampler import Denoise, Draw, Hook, Sampler, Threshold, keep_known, reconstruction, sample, shared
 from cascade.sampler import Rule as StepRule
 from cascade.text import Text, TextConfig
 from cascade.unet import Cond, UNetConfig, VideoUNet
@@ -124,6 +125,7 @@ class StageConfig:
     augment: float = 0.0  # noise level t in [0, 1] added to the incoming video when sampling
     augment_known: bool = True  # to its known frames too
     noising: Diffusion | None = None  # whose times these levels are; None: the plain cosine schedule's
+    told: bool = True  # the network hears of what comes in; if not, only the sampler does (replacement, reconstruction)
     augment_max: float = 0.0  # training draws that level from [0, augment_max], or, half of the time, 0
     weights: str | None = None
     w_range: list[float] | None = None  # a guidance-distilled network takes w within this range as an input
@@ -138,6 +140,10 @@ class StageConfig:
             raise ValueError(f"augment and augment_max are {self.augment} and {self.augment_max}, expected 0 to 1")
         if self.diffusion.path is Path.STRAIGHT and self.sampler.rule not in (StepRule.DDIM, StepRule.HEUN):
             raise ValueError(f"sampler.rule is {self.sampler.rule.value}, expected ddim or heun: the path has no noise")
+        if self.diffusion.path is Path.STRAIGHT and not self.told:
+            raise ValueError(f"told is {self.told}, expected true: the path starts from the incoming video")
+        if not self.net.text and self.sampler.guidance:
+            raise ValueError(f"sampler.guidance is {self.sampler.guidance}, expected 0: net.text is 0, no text is told")
         if self.w_range is not None and isinstance(self.net, UNet3DConfig):
             raise ValueError(f"w_range is {self.w_range}, expected null: this network is not told a guidance weight")
         if self.codec.kind is Kind.LATENT:
@@ -215,6 +221,22 @@ class Rule(Protocol):
         ...
 
 
+def check_told(cfg: StageConfig, rule: Rule) -> None:
+    """Raises ConfigError for a stage that would not heed what it is given, or cannot in the way that is asked for."""
+    if rule.KEEPS_KNOWN:
+        return
+    if not cfg.told and not cfg.sampler.reconstruction:
+        raise ConfigError(
+            f"{cfg.name}: told is false and sampler.reconstruction 0, so that the incoming video would go unheard",
+            fix=f"{cfg.name}.told=true or {cfg.name}.sampler.reconstruction=2",
+        )
+    if cfg.sampler.reconstruction and cfg.codec.kind is Kind.LATENT:
+        raise ConfigError(
+            f"{cfg.name}: sampler.reconstruction is {cfg.sampler.reconstruction:g}, but no gradient passes the codec",
+            fix=f"{cfg.name}.sampler.reconstruction=0",
+        )
+
+
 @dataclass
 class Batch:
     """Training examples: clean x (B, C, F, H, W), noise eps, time t (B,) and what the denoiser is told.
@@ -253,6 +275,7 @@ class Stage:
     """One diffusion model of a cascade. `net` may be any module with `VideoUNet`'s signature."""
 
     def __init__(self, cfg: StageConfig, rule: Rule, net: torch.nn.Module | None = None) -> None:
+        check_told(cfg, rule)
         self.cfg, self.rule = cfg, rule
         self.net = denoiser(cfg.net) if net is None else net
 
@@ -278,7 +301,7 @@ class Stage:
         """What the denoiser is told: `low` at size `shape`, encoded, noised to `level` (B,) with `eps` of its size."""
         batch, c = len(text.mask), self.cfg.net.channels
         rate = torch.full((batch,), fps, device=level.device)
-        if low is None:
+        if low is None or not self.cfg.told:
             blank = torch.zeros(batch, c, *self.cfg.codec.inside(shape), device=level.device)
             return Cond(blank, blank[:, :1, :, :1, :1], torch.zeros_like(level), rate, text)
         concat, mask = self.rule.condition(low, self.cfg, shape)
@@ -349,6 +372,34 @@ class Stage:
 
         return windowed(whole, z, cond, self.cfg.windows, self.rule.rate(self.cfg))
 
+    def made(self, low: Video | None) -> Shape:
+        """Size of the output. A clip that says which of its frames are known is as long as the output already."""
+        if low is not None and low.known is not None and self.rule.rate(self.cfg) > 1:
+            return low.shape
+        return self.rule.output(None if low is None else low.shape, self.cfg)
+
+    def towards(self, low: Video, shape: Shape) -> Callable[[Denoise], Denoise]:
+        """What adds reconstruction guidance towards `low` to a denoiser, where the sampler asks for it.
+
+        What is compared is known frames that the network is not told of, or where the kind has none, what `degrade`
+        makes of x_hat (Ho et al. 2022, Video Diffusion Models, sec. 3.1).
+        """
+        cfg, weight = self.cfg, self.cfg.sampler.reconstruction
+        if weight and not self.rule.KEEPS_KNOWN:
+
+            def observe(x: Tensor) -> Tensor:
+                made = self.rule.degrade(Video(x, cfg.fps), cfg, generator("observe"))
+                assert made is not None, f"a stage of kind {cfg.kind} is given a video that it does not keep"
+                return made.frames
+
+            target = low.frames.to(self.device)
+            return lambda denoise: reconstruction(cfg.diffusion, denoise, observe, target, weight)
+        if weight and not cfg.told:
+            known, mask = (part.to(self.device) for part in self.rule.condition(low, cfg, shape))
+            known, mask = self.encode(known), cfg.codec.mask(mask)
+            return lambda denoise: reconstruction(cfg.diffusion, denoise, lambda x: x * mask, known * mask, weight)
+        return lambda denoise: denoise
+
     def sample(
         self,
         low: Video | None,
@@ -413,19 +464,19 @@ class Stage:
     ) -> Video:
         """One run of the sampler."""
         cfg, sampler = self.cfg, self.cfg.sampler
-        shape = self.rule.output(None if low is None else low.shape, cfg)
+        shape = self.made(low)
         full = (len(text.mask), cfg.net.channels, *cfg.codec.inside(shape))
         if start is not None:
             sampler = replace(sampler, strength=start[1], steps=max(1, round(sampler.steps * start[1])))
         here = torch.device("cpu") if low is None else low.frames.device
         level = torch.full((full[0],), cfg.augment, device=here)
+        noise = shared(noise) if sampler.shared_noise else noise
         augmentation = noise(full, 0, "augment") if cfg.augment > 0 else torch.zeros(full)
         # The network is told the rate it was trained at; the video keeps its own.
         cond = self.condition(low, shape, text.to(here), cfg.fps, level, augmentation.to(here)).to(self.device)
         dropped = cond.without_text() if negative is None else cond.with_text(negative.to(self.device))
 
-        def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
-            w = sampler.weight(step)
+        def guided(z: Tensor, t: Tensor, w: float) -> Tensor:
             if cfg.w_range is not None:
                 return self.denoise(z, t, cond, w)
             x = self.denoise(z, t, cond)
@@ -434,6 +485,11 @@ class Stage:
             c, other = z.shape[1], self.denoise(z, t, dropped)
             guided = (1 + w) * x[:, :c] - w * other[:, :c]
             return torch.cat([guided, x[:, c:]], 1) if sampler.learned else guided  # the variance is that of the text
+
+        drawn_on = self.towards(low, shape) if low is not None else lambda denoise: denoise
+
+        def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
+            return drawn_on(partial(guided, w=sampler.weight(step)))(z, t)
 
         hooks: list[Hook] = []
         keeps = self.rule.KEEPS_KNOWN and cfg.keep_known and low is not None
@@ -457,7 +513,7 @@ class Stage:
             start=first, hooks=hooks, progress=progress, device=self.device,
         )  # fmt: skip
         x = self.coder.to(self.device).decode(x).clamp(-1, 1)
-        fps = cfg.fps if low is None else low.fps * self.rule.rate(cfg)
+        fps = cfg.fps if low is None else low.fps if shape == low.shape else low.fps * self.rule.rate(cfg)
         return Video((torch.where(mask > 0, known, x) if keeps else x).cpu(), fps)
 
 

@@ -19,6 +19,7 @@ from cascade.request import Prompts, bars, jobs_of, take
 from cascade.stage import Rule, Stage, StageConfig, TrainConfig
 from cascade.text import TextConfig, text_source
 from cascade.train import fit
+from cascade.unet import completed
 from cascade.video import Video
 
 
@@ -70,8 +71,9 @@ def sample(ask: Request) -> None:
     out = Path(ask.run.out) if ask.run.out else ask.out("sample") / "video.safetensors"
     given = incoming(ask)
     ask.rule.output(None if given is None else given.shape, ask.cfg)
-    stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
     chain = Chain([ask.cfg], [ask.rule], ask.text)
+    chain.check()
+    stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
     jobs = jobs_of(texts, ask.run.samples, out)
     suffix = out.suffix if len(jobs) == 1 else ".safetensors"
     with bars() as progress:
@@ -136,7 +138,7 @@ def new_stage(cfg: StageConfig, rule: Rule, train: TrainConfig) -> Stage:
         stage = Stage(cfg, rule)
     if train.init is not None:
         weights = checkpoint.load(locate(train.init))
-        checkpoint.compatible(weights.config["net"], plain(cfg.net), f"{cfg.name}.net in {train.init}")
+        checkpoint.compatible(completed(weights.config["net"]), plain(cfg.net), f"{cfg.name}.net in {train.init}")
         checkpoint.apply(stage.net, weights.state, train.init)
     return stage
 

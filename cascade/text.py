@@ -21,6 +21,7 @@ from torch import Tensor
 from cascade import encoders, store
 from cascade.encoders import CONFIG, TOKENIZER, find_encoder, local_file
 from cascade.errors import ConfigError, InputError, NumericError
+from cascade.prior import PriorConfig
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -95,7 +96,8 @@ class TextConfig:
     `encoder` is a folder (absolute, below the checkpoints of this package, or from here with a leading "."), or a
     name on the Hugging Face hub, owner/repository or owner/repository/folder, with an optional "@revision". Its
     config.json says whether it is T5 or CLIP. `max_tokens` counts the end mark. `store` is a directory written by
-    `cascade embed`: with it, no encoder is loaded.
+    `cascade embed`: with it, no encoder is loaded. With a `prior` all that a stage hears of a prompt is the embedding
+    of a picture.
 
     With `pad` every prompt is padded to `max_tokens` before it is encoded, and what comes out for the padding counts as
     text: networks that attend all positions were trained so. `mask`: real tokens do not see the padding. `lower`:
@@ -111,6 +113,7 @@ class TextConfig:
     mask: bool = True
     lower: bool = False
     negative: str | None = None
+    prior: PriorConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.encoder.strip():
@@ -138,18 +141,21 @@ class TextSource(Protocol):
 
 
 class Encoder(TextSource, Protocol):
-    """`T5Text` or `CLIPText`."""
+    """`T5Text`, `CLIPText` or `PriorText`."""
 
     cfg: TextConfig
 
 
 def encoder_of(cfg: TextConfig, device: str = "cpu") -> Encoder:
-    """The encoder that `cfg` names, T5 or CLIP as its config.json says."""
+    """What makes the embeddings that stages read: T5 or CLIP, as its config.json says, and a prior if `cfg` has one."""
+    encoder: Encoder
     if encoders.is_clip(find_encoder(cfg.encoder)):
         from cascade.clip import CLIPText
 
-        return CLIPText(cfg, device)
-    return T5Text(cfg, device)
+        encoder = CLIPText(cfg, device)
+    else:
+        encoder = T5Text(cfg, device)
+    return encoder if cfg.prior is None else PriorText(encoder, cfg.prior, device)
 
 
 def text_source(cfg: TextConfig, device: str = "cpu") -> TextSource:
@@ -280,8 +286,40 @@ class T5Text:
             log.warning("prompt: words the text encoder does not know: %s", _printable(", ".join(unknown)))
 
 
+class PriorText:
+    """Prompts as one token each, the embedding of a picture that a prior makes of what `encoder` reads."""
+
+    def __init__(self, encoder: Encoder, cfg: PriorConfig, device: str = "cpu") -> None:
+        self.cfg, self.encoder = encoder.cfg, encoder
+        self.prior = cfg.open(encoder.cfg.max_tokens, device)
+        self.fingerprint = hashlib.sha256(f"{encoder.fingerprint} {self.prior.hash}".encode()).hexdigest()
+
+    @property
+    def width(self) -> int:
+        return self.prior.cfg.width
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """(B, 1, width), each prompt by itself."""
+        read = self.encoder.encode(prompts)
+        rows = [
+            self.prior(read.tokens[i : i + 1], read.mask[i : i + 1], check_prompt(prompt))
+            for i, prompt in enumerate(prompts)
+        ]
+        return Text(torch.stack(rows), torch.ones(len(rows), 1, dtype=torch.bool))
+
+
+def told_tokens(cfg: TextConfig) -> int:
+    """The most tokens that a stage is told of a prompt."""
+    return cfg.max_tokens if cfg.prior is None else 1
+
+
 def known_width(cfg: TextConfig) -> int | None:
-    """Width of the embeddings, without loading an encoder or fetching one: None if it is not on this machine."""
+    """Width of the embeddings that stages read, see `read_width`."""
+    return cfg.prior.width if cfg.prior is not None and cfg.store is None else read_width(cfg)
+
+
+def read_width(cfg: TextConfig) -> int | None:
+    """Width of the encoder's embeddings, without loading or fetching it: None if it is not on this machine."""
     if cfg.store is not None:
         return EmbeddingStore(Path(cfg.store)).width if (Path(cfg.store) / INDEX).is_file() else None
     path = local_file(cfg.encoder, CONFIG)

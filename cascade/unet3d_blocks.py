@@ -136,7 +136,7 @@ class TemporalConvs(nn.Module):
         self.conv2, self.conv3, self.conv4 = (
             nn.Sequential(Norm(c, cfg.groups), nn.Identity(), nn.Identity(), FrameConv(c)) for _ in range(3)
         )
-        zero(self.conv4[-1])  # type: ignore[arg-type]
+        zero(self.conv4[-1])  # type: ignore[type-var]
 
     def forward(self, h: Tensor, told: Told) -> Tensor:
         x = frames_first(h, told)
@@ -265,7 +265,7 @@ class TemporalAttention(Attention):
         super().__init__(c, cfg.temporal_heads.of(c))
         self.rotary_emb = Rotary(cfg.rotary) if cfg.rotary else None
         self.time_rel_pos_bias = RelativeBias(cfg.buckets, self.heads) if cfg.buckets else None
-        zero(self.to_out[0])  # type: ignore[arg-type]
+        zero(self.to_out[0])  # type: ignore[type-var]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """x (B, F, S, C)."""

@@ -37,6 +37,15 @@ class Shape:
         return f"{self.frames}x{self.height}x{self.width}"
 
 
+class Fill(Enum):
+    """What stands between two known frames."""
+
+    BLEND = "blend"  # their linear blend: a better start than the others
+    NEAREST = "nearest"  # the nearest one, halfway the one before (LaVie)
+    REPEAT = "repeat"  # the one before
+    BLANK = "blank"  # nothing, 0
+
+
 @dataclass
 class Video:
     """`frames` (B, C, F, H, W) in [-1, 1] shown at `fps` frames per second; `known` (B, F) names frames that count.
@@ -80,19 +89,12 @@ def resize(x: Tensor, height: int, width: int, by: Filter = Filter.BICUBIC) -> T
     return torch.unflatten(out.clamp(-1, 1), 0, (x.shape[0], x.shape[2])).transpose(1, 2)
 
 
-class Fill(Enum):
-    """What stands between known frames."""
-
-    BLEND = "blend"  # their linear blend: a better start than blank frames
-    NEAREST = "nearest"  # a copy of the nearest one, halfway of the earlier one (LaVie)
-
-
 def spread(x: Tensor, k: int, frames: int, fill: Fill = Fill.BLEND) -> tuple[Tensor, Tensor]:
     """Puts the frames of `x` (B, C, F, H, W) at 0, k, 2k, ... of a clip of `frames`; returns it and the mask.
 
-    Between two known frames stands `fill` (after the last one: its copy); the mask (B, 1, frames, 1, 1) is 1 where a
-    frame is known. Serves both conventions: kF frames (temporal super-resolution, Imagen Video) and (F - 1)k + 1
-    (interpolation, Make-A-Video).
+    Between them stands what `fill` says (a blend after the last one is its copy); the mask (B, 1, frames, 1, 1) is 1
+    where a frame is known. Serves both conventions: kF frames (temporal super-resolution, Imagen Video) and
+    (F - 1)k + 1 (interpolation, Make-A-Video).
 
     Raises ConfigError when `frames` fits neither.
     """
@@ -105,7 +107,10 @@ def spread(x: Tensor, k: int, frames: int, fill: Fill = Fill.BLEND) -> tuple[Ten
     position = torch.arange(frames, device=x.device)
     left = position // k
     right = (left + 1).clamp(max=given - 1)
+    mask = (position % k == 0).to(x.dtype).view(1, 1, -1, 1, 1).expand(len(x), -1, -1, -1, -1)
+    if fill is Fill.REPEAT or fill is Fill.BLANK:
+        repeated = x[:, :, left]
+        return (repeated if fill is Fill.REPEAT else repeated * mask), mask
     ahead = (position % k) / k
     weight = (ahead if fill is Fill.BLEND else (ahead > 0.5).float()).to(x.dtype).view(1, 1, -1, 1, 1)
-    mask = (position % k == 0).to(x.dtype).view(1, 1, -1, 1, 1).expand(len(x), -1, -1, -1, -1)
     return torch.lerp(x[:, :, left], x[:, :, right], weight), mask

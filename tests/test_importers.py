@@ -30,8 +30,9 @@ FOUR = [320, 640, 1280, 1280]
 IF: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.17.0", "act_fn": "gelu",
     "addition_embed_type": "text", "addition_embed_type_num_heads": 64, "attention_head_dim": 64,
-    "center_input_sample": False, "class_embed_type": None, "class_embeddings_concat": False, "conv_in_kernel": 3,
-    "conv_out_kernel": 3, "cross_attention_norm": "group_norm", "downsample_padding": 1, "dual_cross_attention": False,
+    "center_input_sample": False, "class_embed_type": None, "class_embeddings_concat": False,
+    "conv_in_kernel": 3, "conv_out_kernel": 3,
+    "cross_attention_norm": "group_norm", "downsample_padding": 1, "dual_cross_attention": False,
     "encoder_hid_dim": 4096, "encoder_hid_dim_type": "text_proj", "flip_sin_to_cos": True, "freq_shift": 0,
     "in_channels": 3, "mid_block_only_cross_attention": None, "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2DSimpleCrossAttn", "norm_eps": 1e-05, "norm_num_groups": 32,
