@@ -21,7 +21,7 @@ log = logging.getLogger("cascade")
 
 
 class CLIPText:
-    """The encoder with its byte-pair tokenizer, from a folder with vocab.json, merges.txt, config.json and weights.
+    """The encoder with its byte-pair tokenizer, from a folder with config.json, weights and the tokenizer's files.
 
     Which token pads differs between the tokenizers of published models and, where padding is attended, changes every
     video: it is read from special_tokens_map.json or tokenizer_config.json. Raises InputError for files that are
@@ -94,7 +94,7 @@ def _weights(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
 def _tokenizer(folder: Path) -> CLIPTokenizer:
     from transformers import CLIPTokenizer
 
-    vocabulary = encoders.near(folder, encoders.VOCABULARY[0])
+    vocabulary = encoders.near(folder, encoders.tokenizer_files(folder)[0])
     store.from_json(vocabulary.read_bytes(), vocabulary)  # tokenizers raises a bare Exception
     where = vocabulary.parent
     try:

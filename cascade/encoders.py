@@ -22,6 +22,7 @@ from cascade.errors import InputError, NumericError
 CONFIG, WEIGHTS, SHARDS = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = "spiece.model"  # T5's
 VOCABULARY = ("vocab.json", "merges.txt")  # CLIP's
+IN_ONE = "tokenizer.json"  # or all of it, as newer files have it
 OTHERS = ("tokenizer_config.json", "special_tokens_map.json")  # which token pads, above all
 BESIDE = "tokenizer"
 
@@ -96,7 +97,10 @@ def is_clip(folder: Path) -> bool:
 
 def tokenizer_files(folder: Path) -> tuple[str, ...]:
     """Names of the tokenizer's files, those that have to be there."""
-    return VOCABULARY if is_clip(folder) else (TOKENIZER,)
+    if not is_clip(folder):
+        return (TOKENIZER,)
+    one = near(folder, IN_ONE).is_file() and not near(folder, VOCABULARY[0]).is_file()
+    return (IN_ONE,) if one else VOCABULARY
 
 
 def encoder_files(name: str) -> Iterator[tuple[str, bytes]]:
@@ -120,7 +124,7 @@ def _fetched(name: str) -> Path:
     repository, inside, revision = _hub(name)
     files = [f"{inside}{file}" for file in (CONFIG, SHARDS, "*.safetensors")]
     for folder in dict.fromkeys((inside, f"{BESIDE}/" if inside else "")):
-        files += [f"{folder}{file}" for file in (TOKENIZER, *VOCABULARY, *OTHERS)]
+        files += [f"{folder}{file}" for file in (TOKENIZER, *VOCABULARY, IN_ONE, *OTHERS)]
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=files)) / inside
     except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -227,9 +231,10 @@ def weight_files(folder: Path) -> list[Path]:
 def fingerprint(folder: Path, verified: Mapping[str, bytes], settings: Sequence[str]) -> str:
     """SHA-256 over the files of the encoder and the settings that decide what it makes of a prompt."""
     digest = hashlib.sha256("\n".join(settings).encode())
-    optional = [path for path in (near(folder, name) for name in OTHERS) if is_clip(folder) and path.is_file()]
-    needed = [near(folder, name) for name in tokenizer_files(folder)]
-    for path in (folder / CONFIG, *needed, *optional, *weight_files(folder)):
+    names = list(tokenizer_files(folder))
+    names += [name for name in (IN_ONE, *OTHERS) if is_clip(folder) and name not in names]
+    reads = [path for path in (near(folder, name) for name in names) if path.is_file()]
+    for path in (folder / CONFIG, *reads, *weight_files(folder)):
         with io.BytesIO(data(path, verified)) if verified else path.open("rb") as file:
             content = hashlib.sha256()
             while chunk := file.read(1 << 20):

@@ -127,7 +127,9 @@ YOUNG_IN_LEVELS = {"blocks_up": None}
 
 
 def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """An architecture as it stands beside weights, with the fields that came after them."""
+    """An architecture as it stands beside weights, with the fields of a `VideoUNet` that came after them."""
+    if "arch" in saved:  # a network of another kind
+        return dict(saved)
     levels = [{**YOUNG_IN_LEVELS, **level} for level in saved.get("levels", [])]
     return {**YOUNG, **saved, "levels": levels}
 

@@ -17,7 +17,7 @@ class Filter(Enum):
 
     BICUBIC = "bicubic"  # anti-aliased when it shrinks
     CORNERS = "bilinear_corners"  # bilinear, the centres of the corners in one place (IF, Show-1)
-    EIGHT_BIT = "bicubic_8bit"  # bicubic in 256 shades: what passing through image files does (Show-1's last stage)
+    EIGHT_BIT = "bicubic_8bit"  # bicubic in 256 shades, rounded down, as on the way through an image library (Show-1)
 
 
 @dataclass(kw_only=True)
@@ -95,7 +95,7 @@ def resize(x: Tensor, height: int, width: int, by: Filter = Filter.BICUBIC) -> T
     if by is Filter.CORNERS:
         out = F.interpolate(flat, size, mode="bilinear", align_corners=True)
     elif by is Filter.EIGHT_BIT:
-        shades = ((flat + 1) * 127.5).round().to(torch.uint8)
+        shades = ((flat * 0.5 + 0.5) * 255).to(torch.uint8)  # rounded down, as theirs are
         out = F.interpolate(shades, size, mode="bicubic", antialias=True).to(x.dtype) / 127.5 - 1
     else:
         shrink = height < x.shape[3] or width < x.shape[4]

@@ -24,6 +24,7 @@ WIDTH = 6  # of the tiny text encoder
 CAPTIONS = ("a red circle", "a blue square moves", "two white stars stand still on a black background")
 SHAPES = {"base": (4, 8, 8), "tsr": (4, 8, 8), "ssr": (4, 8, 8), "interp": (5, 8, 8)}
 SHAPES |= {"relay": (4, 8, 8), "refine": (4, 8, 8)}
+STRENGTH = {"refine": 0.5}
 OWN: dict[str, dict[str, Any]] = {
     "base": {"known": 0.5},
     "tsr": {"factor": 2},
@@ -78,7 +79,7 @@ def tiny_config(kind: str, **changes: Any) -> Any:
         "fps": 8.0,
         "net": tiny_net(),
         "diffusion": Diffusion(),
-        "sampler": Sampler(steps=3),
+        "sampler": Sampler(steps=3, strength=STRENGTH.get(kind, 1.0)),
         "train": tiny_train(),
     }
     return plugin(kind).Config(**(settings | OWN[kind] | changes))

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cascade.clip import CLIPText
-from cascade.config import parse
+from cascade.compose import compose
+from cascade.config import package_root, parse
 from cascade.errors import ConfigError, InputError, NumericError
 from cascade.plan import stored
 from cascade.text import EmbeddingStore, T5Text, TextConfig, encoder_of, known_width, text_source
@@ -168,3 +169,11 @@ def test_t5_padded_and_masked_as_transformers_does_it_in_a_batch() -> None:
 def test_width_and_size_of_an_encoder_are_known_without_loading_it(folder: Path) -> None:
     whole = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
     assert stored(folder / "model.safetensors", ("text_model.embeddings.position_ids",)) == whole - 12
+
+
+def test_every_text_setting_of_conf_is_one_and_the_public_ones_keep_all_77_positions() -> None:
+    found = {path.stem for path in (package_root() / "conf" / "text").glob("*.yaml")}
+    assert found == {"tiny", "t5", "openclip_h", "clip_l"}
+    for name in sorted(found):
+        text = parse(compose("embed", [f"text={name}", "text.precision=bfloat16"])["text"], TextConfig)
+        assert (text.max_tokens, text.pad, text.negative) == ((48, False, None) if name == "tiny" else (77, True, ""))

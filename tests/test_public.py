@@ -159,7 +159,8 @@ def test_a_chain_runs_through_with_the_frames_and_the_calls_that_its_stages_say(
     [
         ("modelscope", "base", [981, 961, 941], 1),  # DDIM, leading, steps_offset 1
         ("if_image", "base", [990, 980, 970], 0),  # DDPM, leading
-        ("lavie", "base", [980, 960, 940], 0),
+        ("lavie", "base", [981, 961, 941], 1),
+        ("lavie", "interp", [999, 979, 958], 0),  # evenly from end to end
         ("show1", "sr2", [799, 779, 759], 20),  # 40 of 50, linspace without its last point
         ("zeroscope", "xl", [599, 579, 559], 20),
     ],
@@ -291,7 +292,7 @@ def test_256_shades_are_those_of_an_image_library() -> None:
     x = torch.rand(1, 3, 2, 10, 16, generator=generator("shades")) * 2 - 1
     got = resize(x, 20, 36, Filter.EIGHT_BIT)
     for f in range(2):
-        shades = ((x[0, :, f].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
+        shades = ((x[0, :, f].permute(1, 2, 0) * 0.5 + 0.5) * 255).to(torch.uint8).numpy()
         expected = torch.from_numpy(np.array(Image.fromarray(shades).resize((36, 20), Image.Resampling.BICUBIC)))
         near(((got[0, :, f].permute(1, 2, 0) + 1) * 127.5).round(), expected.float(), atol=1)
 

@@ -21,6 +21,7 @@ SIZES = {  # about an eighth of the height and width
 }
 OWN = {
     "show1": ["sr2.from_height=32", "sr2.from_width=32", "sr2.reads.encoder=tiny/text", "sr2.reads.max_tokens=8"],
+    "lavie": ["interp.reads.encoder=tiny/text", "interp.reads.max_tokens=8"],
     "zeroscope": ["xl.from_height=48", "xl.from_width=80"],
 }
 

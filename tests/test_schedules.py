@@ -249,6 +249,7 @@ THEIRS = {"thresholding": True, "dynamic_thresholding_ratio": 0.95}
 CLIPPED: dict[str, Any] = {"grid": Grid(spacing=Spacing.LINSPACE, lambda_min=-5.1)}
 ENDING: dict[str, Any] = {"grid": Grid(spacing=Spacing.LINSPACE, lambda_min=-5.1, end=End.FIRST)}
 LEADING: dict[str, Any] = {"grid": Grid(spacing=Spacing.LEADING, offset=1, end=End.FIRST)}
+OFFSET: dict[str, Any] = {"grid": Grid(spacing=Spacing.LEADING, offset=1)}
 STEPPED: dict[str, Any] = {"grid": Grid(spacing=Spacing.LEADING)}
 LINEAR_END: dict[str, Any] = {"grid": Grid(spacing=Spacing.LINSPACE, end=End.FIRST)}
 SPACED: dict[str, Any] = {"grid": Grid(spacing=Spacing.LINSPACE)}
@@ -283,8 +284,9 @@ RUNS = [
     Run("v", DPM, 20, LATENT | V, 1, SPACED, Prediction.V),
     Run("if I", DDPM, 100, IF | P15 | RANGE, 0, LEARNED | {"highest": 1.5}),
     Run("if II", DDPM, 50, IF | P10 | RANGE, 0, LEARNED | {"highest": 1.0}),
-    Run("lavie base", DDPM, 50, LAVIE | RAW, 2, STEPPED),
-    Run("lavie interp", DDIM, 50, LAVIE | RAW, 2, STEPPED),
+    Run("lavie base", DDPM, 50, LAVIE | RAW | {"steps_offset": 1}, 2, OFFSET),
+    Run("lavie interp's grid", DDPM, 50, LAVIE | RAW | {"timestep_spacing": "linspace"}, 2, SPACED),
+    Run("ddim", DDIM, 50, LAVIE | RAW, 2, STEPPED),
     Run("lavie vsr", DDIM, 50, LAVIE | V | RAW, 2, STEPPED, Prediction.V),
     Run("modelscope", DDIM, 50, LATENT | STABLE, 1, LEADING),
 ]

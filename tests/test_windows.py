@@ -149,3 +149,38 @@ def test_windows_shorter_than_the_way_between_known_frames_are_refused() -> None
     with pytest.raises(ConfigError, match=r"windows\.frames is 2, less than the 3 frames"):
         Windows(frames=2).starts(10, 3)
     assert Windows(frames=2).starts(2, 3) == [0]
+
+
+def test_what_a_denoiser_says_beside_x_hat_is_averaged_too() -> None:
+    z, cond = clip(9)
+    windows = Windows(frames=4, overlap=2)
+
+    def both(z: Tensor, cond: Cond) -> Tensor:
+        return torch.cat([per_frame(z, cond), torch.cos(z)], 1)
+
+    got = windowed(both, z, cond, windows)
+    assert (got - both(z, cond)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("windows", "total", "rate", "spans"),
+    [
+        (Windows(frames=8, overlap=1, rule=Join.CHAINED), 29, 1, [(0, 8), (7, 15), (14, 22), (21, 29)]),
+        (Windows(frames=5, overlap=1, rule=Join.OVERWRITE), 13, 4, [(0, 5), (4, 9), (8, 13)]),
+        (Windows(frames=3, rule=Join.OVERWRITE), 6, 1, [(0, 3), (3, 6)]),
+        (Windows(frames=1, rule=Join.FIRST), 29, 1, [(0, 1)]),
+        (Windows(frames=4), 9, 1, [(0, 9)]),
+    ],
+)
+def test_windows_in_turn_fill_the_clip(windows: Windows, total: int, rate: int, spans: list[tuple[int, int]]) -> None:
+    assert windows.spans(total, rate) == spans
+    inner = {frame for span in spans for frame in span} - {0, total}
+    assert windows.borders(total, rate) == sorted(inner) or not windows.in_turn
+
+
+@pytest.mark.parametrize("total", [7, 28, 30, 35])
+def test_a_tail_that_no_window_fills_is_refused(total: int) -> None:
+    with pytest.raises(
+        ConfigError, match=f"windows of 8 frames, 7 on from one to the next, do not fill {total} frames"
+    ):
+        Windows(frames=8, overlap=1, rule=Join.CHAINED).spans(total)
