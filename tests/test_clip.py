@@ -15,7 +15,7 @@ from cascade.clip import CLIPText
 from cascade.config import parse
 from cascade.errors import ConfigError, InputError, NumericError
 from cascade.plan import stored
-from cascade.text import EmbeddingStore, T5Text, TextConfig, encoder_of, known_width, text_source
+from cascade.text import EmbeddingStore, PriorText, T5Text, TextConfig, encoder_of, known_width, text_source
 
 PIECES = ["!", "a", "b", "c", "a</w>", "b</w>", "c</w>", "ab</w>", "<|startoftext|>", "<|endoftext|>"]
 START, END = 8, 9
@@ -168,3 +168,13 @@ def test_t5_padded_and_masked_as_transformers_does_it_in_a_batch() -> None:
 def test_width_and_size_of_an_encoder_are_known_without_loading_it(folder: Path) -> None:
     whole = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
     assert stored(folder / "model.safetensors", ("text_model.embeddings.position_ids",)) == whole - 12
+
+
+def test_a_prior_reads_what_clip_reads(folder: Path) -> None:
+    prior = {"weights": "random", "width": 16, "layers": 1, "heads": 2, "head": 8, "sampler": {"steps": 2}}
+    cfg = config(folder, pad=False, mask=True, prior=prior)
+    made, alone = encoder_of(cfg), encoder_of(config(folder, pad=False, mask=True))
+    text = made.encode(PROMPTS)
+    assert text.tokens.shape == (3, 1, 16) and made.width == known_width(cfg) == 16
+    read = alone.encode(PROMPTS[1:2])
+    assert isinstance(made, PriorText) and torch.equal(made.prior(read.tokens, read.mask, PROMPTS[1]), text.tokens[1])
