@@ -121,7 +121,7 @@ class Prior:
         return embedding
 
     def say(self, tokens: Tensor, mask: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        """x_hat of z (1, width, 1, 1, 1); the sentence as a whole is the mean of its tokens."""
-        whole = (tokens * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        """x_hat of z (1, width, 1, 1, 1); the sentence as a whole is its end mark, as CLIP has it, or 0 if dropped."""
+        whole = tokens[:, mask.sum(1).clamp(min=1) - 1][:, 0] * mask.any(1, keepdim=True)
         out = self.model(z.flatten(1), TIMESTEPS * DIFFUSION.level(t), whole, tokens, mask)
         return out.predicted_image_embedding.view_as(z)  # type: ignore[no-any-return]

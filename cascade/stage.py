@@ -240,7 +240,7 @@ def check_told(cfg: StageConfig, rule: Rule) -> None:
     if not cfg.told and not cfg.sampler.reconstruction:
         raise ConfigError(
             f"{cfg.name}: told is false and sampler.reconstruction 0, so that the incoming video would go unheard",
-            fix=f"{cfg.name}.told=true or {cfg.name}.sampler.reconstruction=2",
+            fix=f"{cfg.name}.told=true or {cfg.name}.sampler.reconstruction=3",
         )
     if cfg.sampler.reconstruction and cfg.codec.kind is Kind.LATENT:
         raise ConfigError(

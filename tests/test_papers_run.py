@@ -74,7 +74,7 @@ def test_an_interpolator_animates_a_picture_by_itself(tmp_path: Path) -> None:
     (tmp_path / "first.png").write_bytes(png(torch.linspace(-1, 1, 3 * 8 * 8).view(3, 8, 8)))
     (cfg,) = (cfg for cfg in Chain.read(tree("make_a_video")).stages if cfg.name == "interp")
     words = [word.removeprefix("interp.") for word in shrunk(cfg)]
-    words += ["stage=make_a_video/interp", "prompt=a red circle", f"input={tmp_path / 'first.png'}", "net.text=128"]
+    words += ["stage=make_a_video/interp", "reads=null", "prompt=a red circle", f"input={tmp_path / 'first.png'}"]
     stage_command("interp", [*words, f"out={tmp_path / 'made.safetensors'}", "device=cpu"])
     made = read_clip((tmp_path / "made.safetensors").read_bytes(), "made")
     first = read_image(tmp_path / "first.png")
@@ -83,6 +83,6 @@ def test_an_interpolator_animates_a_picture_by_itself(tmp_path: Path) -> None:
 
 
 def test_a_stage_whose_text_is_another_is_refused_before_it_loads(tmp_path: Path) -> None:
-    words = ["stage=vdm/base", "prompt=a red circle", "weights=random", f"out={tmp_path / 'made.safetensors'}"]
+    words = ["stage=vdm/base", "reads.encoder=tiny/text", "prompt=a red circle", f"out={tmp_path / 'made.safetensors'}"]
     with pytest.raises(ConfigError, match=r"net\.text is 1024, but the embeddings of tiny/text are 128 wide"):
         stage_command("base", words)

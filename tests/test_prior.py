@@ -78,10 +78,13 @@ def test_text_reaches_the_stages_through_the_prior_alone() -> None:
 def test_the_network_is_asked_as_diffusers_asks_it(prior: Prior) -> None:
     tokens, mask = read(PROMPTS[0])
     z = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(0))
-    whole = tokens[:, :3].mean(1)
+    whole = tokens[:, 2]
     expected = prior.model(z, torch.tensor([250.0]), whole, tokens, mask).predicted_image_embedding
     got = prior.say(tokens, mask, z[..., None, None, None], torch.tensor([0.25]))
     assert (got.flatten(1) - expected).abs().max() < 1e-6
+    nothing = prior.model(z, torch.tensor([250.0]), 0 * whole, 0 * tokens, torch.zeros_like(mask))
+    dropped = prior.say(tokens * 0, mask & False, z[..., None, None, None], torch.tensor([0.25]))
+    assert (dropped.flatten(1) - nothing.predicted_image_embedding).abs().max() < 1e-6
     padded = tokens.clone()
     padded[:, 4:] = 7.0  # behind the text
     assert (prior.say(padded, mask, z[..., None, None, None], torch.tensor([0.25])) - got).abs().max() < 1e-5

@@ -126,12 +126,12 @@ def extended(make_stage: Make, encode: Make, weight: float) -> Tensor:
 def test_reconstruction_guidance_extends_a_clip_and_replacement_does_not(make_stage: Make, encode: Make) -> None:
     """Of an exact denoiser the truth is the conditional mean RHO^k x (Ho et al. 2022, VDM, sec. 3.1)."""
     replaced = extended(make_stage, encode, 0.0)
-    guided = extended(make_stage, encode, 2.0)
+    guided = extended(make_stage, encode, 3.0)
     truth = 1.5 * SPREAD * RHO ** torch.arange(1, 5)
-    assert (guided[4:] - truth).abs().max() < 0.05
+    assert (guided[4:] - truth).abs().max() < 0.02
     assert (replaced[4:] - truth).abs().max() > 0.12
     jump = 1.5 * SPREAD - torch.stack([replaced[4], guided[4], truth[0]])
-    assert (jump[1] - jump[2]).abs() < 0.5 * (jump[0] - jump[2])
+    assert (jump[1] - jump[2]).abs() < 0.2 * (jump[0] - jump[2])
 
 
 def test_replaced_frames_follow_the_forward_process(make_stage: Make, encode: Make) -> None:
