@@ -247,8 +247,13 @@ class Stage:
         """Pixels (B, C, F, H, W) as the denoiser sees them."""
         return self.coder.to(self.device).encode(x)
 
-    def condition(self, low: Video | None, shape: Shape, text: Text, fps: float, level: Tensor, eps: Tensor) -> Cond:
-        """What the denoiser is told: `low` at size `shape`, encoded, noised to `level` (B,) with `eps` of its size."""
+    def condition(
+        self, low: Video | None, shape: Shape, text: Text, fps: float, level: Tensor, eps: Tensor | None
+    ) -> Cond:
+        """What the denoiser is told: `low` at size `shape`, encoded, noised to `level` (B,) with `eps` of its size.
+
+        Without `eps` no level may be above 0.
+        """
         batch, c = len(text.mask), self.cfg.net.channels
         rate = torch.full((batch,), fps, device=level.device)
         if low is None:
@@ -256,7 +261,7 @@ class Stage:
             return Cond(blank, blank[:, :1, :, :1, :1], torch.zeros_like(level), rate, text)
         concat, mask = self.rule.condition(low, self.cfg, shape)
         concat, mask = self.encode(concat), self.cfg.codec.mask(mask)
-        if bool((level > 0).any()):
+        if eps is not None and bool((level > 0).any()):
             concat = torch.where(level.view(-1, 1, 1, 1, 1) > 0, AUGMENTATION.noised(concat, eps, level), concat)
         return Cond(concat, mask, level, rate, text)
 
@@ -333,11 +338,11 @@ class Stage:
         full = (len(text.mask), cfg.net.channels, *cfg.codec.inside(shape))
         if start is not None:
             sampler = replace(sampler, strength=start[1], steps=max(1, round(sampler.steps * start[1])))
-        here = torch.device("cpu") if low is None else low.frames.device
+        here = self.device if low is None else low.frames.device
         level = torch.full((full[0],), cfg.augment, device=here)
-        augmentation = noise(full, 0, "augment") if cfg.augment > 0 else torch.zeros(full)
+        eps = noise(full, 0, "augment").to(here) if cfg.augment > 0 else None
         # The network is told the rate it was trained at; the video keeps its own.
-        cond = self.condition(low, shape, text.to(here), cfg.fps, level, augmentation.to(here)).to(self.device)
+        cond = self.condition(low, shape, text.to(here), cfg.fps, level, eps).to(self.device)
         dropped = cond.without_text() if negative is None else cond.with_text(negative.to(self.device))
 
         def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
