@@ -1,8 +1,4 @@
-"""`cascade plan`: what a chain is and what it costs, said without a weight being loaded.
-
-The denoisers run once on PyTorch's meta device, where tensors have shapes and no data: operations are counted as they
-would be, and so is the memory that is alive at a time.
-"""
+"""`cascade plan`: what a chain is and what it costs, said without a weight being loaded (see `count`)."""
 
 from __future__ import annotations
 
@@ -105,100 +101,19 @@ def plan(chain: Chain) -> Plan:
 
 def measure(cfg: StageConfig, rule: Rule, text: TextConfig) -> StagePlan:
     """The numbers of one denoiser."""
-    cfg = replace(cfg, w_range=_told(cfg))
-    with torch.device("meta"):
-        stage = Stage(cfg, rule)
-    count = Count()
-    with torch.no_grad(), count.running(stage.net):
-        size = (1, cfg.net.channels, *cfg.codec.inside(cfg.shape))
-        z, t = torch.empty(size, device="meta"), torch.empty(1, device="meta")
-        cond = _blank(size, text.max_tokens, cfg.net.text)
-        stage.denoise(z, t, cond, None if cfg.w_range is None else 0.0)
+    cfg = replace(cfg, w_range=told(cfg))
+    params, flops = work(cfg, rule, text.max_tokens)
     return StagePlan(
         name=cfg.name,
         frames=cfg.shape.frames,
         height=cfg.shape.height,
         width=cfg.shape.width,
         fps=cfg.fps,
-        params=sum(parameter.numel() for parameter in stage.net.parameters()),
-        flops=count.flops,
+        params=params,
+        flops=flops,
         evaluations=cfg.sampler.evaluations(guided=cfg.w_range is None),
-        peak_bytes=count.peak,
+        peak_bytes=held(cfg, rule, text.max_tokens, Host()).peak,
     )
-
-
-def _blank(size: Sequence[int], tokens: int, width: int) -> Cond:
-    with torch.device("meta"):
-        text = Text(torch.empty(1, tokens, width), torch.empty(1, tokens, dtype=torch.bool))
-        return Cond(torch.empty(*size), torch.empty(1, 1, size[2], 1, 1), torch.empty(1), torch.empty(1), text)
-
-
-def _told(cfg: StageConfig) -> list[float] | None:
-    """The range of w that a guidance-distilled network is told: as set, or as recorded beside its weights."""
-    path = (
-        None
-        if cfg.weights in (None, checkpoint.RANDOM)
-        else checkpoint.locate(cfg.weights, cfg.name, cfg.sampler.steps) / "config.json"
-    )
-    if cfg.w_range is not None or path is None or not path.is_file():
-        return cfg.w_range
-    return store.from_json(path.read_bytes(), path).get("w_range")
-
-
-# counting ------------------------------------------------------------------------------------------------------------
-
-
-class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Operations, and the greatest number of bytes alive at once, of what runs on the meta device inside `running`.
-
-    A storage counts from the operation that makes it until it is collected. What a kernel allocates and frees by
-    itself does not show; attention is answered as fused kernels do it, which never hold all scores at once.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.flops, self.peak, self._alive = 0, 0, 0
-        self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
-
-    @contextmanager
-    def running(self, module: torch.nn.Module) -> Iterator[None]:
-        """Counts what is done inside; the parameters of `module` are alive all the time."""
-        for parameter in module.parameters():
-            self._add(parameter)
-        with self, FlopCounterMode(display=False) as counter, FusedAttention() as attention:
-            yield
-        self.flops += counter.get_total_flops() + attention.flops
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._add(leaf)
-        return out
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage not in self._seen:
-            self._seen.add(storage)
-            weakref.finalize(storage, self._free, storage.nbytes())
-            self._alive += storage.nbytes()
-            self.peak = max(self.peak, self._alive)
-
-    def _free(self, size: int) -> None:
-        self._alive -= size
-
-
-class FusedAttention(TorchFunctionMode):
-    """Answers scaled_dot_product_attention by a tensor of the right shape: 2 products of M N D for every head."""
-
-    flops = 0
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        q, k, v = args[:3]  # (B, h, M, D), (B, h, N, D)
-        self.flops += 2 * prod(q.shape[:3]) * k.shape[2] * (q.shape[3] + v.shape[3])
-        return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
 
 # what else is needed -------------------------------------------------------------------------------------------------
