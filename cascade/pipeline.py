@@ -125,6 +125,7 @@ class Chain:
         width = known_width(self.text)
         for stage, rule in zip(self.stages, self.rules, strict=True):
             _check_windows(stage, rule.rate(stage))
+            _check_parts(stage, rule)
             if width is not None and stage.net.text != width:
                 raise ConfigError(
                     f"{stage.name}: net.text is {stage.net.text}, but the embeddings of "
@@ -155,6 +156,14 @@ def _check_windows(stage: StageConfig, rate: int) -> None:
             f"{rate}, as many as the stage makes of one frame",
             fix=f"{stage.name}.windows.frames={near}",
         )
+
+
+def _check_parts(stage: StageConfig, rule: Rule) -> None:
+    """The network gives an exact answer from as few frames at once as are set."""
+    if stage.frames_at_once:
+        with torch.device("meta"):
+            size = (1, stage.net.channels, *stage.codec.inside(stage.shape))
+            Stage(stage, rule).at_once(torch.empty(size))
 
 
 def _check_pair(before: StageConfig, after: StageConfig, rule: Rule) -> None:

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from cascade.codec import COLOURS, Codec, Coder, Kind
 from cascade.diffusion import Diffusion, Path
+from cascade.errors import ConfigError
 from cascade.sampler import Draw, Hook, Sampler, Threshold, keep_known, sample
 from cascade.sampler import Rule as StepRule
 from cascade.text import Text
 from cascade.unet import Cond, UNetConfig, VideoUNet
 from cascade.video import Shape, Video
-from cascade.windows import Windows, windowed
+from cascade.windows import Windows, in_parts, windowed
 
 
 @dataclass(kw_only=True)
@@ -115,6 +116,7 @@ class StageConfig:
     sampler: Sampler
     codec: Codec = field(default_factory=Codec)
     windows: Windows = field(default_factory=Windows)
+    frames_at_once: int = 0  # that the network sees, exactly (see `in_parts`); 0: all of them, or of a window
     augment: float = 0.0  # noise level t in [0, 1] added to the incoming video when sampling
     augment_max: float = 0.0  # training draws that level from [0, augment_max], or, half of the time, 0
     weights: str | None = None
@@ -126,6 +128,8 @@ class StageConfig:
             raise ValueError(f"name is {self.name!r}, expected letters, digits, _ - and . (it becomes a folder's name)")
         if not 0 < self.fps <= 1000:
             raise ValueError(f"fps is {self.fps}, expected 0 to 1000")
+        if self.frames_at_once < 0:
+            raise ValueError(f"frames_at_once is {self.frames_at_once}, expected at least 0")
         if not 0 <= self.augment <= 1 or not 0 <= self.augment_max <= 1:
             raise ValueError(f"augment and augment_max are {self.augment} and {self.augment_max}, expected 0 to 1")
         if self.diffusion.path is Path.STRAIGHT and self.sampler.rule not in (StepRule.DDIM, StepRule.HEUN):
@@ -317,7 +321,38 @@ class Stage:
             out = self.net(z, self.cfg.diffusion.level(t), cond, weight)
             return self.cfg.diffusion.split(z, out, t)[0]
 
-        return windowed(whole, z, cond, self.cfg.windows, self.rule.rate(self.cfg))
+        def parts(z: Tensor, cond: Cond) -> Tensor:
+            return in_parts(whole, z, cond, self.at_once(z), self.reach or 0)
+
+        return windowed(parts, z, cond, self.cfg.windows, self.rule.rate(self.cfg))
+
+    @cached_property
+    def reach(self) -> int | None:
+        """How far a frame of the network's answer looks, in frames; None: at all of them (or nobody knows)."""
+        found: int | None = getattr(self.net, "reach", None)
+        return found
+
+    def at_once(self, z: Tensor) -> int:
+        """Frames of z (B, C, F, H, W) that the network sees at once: as set, but no tensor of ELEMENTS if that can be.
+
+        Raises ConfigError for fewer than give an exact answer.
+        """
+        batch, _, frames, height, width = z.shape
+        most = self.cfg.frames_at_once or frames
+        if most >= frames and self.reach is None:
+            return frames
+        if self.reach is None:
+            raise ConfigError(
+                f"frames_at_once is {most}, but a frame depends on all others: the network has attention over frames",
+                fix=f"{self.cfg.name}.frames_at_once=0 {self.cfg.name}.windows.frames={most}",
+            )
+        if most < frames and most <= 2 * self.reach:
+            raise ConfigError(
+                f"frames_at_once is {most}, but a frame depends on {self.reach} on each side",
+                fix=f"{self.cfg.name}.frames_at_once={2 * self.reach + 1}",
+            )
+        small = (ELEMENTS - 1) // (batch * self.net.elements(height, width))  # type: ignore[operator]
+        return max(min(most, int(small)), min(frames, 2 * self.reach + 1))
 
     def sample(
         self,
@@ -373,4 +408,5 @@ class Stage:
         return Video((torch.where(mask > 0, known, x) if keeps else x).cpu(), fps)
 
 
+ELEMENTS = 2**31  # kernels count in 32 bits: cuDNN takes a slow one for a tensor as large, or fails
 AUGMENTATION = Diffusion()  # noise levels are times of the plain cosine schedule, whatever the stage's own

@@ -1,8 +1,13 @@
-"""Long videos in windows: one sampler loop over the whole video, the denoiser works window by window.
+"""Long videos piece by piece: one sampler loop over the whole video, the denoiser works on some of its frames.
 
-Every step the windows' x_hat are averaged where they overlap (MultiDiffusion, Bar-Tal et al. 2023; Lumiere sec. 3.3),
-with weights that fall towards a window's ends; the noise of a frame is the same in every window that sees it, because
-it belongs to the whole video. Memory grows with the window, not with the video.
+`windowed` is for any network. Every step the windows' x_hat are averaged where they overlap (MultiDiffusion, Bar-Tal et
+al. 2023; Lumiere sec. 3.3), with weights that fall towards a window's ends; the noise of a frame is the same in every
+window that sees it, because it belongs to the whole video. What frames far apart tell each other is lost.
+
+`in_parts` is for networks in which a frame depends on the nearest ones alone, such as convolutions along time: parts
+that see those as well add up to the very answer for the whole video.
+
+Either way memory grows with what is seen at once, not with the video.
 """
 
 from __future__ import annotations
@@ -79,3 +84,22 @@ def windowed(
         out[:, :, start:stop] += part * weight.view(1, 1, -1, 1, 1)
         weights[start:stop] += weight
     return out / weights.view(1, 1, -1, 1, 1)
+
+
+def in_parts(denoise: Callable[[Tensor, Cond], Tensor], z: Tensor, cond: Cond, frames: int, reach: int) -> Tensor:
+    """denoise(z, cond), z (B, C, F, H, W), from calls that see at most `frames` frames; equal up to rounding.
+
+    No frame may depend on another that is more than `reach` frames away. Of a part those frames are kept that are as
+    far from its ends, or at the video's own. Needs frames > 2 reach.
+    """
+    total = z.shape[2]
+    if total <= frames:
+        return denoise(z, cond)
+    assert frames > 2 * reach, f"parts of {frames} frames, of which none is {reach} frames from both ends"
+    out, done = torch.empty_like(z), 0
+    for start in (*range(0, total - frames, frames - 2 * reach), total - frames):
+        stop = start + frames
+        kept = total if stop == total else stop - reach
+        out[:, :, done:kept] = denoise(z[:, :, start:stop], cond.frames(start, stop))[:, :, done - start : kept - start]
+        done = kept
+    return out
