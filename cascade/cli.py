@@ -73,13 +73,14 @@ class Generate(Prompts):
 
 def generate(tree: dict[str, Any]) -> None:
     """Prompt to video through a chain."""
+    from cascade.memory import Memory, fit
     from cascade.pipeline import Device, finish, first_frame, read_input
 
-    run, on = take(tree, Generate), take(tree, Device)
+    run, on, memory = take(tree, Generate), take(tree, Device), take(tree, Memory)
     chain = chain_of(tree).since(run.start)
     texts = run.texts()
     out = Path(run.out) if run.out else Path("runs") / fingerprint(
-        [plain(stage) for stage in chain.stages] + [plain(run), plain(on), plain(chain.text)]
+        [plain(stage) for stage in chain.stages] + [plain(run), plain(on), plain(chain.text), memory.memory]
     )[:16]  # fmt: skip
     given = None
     if run.input is not None:
@@ -89,6 +90,7 @@ def generate(tree: dict[str, Any]) -> None:
     if run.image is not None:
         given = first_frame(Path(run.image), chain.stages[0])
     check_weights(chain)
+    chain = fit(chain, on, memory, None if given is None else given.shape)
     from cascade import store
 
     jobs = jobs_of(texts, run.samples, out)

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,12 +24,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cascade import checkpoint, store
 from cascade.codec import COLOURS, Codec
-from cascade.errors import ConfigError
+from cascade.errors import ConfigError, InputError
 from cascade.kernels import norm
+from cascade.pipeline import Device
 from cascade.stage import Rule, Stage, StageConfig
-from cascade.text import Text
+from cascade.text import WEIGHTS, Text, TextConfig, local_file
 from cascade.unet import Cond
-from cascade.video import Video
+from cascade.video import Shape, Video
 
 META = torch.device("meta")
 STEPS = 3  # a first, an inner and a last one: no sampler holds more in its later steps
@@ -43,6 +45,10 @@ class Host:
     dtype: str = "float32"
     clips: int = 1
 
+    @staticmethod
+    def of(on: Device) -> Host:
+        return Host(on.type, on.dtype, on.micro_batch)
+
 
 def work(cfg: StageConfig, rule: Rule, tokens: int) -> tuple[int, int]:
     """Parameters of the denoiser, and FLOPs of one evaluation of one clip, all of its windows."""
@@ -55,8 +61,8 @@ def work(cfg: StageConfig, rule: Rule, tokens: int) -> tuple[int, int]:
     return params, counter.get_total_flops() + attention.flops
 
 
-def held(cfg: StageConfig, rule: Rule, tokens: int, host: Host) -> Count:
-    """The memory that `Stage.sample` holds, weights and results included; the input of the stage before counts too.
+def held(cfg: StageConfig, rule: Rule, tokens: int, host: Host, low: Shape | None = None) -> Count:
+    """The memory that `Stage.sample` holds, weights and results included; so does the input, of size `low` or as set.
 
     On CUDA it is that of PyTorch's allocator. An autoencoder's own is not in it.
     """
@@ -64,16 +70,18 @@ def held(cfg: StageConfig, rule: Rule, tokens: int, host: Host) -> Count:
     stage = on_meta(replace(cfg, sampler=replace(cfg.sampler, steps=fewer)), rule, told(cfg))
     stage.coder = Shapes(cfg.codec)
     count = Count()
-    for parameter in stage.net.parameters():
-        count.add(parameter)
+    if not cfg.offload:
+        for parameter in stage.net.parameters():
+            count.add(parameter)
+    stage.net = Once(stage.net, count)
 
     def noise(shape: Sequence[int], step: int, purpose: str) -> Tensor:
         return torch.empty(tuple(shape), device=META)
 
-    dtype = getattr(torch, host.dtype)
+    dtype = getattr(torch, cfg.dtype or host.dtype)
     with torch.no_grad(), norm.assumed(dtype if host.device == "cuda" else None), count, FusedAttention(dtype):
         text = _text(host.clips, tokens, cfg.net.text)
-        stage.sample(_incoming(cfg, rule, host.clips), text, None, noise)
+        stage.sample(_incoming(cfg, rule, host.clips, low), text, None, noise)
     if host.device == "cuda":
         count.peak += GEMM
     return count
@@ -84,7 +92,7 @@ def on_meta(cfg: StageConfig, rule: Rule, w_range: list[float] | None = None) ->
     with META:
         stage = Stage(replace(cfg, w_range=w_range or told(cfg)), rule)
     stage.net.requires_grad_(False)
-    return stage
+    return stage.to(META)
 
 
 def told(cfg: StageConfig) -> list[float] | None:
@@ -99,13 +107,13 @@ def told(cfg: StageConfig) -> list[float] | None:
     return store.from_json(path.read_bytes(), path).get("w_range")
 
 
-def _incoming(cfg: StageConfig, rule: Rule, clips: int) -> Video | None:
+def _incoming(cfg: StageConfig, rule: Rule, clips: int, low: Shape | None) -> Video | None:
     """What the stage before gives, None to one that needs nothing."""
     try:
         rule.output(None, cfg)
     except ConfigError:
-        takes = rule.takes(cfg)
-        size = (clips, cfg.colours, takes.frames, takes.height, takes.width)
+        low = low or rule.takes(cfg)
+        size = (clips, cfg.colours, low.frames, low.height, low.width)
         return Video(torch.empty(size, device=META), cfg.fps / rule.rate(cfg))
     return None
 
@@ -121,6 +129,27 @@ def _blank(size: Sequence[int], tokens: int, width: int) -> Cond:
         return Cond(torch.empty(*size), mask, torch.empty(1), torch.empty(1), _text(1, tokens, width))
 
 
+def encoder(text: TextConfig) -> int | None:
+    """Parameters of the text encoder: 0 if embeddings come from a store, None if it is not on this machine."""
+    if text.store is not None:
+        return 0
+    path = local_file(text.encoder, WEIGHTS)
+    unused = ("decoder.", "lm_head.", "encoder.embed_tokens.")  # the last is shared.weight again
+    return None if path is None else stored(path, unused)
+
+
+def stored(path: Path, without: tuple[str, ...] = ()) -> int:
+    """Numbers in a safetensors file, from its header alone; `without` are beginnings of names that do not count."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if not name.startswith(without)]  # noqa: SIM118  no dict
+            return sum(prod(file.get_slice(name).get_shape()) for name in names)
+    except SafetensorError as error:
+        raise InputError(f"{path}: is not a safetensors file: {error}", fix="copy it again") from error
+
+
 # modes ---------------------------------------------------------------------------------------------------------------
 
 
@@ -133,7 +162,7 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak, self.largest, self._alive = 0, 0, 0
+        self.peak, self.largest, self.alive = 0, 0, 0
         self._seen: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -155,19 +184,19 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if storage not in self._seen:
             self._seen.add(storage)
             weakref.finalize(storage, self._free, storage.nbytes())
-            self._alive += storage.nbytes()
-            self.peak = max(self.peak, self._alive)
+            self.alive += storage.nbytes()
+            self.peak = max(self.peak, self.alive)
             self.largest = max(self.largest, storage.nbytes() // tensor.element_size())
 
     def _free(self, size: int) -> None:
-        self._alive -= size
+        self.alive -= size
 
 
 class FusedAttention(TorchFunctionMode):
     """Answers scaled_dot_product_attention by a tensor of the right shape: 2 products of M N D for every head.
 
     Fused kernels never hold all scores at once. `dtype` is autocast's, which meta tensors do not know:
-    products and convolutions get operands of it, those of the weights kept until the end.
+    products and convolutions get operands of it, for as long as they last (it keeps copies of weights in training only).
     """
 
     CAST = (F.linear, F.conv2d, F.scaled_dot_product_attention)
@@ -175,7 +204,6 @@ class FusedAttention(TorchFunctionMode):
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
         self.flops, self.dtype = 0, dtype
-        self._kept: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.dtype is not torch.float32 and func in self.CAST:
@@ -187,13 +215,30 @@ class FusedAttention(TorchFunctionMode):
         return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
 
     def _cast(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.dtype is not torch.float32:
-            return value
-        if not isinstance(value, torch.nn.Parameter):
-            return value.to(self.dtype)
-        if id(value) not in self._kept:
-            self._kept[id(value)] = value.to(self.dtype)
-        return self._kept[id(value)]
+        return value.to(self.dtype) if isinstance(value, Tensor) and value.dtype is torch.float32 else value
+
+
+class Once(torch.nn.Module):
+    """A network that runs once for each size of its input: what a further call holds is known from the first."""
+
+    def __init__(self, net: torch.nn.Module, count: Count) -> None:
+        super().__init__()
+        self.net, self.count = net, count
+        self._known: dict[tuple[int, ...], tuple[int, torch.dtype]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return super().__getattr__(name) if name in ("net", "count") else getattr(self.net, name)
+
+    def forward(self, z: Tensor, *args: Any) -> Tensor:
+        count, before, highest = self.count, self.count.alive, self.count.peak
+        if z.shape not in self._known:
+            count.peak = before
+            out: Tensor = self.net(z, *args)
+            self._known[tuple(z.shape)] = count.peak - before, out.dtype
+        else:
+            out = torch.empty_like(z, dtype=self._known[z.shape][1])
+        count.peak = max(highest, before + self._known[z.shape][0])
+        return out
 
 
 class Shapes:

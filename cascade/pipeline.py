@@ -24,7 +24,7 @@ from cascade.config import fingerprint, parse, plain, plugin, suggest
 from cascade.errors import CascadeError, ConfigError, HostError, InputError, NumericError
 from cascade.noise import Noise
 from cascade.request import Job, take
-from cascade.stage import Rule, Stage, StageConfig
+from cascade.stage import DTYPES, Rule, Stage, StageConfig
 from cascade.text import Text, TextConfig, TextSource, known_width
 from cascade.video import Video
 
@@ -44,10 +44,15 @@ class Device:
     attention: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16", "float16"):
+        if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}, expected float32, bfloat16 or float16")
         if self.micro_batch < 1:
             raise ValueError(f"micro_batch is {self.micro_batch}, expected at least 1")
+
+    @property
+    def type(self) -> str:
+        """cpu or cuda, also where there is none."""
+        return self.torch.type if self.device == "auto" else self.device.partition(":")[0]
 
     @property
     def torch(self) -> torch.device:
@@ -225,9 +230,9 @@ def untrained(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage
 
 
 def _ready(stage: Stage, device: torch.device) -> Stage:
-    stage.net.to(device, torch.float32).eval().requires_grad_(False)
+    stage.net.to(torch.float32).eval().requires_grad_(False)
     stage.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return stage
+    return stage.to(device)
 
 
 def save_stage(
@@ -382,7 +387,7 @@ class Runner:
         noise = Noise(self.seed, stage.cfg.name, tuple(job.sample for job in jobs))
         start = time.perf_counter()
         try:
-            with attention.use(self.on.attention), precision(self.on):
+            with attention.use(self.on.attention), precision(replace(self.on, dtype=stage.cfg.dtype or self.on.dtype)):
                 video = stage.sample(low, text, negative, noise, tick)
         except CascadeError as error:
             raise type(error)(f"{stage.cfg.name}: {error.message}", error.fix) from error

@@ -4,37 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
-import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from math import prod
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
-
-from cascade import checkpoint, codec, store
+from cascade import codec
 from cascade.config import locate, plain
-from cascade.errors import ConfigError, InputError
-from cascade.pipeline import Chain
+from cascade.count import Host, encoder, held, stored, told, work
+from cascade.errors import ConfigError
+from cascade.memory import Memory, fitting
+from cascade.pipeline import Chain, Device
 from cascade.request import take
-from cascade.stage import Rule, Stage, StageConfig
-from cascade.text import WEIGHTS, Text, TextConfig, known_width, local_file
-from cascade.unet import Cond
+from cascade.stage import Rule, StageConfig
+from cascade.text import TextConfig, known_width
 
 log = logging.getLogger("cascade")
 
 
 @dataclass(kw_only=True)
 class StagePlan:
-    """One denoiser. `flops` and `peak_bytes` are of one evaluation of one clip, all of its windows, in float32."""
+    """One denoiser. `flops` are of one evaluation of one clip, all of its windows."""
 
     name: str
     frames: int  # of the output, as are height, width and fps
@@ -44,7 +33,7 @@ class StagePlan:
     params: int
     flops: int  # of products and convolutions: a multiplication with its addition is two
     evaluations: int  # for one clip: sampler steps x guidance branches
-    peak_bytes: int  # weights, and activations alive at the same time
+    peak_bytes: int  # the most that is held while clips are sampled: weights, activations, the sampler's state
 
 
 @dataclass(kw_only=True)
@@ -62,6 +51,13 @@ class Plan:
 
     stages: list[StagePlan]
     others: list[Other]
+    host: Host = field(default_factory=Host)
+    said: list[str] = field(default_factory=list)  # what was changed so that it fits into memory
+
+    def data(self) -> dict[str, Any]:
+        """The numbers for programs."""
+        tree = plain(self)
+        return {key: tree[key] for key in ("stages", "others")} | ({"memory": self.said} if self.said else {})
 
     def table(self) -> str:
         """The numbers for people: a line a stage, then what the whole clip costs and what else is needed."""
@@ -73,21 +69,32 @@ class Plan:
             )
             for s in self.stages
         ]  # fmt: skip
-        work = sum(s.flops * s.evaluations for s in self.stages)
+        flops = sum(s.flops * s.evaluations for s in self.stages)
         peak = max(s.peak_bytes for s in self.stages)
         calls = str(sum(s.evaluations for s in self.stages))
         rows.append(("all", "", "", "", "", _short(sum(s.params for s in self.stages)), "", calls, f"{_short(peak)}B"))
         widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
         lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in (head, *rows)]
-        lines += ["", f"FLOP and memory: one evaluation of one clip in float32; a video takes {_short(work)}FLOP."]
+        host = self.host
+        lines += [
+            "",
+            f"FLOP: one evaluation of one clip; a video takes {_short(flops)}FLOP.",
+            f"memory: the most a stage holds while it samples{'' if host.clips == 1 else f' {host.clips} clips'} on "
+            f"{host.device} in {host.dtype}.",
+        ]
+        lines += self.said
         for other in self.others:
             size = "not on this machine" if other.params is None else f"{_short(other.params)} parameters"
             lines.append(f"{other.kind}: {other.name}, {size}")
         return "\n".join(line.rstrip() for line in lines)
 
 
-def plan(chain: Chain) -> Plan:
-    """Checks `chain` and measures its denoisers. Raises ConfigError if it cannot work; loads no weights."""
+def plan(chain: Chain, on: Device | None = None, ask: Memory | None = None) -> Plan:
+    """Checks `chain` and measures its denoisers on a device (None: the CPU). Loads no weights.
+
+    Raises ConfigError if it cannot work, MemoryLimitError if it cannot fit into the memory that is asked for.
+    """
+    on, said = on or Device(device="cpu"), []
     chain.check()
     try:
         chain.rules[0].output(None, chain.stages[0])
@@ -95,11 +102,15 @@ def plan(chain: Chain) -> Plan:
         raise ConfigError(
             f"{error.message}, and no stage is before it", fix="begin with a stage that needs no input"
         ) from error
-    stages = [measure(cfg, rule, chain.text) for cfg, rule in zip(chain.stages, chain.rules, strict=True)]
-    return Plan(stages=stages, others=[_text(chain.text), *_codecs(chain.stages)])
+    if ask is not None and ask.memory is not None:
+        fitted = fitting(chain, on, ask)
+        chain, said = fitted.chain, fitted.said
+    host = Host.of(on)
+    stages = [measure(cfg, rule, chain.text, host) for cfg, rule in zip(chain.stages, chain.rules, strict=True)]
+    return Plan(stages=stages, others=[_text(chain.text), *_codecs(chain.stages)], host=host, said=said)
 
 
-def measure(cfg: StageConfig, rule: Rule, text: TextConfig) -> StagePlan:
+def measure(cfg: StageConfig, rule: Rule, text: TextConfig, host: Host | None = None) -> StagePlan:
     """The numbers of one denoiser."""
     cfg = replace(cfg, w_range=told(cfg))
     params, flops = work(cfg, rule, text.max_tokens)
@@ -112,7 +123,7 @@ def measure(cfg: StageConfig, rule: Rule, text: TextConfig) -> StagePlan:
         params=params,
         flops=flops,
         evaluations=cfg.sampler.evaluations(guided=cfg.w_range is None),
-        peak_bytes=held(cfg, rule, text.max_tokens, Host()).peak,
+        peak_bytes=held(cfg, rule, text.max_tokens, host or Host()).peak,
     )
 
 
@@ -122,9 +133,7 @@ def measure(cfg: StageConfig, rule: Rule, text: TextConfig) -> StagePlan:
 def _text(cfg: TextConfig) -> Other:
     if cfg.store is not None:
         return Other(name=cfg.store, kind="text store", params=0)
-    path = local_file(cfg.encoder, WEIGHTS)
-    unused = ("decoder.", "lm_head.", "encoder.embed_tokens.")  # the last is shared.weight again
-    return Other(name=cfg.encoder, kind="text encoder", params=None if path is None else stored(path, unused))
+    return Other(name=cfg.encoder, kind="text encoder", params=encoder(cfg))
 
 
 def _codecs(stages: Sequence[StageConfig]) -> Iterator[Other]:
@@ -132,18 +141,6 @@ def _codecs(stages: Sequence[StageConfig]) -> Iterator[Other]:
         if name is not None:
             path = locate(name) / codec.WEIGHTS
             yield Other(name=name, kind="autoencoder", params=stored(path) if path.is_file() else None)
-
-
-def stored(path: Path, without: tuple[str, ...] = ()) -> int:
-    """Numbers in a safetensors file, from its header alone; `without` are beginnings of names that do not count."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            names = [name for name in file.keys() if not name.startswith(without)]  # noqa: SIM118  no dict
-            return sum(prod(file.get_slice(name).get_shape()) for name in names)
-    except SafetensorError as error:
-        raise InputError(f"{path}: is not a safetensors file: {error}", fix="copy it again") from error
 
 
 # the verb ------------------------------------------------------------------------------------------------------------
@@ -162,12 +159,12 @@ class PlanConfig:
 
 def verb(tree: dict[str, Any]) -> None:
     """`cascade plan`: the plan on stdout, remarks on stderr."""
-    shown = take(tree, PlanConfig)
-    chain = Chain.read(tree, ["format"])
-    made = plan(chain)
+    shown, on, ask = take(tree, PlanConfig), take(tree, Device), take(tree, Memory)
+    chain = Chain.read(tree, ["format", "device", "dtype", "micro_batch", "memory"])
+    made = plan(chain, on, ask)
     if known_width(chain.text) is None:
         log.info("text %s is not on this machine: its width was not checked", chain.text.store or chain.text.encoder)
-    print(json.dumps(plain(made), indent=2) if shown.format == "json" else made.table())
+    print(json.dumps(made.data(), indent=2) if shown.format == "json" else made.table())
 
 
 def _short(number: float) -> str:

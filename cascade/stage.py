@@ -19,12 +19,15 @@ from torch import Tensor
 from cascade.codec import COLOURS, Codec, Coder, Kind
 from cascade.diffusion import Diffusion, Path
 from cascade.errors import ConfigError
+from cascade.offload import offload
 from cascade.sampler import Draw, Hook, Sampler, Threshold, keep_known, sample
 from cascade.sampler import Rule as StepRule
 from cascade.text import Text
 from cascade.unet import Cond, UNetConfig, VideoUNet
 from cascade.video import Shape, Video
 from cascade.windows import Windows, in_parts, windowed
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(kw_only=True)
@@ -117,6 +120,8 @@ class StageConfig:
     codec: Codec = field(default_factory=Codec)
     windows: Windows = field(default_factory=Windows)
     frames_at_once: int = 0  # that the network sees, exactly (see `in_parts`); 0: all of them, or of a window
+    dtype: str | None = None  # float32 | bfloat16 | float16; None: as the run says
+    offload: bool = False  # weights stay in host memory and visit the device while they work (see `offload`)
     augment: float = 0.0  # noise level t in [0, 1] added to the incoming video when sampling
     augment_max: float = 0.0  # training draws that level from [0, augment_max], or, half of the time, 0
     weights: str | None = None
@@ -130,6 +135,8 @@ class StageConfig:
             raise ValueError(f"fps is {self.fps}, expected 0 to 1000")
         if self.frames_at_once < 0:
             raise ValueError(f"frames_at_once is {self.frames_at_once}, expected at least 0")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype is {self.dtype!r}, expected {', '.join(DTYPES)} or null")
         if not 0 <= self.augment <= 1 or not 0 <= self.augment_max <= 1:
             raise ValueError(f"augment and augment_max are {self.augment} and {self.augment_max}, expected 0 to 1")
         if self.diffusion.path is Path.STRAIGHT and self.sampler.rule not in (StepRule.DDIM, StepRule.HEUN):
@@ -232,14 +239,21 @@ class Stage:
     def __init__(self, cfg: StageConfig, rule: Rule, net: torch.nn.Module | None = None) -> None:
         self.cfg, self.rule = cfg, rule
         self.net = VideoUNet(cfg.net) if net is None else net
+        self._visits: torch.device | None = None  # where offloaded weights work
 
     @property
     def device(self) -> torch.device:
         parameter = next(self.net.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+        return self._visits or (torch.device("cpu") if parameter is None else parameter.device)
 
     def to(self, device: torch.device) -> Stage:
-        self.net.to(device)
+        """Works there from now on; with cfg.offload the weights stay where they are and visit."""
+        if not self.cfg.offload:
+            self.net.to(device)
+            return self
+        if self._visits is None:
+            offload(self.net, lambda: self.device)
+        self._visits = device
         return self
 
     @cached_property

@@ -13,6 +13,7 @@ from cascade.config import fingerprint, locate, parse, plain, plugin, suggest
 from cascade.data.source import DataConfig, open_source
 from cascade.errors import ConfigError
 from cascade.examples import pool_of
+from cascade.memory import Memory, fit
 from cascade.pipeline import Chain, Device, Runner, digest, first_frame, load_stage, read_input, save_stage, video_bytes
 from cascade.preview import Preview
 from cascade.request import Prompts, bars, jobs_of, take
@@ -37,6 +38,7 @@ class Request:
     data: DataConfig
     own: dict[str, Any]
     command: str = ""
+    memory: str | None = None
 
     @property
     def training(self) -> TrainConfig:
@@ -59,8 +61,9 @@ def request(kind: str, tree: dict[str, Any]) -> Request:
     text = parse(tree.pop("text", {}), TextConfig, "text")
     data = parse(tree.pop("data", {}), DataConfig, "data")
     own = {name: tree.pop(name) for name in ("distill", "evaluate") if name in tree}
-    command = str(tree.pop("command", None) or "")
-    return Request(parse(tree, rule.Config), rule, run, on, text, data, own, command)  # type: ignore[arg-type]
+    ask = take(tree, Memory)
+    cfg = parse(tree, rule.Config)
+    return Request(cfg, rule, run, on, text, data, own, ask.command or "", ask.memory)  # type: ignore[arg-type]
 
 
 def sample(ask: Request) -> None:
@@ -68,9 +71,11 @@ def sample(ask: Request) -> None:
     texts = ask.run.texts()
     out = Path(ask.run.out) if ask.run.out else ask.out("sample") / "video.safetensors"
     given = incoming(ask)
-    ask.rule.output(None if given is None else given.shape, ask.cfg)
-    stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
-    chain = Chain([ask.cfg], [ask.rule], ask.text)
+    size = None if given is None else given.shape
+    ask.rule.output(size, ask.cfg)
+    memory = Memory(memory=ask.memory, command=ask.command)
+    chain = fit(Chain([ask.cfg], [ask.rule], ask.text), ask.on, memory, size)
+    stage, weights = load_stage(chain.stages[0], ask.rule, ask.on.torch)
     jobs = jobs_of(texts, ask.run.samples, out)
     suffix = out.suffix if len(jobs) == 1 else ".safetensors"
     with bars() as progress:
