@@ -24,10 +24,11 @@ GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(64 << 10), "MALLOC_TRIM_THRESHOLD_":
 TINY = [(name, []) for name in ("base", "tsr", "ssr1", "interp", "ssr2")]
 LARGE: list[tuple[str, list[str]]] = [
     ("base", ["base.shape={frames: 16, height: 64, width: 64}"]),
-    ("tsr", ["tsr.shape={frames: 32, height: 64, width: 64}", "tsr.windows={frames: 0, overlap: 0}", "tsr.train=null"]),
+    ("tsr", ["tsr.shape={frames: 32, height: 64, width: 64}", "tsr.windows.frames=32", "tsr.train=null"]),
     ("ssr1", ["ssr1.shape={frames: 32, height: 128, width: 128}", "ssr1.sampler={rule: dpmpp_2m, steps: 4}"]),
-    ("ssr2", ["ssr2.shape={frames: 64, height: 256, width: 256}", "ssr2.windows={frames: 0, overlap: 0}"]),
+    ("ssr2", ["ssr2.shape={frames: 64, height: 256, width: 256}", "ssr2.windows.frames=64"]),
 ]
+LONG = [("ssr2", [f"ssr2.shape.frames={n}", "ssr2.windows.frames=128", "ssr2.frames_at_once=22"]) for n in (32, 64, 128)]
 
 
 @dataclass
@@ -126,7 +127,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--quick", action="store_true", help="the chain tiny alone")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", help="one stage of the chain tiny")
+    parser.add_argument("--json", help="a file for the numbers; -: nothing but the numbers, on stdout")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.case is not None:
@@ -134,21 +136,25 @@ def main() -> None:
         return
     sys.path.insert(0, str(ROOT))
     rows: list[dict[str, Any]] = []
-    print("| stage | predicted, MB | measured, MB | predicted / measured | as glibc has it, MB |\n|---|---|---|---|---|")
-    for stage, settings in TINY + ([] if asked.quick else LARGE):
+    show = print if asked.json != "-" else lambda line: None
+    show("| stage | predicted, MB | measured, MB | predicted / measured | as glibc has it, MB |\n|---|---|---|---|---|")
+    cases = TINY if asked.quick else TINY + LARGE + LONG
+    for stage, settings in [(asked.only, [])] if asked.only else cases:
         case = Case(stage, settings, asked.device, asked.dtype)
         row: dict[str, Any] = {"case": case.title, "predicted": predicted(case)}
         if asked.device == "cuda":
             row |= {"measured": in_child(case), "default": None}
         else:
-            row |= {"measured": in_child(case, **GIVEN_BACK), "default": in_child(case)}
+            row |= {"measured": in_child(case, **GIVEN_BACK), "default": None if asked.only else in_child(case)}
         rows.append(row)
         default = "" if row["default"] is None else f"{row['default'] / 1e6:.1f}"
         ratio = row["predicted"] / row["measured"]
-        print(f"| {row['case']} | {row['predicted'] / 1e6:.1f} | {row['measured'] / 1e6:.1f} | {ratio:.2f} | {default} |")
+        show(f"| {row['case']} | {row['predicted'] / 1e6:.1f} | {row['measured'] / 1e6:.1f} | {ratio:.2f} | {default} |")
         sys.stdout.flush()
-    if asked.json is not None:
-        asked.json.write_text(json.dumps(rows, indent=2))
+    if asked.json == "-":
+        print(json.dumps(rows))
+    elif asked.json is not None:
+        Path(asked.json).write_text(json.dumps(rows, indent=2))
 
 
 if __name__ == "__main__":

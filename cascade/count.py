@@ -107,15 +107,22 @@ def told(cfg: StageConfig) -> list[float] | None:
     return store.from_json(path.read_bytes(), path).get("w_range")
 
 
-def _incoming(cfg: StageConfig, rule: Rule, clips: int, low: Shape | None) -> Video | None:
-    """What the stage before gives, None to one that needs nothing."""
+def takes(cfg: StageConfig, rule: Rule) -> Shape | None:
+    """The size of what the stage before gives, as its settings have it; None to a stage that needs nothing."""
     try:
         rule.output(None, cfg)
     except ConfigError:
-        low = low or rule.takes(cfg)
-        size = (clips, cfg.colours, low.frames, low.height, low.width)
-        return Video(torch.empty(size, device=META), cfg.fps / rule.rate(cfg))
+        return rule.takes(cfg)
     return None
+
+
+def _incoming(cfg: StageConfig, rule: Rule, clips: int, low: Shape | None) -> Video | None:
+    size = takes(cfg, rule)
+    if size is None:  # known frames are not counted
+        return None
+    size = low or size
+    frames = torch.empty(clips, cfg.colours, size.frames, size.height, size.width, device=META)
+    return Video(frames, cfg.fps / rule.rate(cfg))
 
 
 def _text(clips: int, tokens: int, width: int) -> Text:

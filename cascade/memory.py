@@ -12,10 +12,11 @@ import math
 import re
 import shlex
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
-from cascade.count import Host, encoder, held, on_meta, work
+from cascade.config import fingerprint
+from cascade.count import Host, encoder, held, on_meta, takes, work
 from cascade.errors import MemoryLimitError
 from cascade.pipeline import Chain, Device
 from cascade.stage import Rule, StageConfig
@@ -97,7 +98,8 @@ def fitting(chain: Chain, on: Device, ask: Memory, given: Shape | None = None) -
     host = Host.of(on)
     bytes_each = 4 if chain.text.precision is Precision.FLOAT32 else 2
     beside = (encoder(chain.text) or 0) * bytes_each if host.device == "cpu" else 0
-    stages, said, low, lacking = [], [], given, []
+    stages, said, lacking = [], [], []
+    low = given or takes(chain.stages[0], chain.rules[0])
     for cfg, rule in zip(chain.stages, chain.rules, strict=True):
         room = Room(cfg, rule, chain.text.max_tokens, host, low, ask.limit - beside, ask.typed)
         chosen, least = room.choose()
@@ -136,6 +138,7 @@ class Room:
     low: Shape | None
     limit: int
     typed: Collection[str]
+    known: dict[str, int] = field(default_factory=dict)  # bytes by settings
 
     def choose(self) -> tuple[StageConfig | None, int]:
         """The stage as it fits, None if no way does; and the least bytes that were found."""
@@ -190,8 +193,11 @@ class Room:
         return any(word in names or word.startswith(tuple(f"{name}." for name in names)) for word in self.typed)
 
     def need(self, cfg: StageConfig) -> int:
-        """Bytes that the stage holds as `cfg` says."""
-        return held(cfg, self.rule, self.tokens, self.host, self.low).peak
+        """Bytes that the stage holds as `cfg` says, counted once."""
+        key = fingerprint(cfg)
+        if key not in self.known:
+            self.known[key] = held(cfg, self.rule, self.tokens, self.host, self.low).peak
+        return self.known[key]
 
     def words(self, chosen: StageConfig) -> str:
         """What was chosen and what it costs."""
