@@ -2,10 +2,10 @@
 
     python benchmarks/memory.py [--device cuda] [--dtype bfloat16] [--quick] [--json FILE]
 
-Every case runs in a process of its own. On CUDA it is the allocator's peak. On the CPU it is the resident set (VmHWM of
-/proc/self/status) over that of the same process before, after a warm-up with a clip of 16 x 16 pixels. glibc keeps freed
-blocks of up to 32 MB for reuse, in pieces, so it is measured twice: with every block of 64 KB or more given back when it
-is freed, which is what the stage holds and what `memory=` makes of a run; and as glibc has it by default.
+Every case runs in a process of its own. On CUDA it is the allocator's peak. On the CPU it is the resident set (VmHWM
+of /proc/self/status) over that of the same process before, after a warm-up with a clip of 16 x 16 pixels. glibc keeps
+freed blocks of up to 32 MB for reuse, in pieces, so it is measured twice: with every block of 64 KB or more given back
+when it is freed, which is what the stage holds and what `memory=` makes of a run; and as glibc has it by default.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ LARGE: list[tuple[str, list[str]]] = [
     ("ssr1", ["ssr1.shape={frames: 32, height: 128, width: 128}", "ssr1.sampler={rule: dpmpp_2m, steps: 4}"]),
     ("ssr2", ["ssr2.shape={frames: 64, height: 256, width: 256}", "ssr2.windows.frames=64"]),
 ]
-LONG = [("ssr2", [f"ssr2.shape.frames={n}", "ssr2.windows.frames=128", "ssr2.frames_at_once=22"]) for n in (32, 64, 128)]
+LONG = [
+    ("ssr2", [f"ssr2.shape.frames={n}", "ssr2.windows.frames=128", "ssr2.frames_at_once=22"]) for n in (32, 64, 128)
+]
 
 
 @dataclass
@@ -147,9 +149,9 @@ def main() -> None:
         else:
             row |= {"measured": in_child(case, **GIVEN_BACK), "default": None if asked.only else in_child(case)}
         rows.append(row)
-        default = "" if row["default"] is None else f"{row['default'] / 1e6:.1f}"
         ratio = row["predicted"] / row["measured"]
-        show(f"| {row['case']} | {row['predicted'] / 1e6:.1f} | {row['measured'] / 1e6:.1f} | {ratio:.2f} | {default} |")
+        sizes = ["" if row[key] is None else f"{row[key] / 1e6:.1f}" for key in ("predicted", "measured", "default")]
+        show(f"| {row['case']} | {sizes[0]} | {sizes[1]} | {ratio:.2f} | {sizes[2]} |")
         sys.stdout.flush()
     if asked.json == "-":
         print(json.dumps(rows))

@@ -73,7 +73,7 @@ class Generate(Prompts):
 
 def generate(tree: dict[str, Any]) -> None:
     """Prompt to video through a chain."""
-    from cascade.memory import Memory, fit
+    from cascade.memory import Memory, within
     from cascade.pipeline import Device, finish, first_frame, read_input
 
     run, on, memory = take(tree, Generate), take(tree, Device), take(tree, Memory)
@@ -90,7 +90,7 @@ def generate(tree: dict[str, Any]) -> None:
     if run.image is not None:
         given = first_frame(Path(run.image), chain.stages[0])
     check_weights(chain)
-    chain = fit(chain, on, memory, None if given is None else given.shape)
+    chain = within(chain, on, memory, None if given is None else given.shape)
     from cascade import store
 
     jobs = jobs_of(texts, run.samples, out)

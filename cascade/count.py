@@ -161,7 +161,7 @@ def stored(path: Path, without: tuple[str, ...] = ()) -> int:
 
 
 class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The greatest number of bytes alive at once, `peak`, and of elements in one tensor, `largest`, of what runs inside.
+    """The most bytes that are alive at once, `peak`, and elements that one tensor has, `largest`, of what runs inside.
 
     A storage counts from the operation that makes it until it is collected. On the meta device a copy to another device
     stays there, and a question of data (is all of it finite?) is answered by yes. It counts real tensors as well.
@@ -203,7 +203,7 @@ class FusedAttention(TorchFunctionMode):
     """Answers scaled_dot_product_attention by a tensor of the right shape: 2 products of M N D for every head.
 
     Fused kernels never hold all scores at once. `dtype` is autocast's, which meta tensors do not know:
-    products and convolutions get operands of it, for as long as they last (it keeps copies of weights in training only).
+    products and convolutions get operands of it, for as long as they last (only in training it keeps those of weights).
     """
 
     CAST = (F.linear, F.conv2d, F.scaled_dot_product_attention)

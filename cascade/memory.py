@@ -77,7 +77,7 @@ class Fitted:
     said: list[str]
 
 
-def fit(chain: Chain, on: Device, ask: Memory, given: Shape | None = None) -> Chain:
+def within(chain: Chain, on: Device, ask: Memory, given: Shape | None = None) -> Chain:
     """The chain as it fits into `ask.memory` on `on`, for an input of size `given`; says on the log what it chose.
 
     On the CPU freed memory is given back from here on. Raises MemoryLimitError naming the least that would do.
@@ -93,7 +93,7 @@ def fit(chain: Chain, on: Device, ask: Memory, given: Shape | None = None) -> Ch
 
 
 def fitting(chain: Chain, on: Device, ask: Memory, given: Shape | None = None) -> Fitted:
-    """As `fit`, without changing anything about this process."""
+    """As `within`, without changing anything about this process."""
     assert ask.limit is not None
     host = Host.of(on)
     bytes_each = 4 if chain.text.precision is Precision.FLOAT32 else 2
@@ -188,7 +188,7 @@ class Room:
                 yield replace(self.cfg, dtype=dtype, offload=place)
 
     def is_typed(self, key: str) -> bool:
-        """Whether a setting of the stage, or a part of it, was typed; `dtype` and those of a single stage stand alone."""
+        """Whether a setting of the stage, or a part of it, was typed; a single stage's have no name before them."""
         names = (key, f"{self.cfg.name}.{key}")
         return any(word in names or word.startswith(tuple(f"{name}." for name in names)) for word in self.typed)
 
@@ -235,7 +235,7 @@ def _in_windows(cfg: StageConfig, rate: int, extra: int, groups: int) -> StageCo
 
 
 def largest(low: int, high: int, fits: Callable[[int], bool]) -> int:
-    """The largest n from `low`, which fits, up to `high`, which does not, by halving: n that fit lie below the others."""
+    """The largest n that fits, by halving, where all below it do; `low` fits, `high` does not."""
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

@@ -13,7 +13,7 @@ from cascade.config import fingerprint, locate, parse, plain, plugin, suggest
 from cascade.data.source import DataConfig, open_source
 from cascade.errors import ConfigError
 from cascade.examples import pool_of
-from cascade.memory import Memory, fit
+from cascade.memory import Memory, within
 from cascade.pipeline import Chain, Device, Runner, digest, first_frame, load_stage, read_input, save_stage, video_bytes
 from cascade.preview import Preview
 from cascade.request import Prompts, bars, jobs_of, take
@@ -74,7 +74,7 @@ def sample(ask: Request) -> None:
     size = None if given is None else given.shape
     ask.rule.output(size, ask.cfg)
     memory = Memory(memory=ask.memory, command=ask.command)
-    chain = fit(Chain([ask.cfg], [ask.rule], ask.text), ask.on, memory, size)
+    chain = within(Chain([ask.cfg], [ask.rule], ask.text), ask.on, memory, size)
     stage, weights = load_stage(chain.stages[0], ask.rule, ask.on.torch)
     jobs = jobs_of(texts, ask.run.samples, out)
     suffix = out.suffix if len(jobs) == 1 else ".safetensors"

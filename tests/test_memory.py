@@ -1,4 +1,4 @@
-"""Laws of `memory=`: what is chosen fits and is the best that does, what was typed stays, the least that is named does."""
+"""Laws of `memory=`: what is chosen fits and is the best that does, what was typed stays, the least named does."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from cascade import memory as fitting_room
 from cascade.cli import command, run_main
 from cascade.config import plugin
 from cascade.count import Host, held
 from cascade.errors import ConfigError, MemoryLimitError
-from cascade.memory import Memory, fit, fitting, largest, size
+from cascade.memory import Memory, fitting, largest, short, size, within
 from cascade.noise import Noise, sample_id
 from cascade.pipeline import Chain, Device
 from cascade.stage import StageConfig, TrainConfig
@@ -83,10 +82,11 @@ def test_what_is_no_size_is_refused(text: str) -> None:
 
 def test_what_fits_stays_as_it_is(wide: Make) -> None:
     cfg = wide()
-    assert fitted(cfg, need(cfg)) == (cfg, f"memory={need(cfg)}B: ssr holds {fitting_room.short(need(cfg))} as it is set")
+    bytes_ = need(cfg)
+    assert fitted(cfg, bytes_) == (cfg, f"memory={bytes_}B: ssr holds {short(bytes_)} as it is set")
     rule: Any = plugin("ssr")
     chain = Chain([cfg], [rule], TextConfig())
-    assert fit(chain, CPU, Memory()) is chain
+    assert within(chain, CPU, Memory()) is chain
 
 
 def test_exact_parts_come_first_and_are_as_large_as_fit(wide: Make) -> None:
@@ -166,7 +166,8 @@ def test_what_was_typed_is_not_changed(typed: str, wide: Make) -> None:
 
 def test_another_stage_may_be_typed(wide: Make) -> None:
     cfg = wide()
-    assert fitted(cfg, need(replace(cfg, frames_at_once=15)), typed="ssr2.frames_at_once=0 ssrs=1")[0].frames_at_once == 15
+    parts = replace(cfg, frames_at_once=15)
+    assert fitted(cfg, need(parts), typed="ssr2.frames_at_once=0 ssrs=1")[0] == parts
 
 
 def test_the_precision_that_was_typed_stays(wide: Make) -> None:
@@ -194,7 +195,7 @@ def test_a_chain_names_the_stage_that_needs_most(wide: Make) -> None:
     rules: Any = [plugin("base"), plugin("ssr")]
     base = wide("base", shape=Shape(frames=24, height=8, width=8), train=None)
     chain = Chain([base, wide()], rules, TextConfig(encoder="tiny/text", max_tokens=TOKENS))
-    with pytest.raises(MemoryLimitError, match=r"memory is 1MB, but ssr holds .* beside 2.23 MB of the text encoder") as caught:
+    with pytest.raises(MemoryLimitError, match=r"1MB, but ssr holds .* beside 2.23 MB of the text encoder") as caught:
         fitting(chain, CPU, Memory(memory="1MB"))
     least = re.search(r"memory=\d+MB", caught.value.fix)[0]  # type: ignore[index]
     said = fitting(chain, CPU, Memory(memory=least.partition("=")[2])).said
@@ -213,7 +214,8 @@ def test_plan_says_what_it_chose_and_refuses_in_one_line(capsys: pytest.CaptureF
         with pytest.raises(SystemExit) as exit:
             run_main([*words, "memory=5MB"], command, "cascade")
         error = capsys.readouterr().err
-        assert exit.value.code == 7 and error.startswith("error: memory is 5MB, but base holds 19.") and error.count("\n") == 1
+        assert exit.value.code == 7 and error.count("\n") == 1
+        assert error.startswith("error: memory is 5MB, but base holds 19.")
     assert not out.exists()
     with pytest.raises(ConfigError, match="expected a size such as 12GB"):
         command(["plan", stage, "memory=plenty"])

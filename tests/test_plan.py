@@ -236,7 +236,8 @@ def test_what_is_counted_without_data_is_what_a_real_run_holds(
 
 
 def test_memory_knows_guidance_precision_and_clips(stage_config: Make, net_config: Make) -> None:
-    cfg = stage_config("base", net=net_config(levels=[LevelSpec(channels=64)]), shape=Shape(frames=8, height=16, width=16))
+    net = net_config(levels=[LevelSpec(channels=64)])
+    cfg = stage_config("base", net=net, shape=Shape(frames=8, height=16, width=16))
     plain = peak(cfg)
     assert peak(replace(cfg, sampler=Sampler(steps=3, guidance=2.0))) > plain, "the conditional x waits for the other"
     assert plain * 0.5 < peak(cfg, Host(dtype="bfloat16")) < plain * 0.8, "weights and state stay in float32"
