@@ -8,7 +8,7 @@ sampler, guidance, windows, decoder's output and all. Nothing is fitted; what ke
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -24,11 +24,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cascade import checkpoint, store
 from cascade.codec import COLOURS, Codec
+from cascade.encoders import WEIGHTS
 from cascade.errors import ConfigError, InputError
 from cascade.kernels import norm
 from cascade.pipeline import Device
 from cascade.stage import Rule, Stage, StageConfig
-from cascade.text import WEIGHTS, Text, TextConfig, local_file
+from cascade.text import Text, TextConfig, local_file
 from cascade.unet import Cond
 from cascade.video import Shape, Video
 
@@ -55,10 +56,13 @@ def work(cfg: StageConfig, rule: Rule, tokens: int) -> tuple[int, int]:
     stage = on_meta(cfg, rule)
     size = (1, cfg.net.channels, *cfg.codec.inside(cfg.shape))
     z, t = torch.empty(size, device=META), torch.empty(1, device=META)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, FusedAttention() as attention:
-        stage.denoise(z, t, _blank(size, tokens, cfg.net.text), None if stage.cfg.w_range is None else 0.0)
+    spans = cfg.windows.spans(cfg.shape.frames, rule.rate(cfg))  # all of one length
+    first, end = spans[0]
+    cond = _blank(size, tokens, cfg.net.text).frames(first, end)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, Fused() as attention:
+        stage.denoise(z[:, :, first:end], t, cond, None if stage.cfg.w_range is None else 0.0)
     params = sum(parameter.numel() for parameter in stage.net.parameters())
-    return params, counter.get_total_flops() + attention.flops
+    return params, len(spans) * (counter.get_total_flops() + attention.flops)
 
 
 def held(cfg: StageConfig, rule: Rule, tokens: int, host: Host, low: Shape | None = None) -> Count:
@@ -73,13 +77,14 @@ def held(cfg: StageConfig, rule: Rule, tokens: int, host: Host, low: Shape | Non
     if not cfg.offload:
         for parameter in stage.net.parameters():
             count.add(parameter)
-    stage.net = Once(stage.net, count)
+    if not cfg.sampler.reconstruction:  # whose gradient passes through the network
+        stage.net = Once(stage.net, count)
 
     def noise(shape: Sequence[int], step: int, purpose: str) -> Tensor:
         return torch.empty(tuple(shape), device=META)
 
     dtype = getattr(torch, cfg.dtype or host.dtype)
-    with torch.no_grad(), norm.assumed(dtype if host.device == "cuda" else None), count, FusedAttention(dtype):
+    with torch.no_grad(), norm.assumed(dtype if host.device == "cuda" else None), count, Fused(dtype):
         text = _text(host.clips, tokens, cfg.net.text)
         stage.sample(_incoming(cfg, rule, host.clips, low), text, None, noise)
     if host.device == "cuda":
@@ -141,7 +146,7 @@ def encoder(text: TextConfig) -> int | None:
     if text.store is not None:
         return 0
     path = local_file(text.encoder, WEIGHTS)
-    unused = ("decoder.", "lm_head.", "encoder.embed_tokens.")  # the last is shared.weight again
+    unused = ("decoder.", "lm_head.", "encoder.embed_tokens.", "vision_model.")  # the third is shared.weight again
     return None if path is None else stored(path, unused)
 
 
@@ -199,8 +204,9 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.alive -= size
 
 
-class FusedAttention(TorchFunctionMode):
-    """Answers scaled_dot_product_attention by a tensor of the right shape: 2 products of M N D for every head.
+class Fused(TorchFunctionMode):
+    """Answers by tensors of the right shape scaled_dot_product_attention, 2 products of M N D for every head, and group
+    norm, no products, which the meta device would take apart: half of the time of a plan.
 
     Fused kernels never hold all scores at once. `dtype` is autocast's, which meta tensors do not know:
     products and convolutions get operands of it, for as long as they last (only in training it keeps those of weights).
@@ -215,6 +221,8 @@ class FusedAttention(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.dtype is not torch.float32 and func in self.CAST:
             args, kwargs = tree_map(self._cast, (args, kwargs or {}))
+        if func is F.group_norm and not torch.is_grad_enabled():
+            return torch.empty_like(args[0])
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v = args[:3]  # (B, h, M, D), (B, h, N, D)
@@ -231,19 +239,27 @@ class Once(torch.nn.Module):
     def __init__(self, net: torch.nn.Module, count: Count) -> None:
         super().__init__()
         self.net, self.count = net, count
-        self._known: dict[tuple[int, ...], tuple[int, torch.dtype]] = {}
+        self._known: dict[tuple[int, ...], tuple[int, int, torch.dtype]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return super().__getattr__(name) if name in ("net", "count") else getattr(self.net, name)
 
     def forward(self, z: Tensor, *args: Any) -> Tensor:
+        return self._once(self.net, z, *args)
+
+    def predict(self, z: Tensor, *args: Any) -> Tensor:
+        """Also what the network says of the variance."""
+        return self._once(self.net.predict, z, *args)  # type: ignore[arg-type]
+
+    def _once(self, run: Callable[..., Tensor], z: Tensor, *args: Any) -> Tensor:
         count, before, highest = self.count, self.count.alive, self.count.peak
         if z.shape not in self._known:
             count.peak = before
-            out: Tensor = self.net(z, *args)
-            self._known[tuple(z.shape)] = count.peak - before, out.dtype
+            out = run(z, *args)
+            self._known[tuple(z.shape)] = count.peak - before, out.shape[1], out.dtype
         else:
-            out = torch.empty_like(z, dtype=self._known[z.shape][1])
+            _, channels, dtype = self._known[z.shape]
+            out = z.new_empty(len(z), channels, *z.shape[2:], dtype=dtype)
         count.peak = max(highest, before + self._known[z.shape][0])
         return out
 

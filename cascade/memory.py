@@ -20,7 +20,7 @@ from cascade.count import Host, encoder, held, on_meta, takes, work
 from cascade.errors import MemoryLimitError
 from cascade.pipeline import Chain, Device
 from cascade.stage import Rule, StageConfig
-from cascade.text import Precision
+from cascade.text import Precision, TextConfig, told_tokens
 from cascade.video import Shape
 from cascade.windows import Windows
 
@@ -96,12 +96,11 @@ def fitting(chain: Chain, on: Device, ask: Memory, given: Shape | None = None) -
     """As `within`, without changing anything about this process."""
     assert ask.limit is not None
     host = Host.of(on)
-    bytes_each = 4 if chain.text.precision is Precision.FLOAT32 else 2
-    beside = (encoder(chain.text) or 0) * bytes_each if host.device == "cpu" else 0
+    beside = sum(map(_encoder, chain.texts)) if host.device == "cpu" else 0
     stages, said, lacking = [], [], []
     low = given or takes(chain.stages[0], chain.rules[0])
     for cfg, rule in zip(chain.stages, chain.rules, strict=True):
-        room = Room(cfg, rule, chain.text.max_tokens, host, low, ask.limit - beside, ask.typed)
+        room = Room(cfg, rule, told_tokens(chain.text_of(cfg)), host, low, ask.limit - beside, ask.typed)
         chosen, least = room.choose()
         if chosen is None:
             lacking.append((least, room))
@@ -112,15 +111,21 @@ def fitting(chain: Chain, on: Device, ask: Memory, given: Shape | None = None) -
     if lacking:
         raise _refusal(ask, beside, *max(lacking, key=lambda pair: pair[0]))
     if beside:
-        said.append(f"memory={ask.memory}: {short(beside)} of it are the text encoder's")
+        said.append(f"memory={ask.memory}: {short(beside)} of it are the text's")
     return Fitted(Chain(stages, chain.rules, chain.text), said)
+
+
+def _encoder(text: TextConfig) -> int:
+    """Bytes of a text encoder's weights, and its prior's, which stay in host memory."""
+    prior = 0 if text.prior is None or text.store is not None else text.prior.params(text.max_tokens)
+    return (encoder(text) or 0) * (4 if text.precision is Precision.FLOAT32 else 2) + 4 * prior
 
 
 def _refusal(ask: Memory, beside: int, least: int, room: Room) -> MemoryLimitError:
     name = room.cfg.name
     fixed = [key for key in ("frames_at_once", "windows", "dtype", "offload") if room.is_typed(key)]
     leave = f", or leave {' and '.join(fixed)} to be chosen" if fixed else ""
-    more = f" beside {short(beside)} of the text encoder" if beside else ""
+    more = f" beside {short(beside)} for the text" if beside else ""
     return MemoryLimitError(
         f"memory is {ask.memory}, but {name} holds {short(least)} at the least{more}",
         fix=f"memory={math.ceil((least + beside) / 1e6)}MB, or a smaller {name}.shape{leave}",
@@ -166,6 +171,8 @@ class Room:
             else:
                 yield partial(_in_parts, cfg, seen), min(seen, 2 * reach + 1), seen
         trained = self.cfg.train.crop if self.cfg.train else None
+        if self.cfg.windows.in_turn:
+            return
         if trained is not None and not self.is_typed("windows") and not getattr(self.cfg.net, "frame_position", False):
             rate = self.rule.rate(self.cfg)
             extra = self.cfg.shape.frames % rate

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from cascade import codec
+from cascade import foreign
 from cascade.config import locate, plain
 from cascade.count import Host, encoder, held, stored, told, work
 from cascade.errors import ConfigError
@@ -16,7 +16,7 @@ from cascade.memory import Memory, fitting
 from cascade.pipeline import Chain, Device
 from cascade.request import take
 from cascade.stage import Rule, StageConfig
-from cascade.text import TextConfig, known_width
+from cascade.text import TextConfig, known_width, told_tokens
 
 log = logging.getLogger("cascade")
 
@@ -38,7 +38,7 @@ class StagePlan:
 
 @dataclass(kw_only=True)
 class Other:
-    """What a chain needs beside its denoisers: a text encoder, a store of embeddings, autoencoders."""
+    """What a chain needs beside its denoisers: a text encoder, a store of embeddings, a prior, autoencoders."""
 
     name: str
     kind: str
@@ -102,18 +102,25 @@ def plan(chain: Chain, on: Device | None = None, ask: Memory | None = None) -> P
         raise ConfigError(
             f"{error.message}, and no stage is before it", fix="begin with a stage that needs no input"
         ) from error
+    if (first := chain.stages[0]).windows.in_turn:
+        raise ConfigError(
+            f"{first.name}: windows.rule is {first.windows.rule.value}, which needs an incoming video",
+            fix=f"{first.name}.windows.rule=blend",
+        )
     if ask is not None and ask.memory is not None:
         fitted = fitting(chain, on, ask)
         chain, said = fitted.chain, fitted.said
     host = Host.of(on)
-    stages = [measure(cfg, rule, chain.text, host) for cfg, rule in zip(chain.stages, chain.rules, strict=True)]
-    return Plan(stages=stages, others=[_text(chain.text), *_codecs(chain.stages)], host=host, said=said)
+    stages = [measure(cfg, rule, chain.text_of(cfg), host) for cfg, rule in zip(chain.stages, chain.rules, strict=True)]
+    priors = [other for text in chain.texts for other in _prior(text)]
+    others = [*map(_text, chain.texts), *priors, *_codecs(chain.stages)]
+    return Plan(stages=stages, others=others, host=host, said=said)
 
 
 def measure(cfg: StageConfig, rule: Rule, text: TextConfig, host: Host | None = None) -> StagePlan:
     """The numbers of one denoiser."""
     cfg = replace(cfg, w_range=told(cfg))
-    params, flops = work(cfg, rule, text.max_tokens)
+    params, flops = work(cfg, rule, told_tokens(text))
     return StagePlan(
         name=cfg.name,
         frames=cfg.shape.frames,
@@ -123,7 +130,7 @@ def measure(cfg: StageConfig, rule: Rule, text: TextConfig, host: Host | None = 
         params=params,
         flops=flops,
         evaluations=cfg.sampler.evaluations(guided=cfg.w_range is None),
-        peak_bytes=held(cfg, rule, text.max_tokens, host or Host()).peak,
+        peak_bytes=held(cfg, rule, told_tokens(text), host or Host()).peak,
     )
 
 
@@ -136,10 +143,15 @@ def _text(cfg: TextConfig) -> Other:
     return Other(name=cfg.encoder, kind="text encoder", params=encoder(cfg))
 
 
+def _prior(cfg: TextConfig) -> Iterator[Other]:
+    if cfg.prior is not None and cfg.store is None:
+        yield Other(name="text.prior", kind="prior", params=cfg.prior.params(cfg.max_tokens))
+
+
 def _codecs(stages: Sequence[StageConfig]) -> Iterator[Other]:
     for name in dict.fromkeys(stage.codec.weights for stage in stages):
         if name is not None:
-            path = locate(name) / codec.WEIGHTS
+            path = locate(name) / foreign.WEIGHTS
             yield Other(name=name, kind="autoencoder", params=stored(path) if path.is_file() else None)
 
 
@@ -162,8 +174,9 @@ def verb(tree: dict[str, Any]) -> None:
     shown, on, ask = take(tree, PlanConfig), take(tree, Device), take(tree, Memory)
     chain = Chain.read(tree, ["format", "device", "dtype", "micro_batch", "memory"])
     made = plan(chain, on, ask)
-    if known_width(chain.text) is None:
-        log.info("text %s is not on this machine: its width was not checked", chain.text.store or chain.text.encoder)
+    for text in chain.texts:
+        if known_width(text) is None:
+            log.info("text %s is not on this machine: its width was not checked", text.store or text.encoder)
     print(json.dumps(made.data(), indent=2) if shown.format == "json" else made.table())
 
 

@@ -20,6 +20,7 @@ from cascade.request import Prompts, bars, jobs_of, take
 from cascade.stage import Rule, Stage, StageConfig, TrainConfig
 from cascade.text import TextConfig, text_source
 from cascade.train import fit
+from cascade.unet import completed
 from cascade.video import Video
 
 
@@ -62,7 +63,8 @@ def request(kind: str, tree: dict[str, Any]) -> Request:
     data = parse(tree.pop("data", {}), DataConfig, "data")
     own = {name: tree.pop(name) for name in ("distill", "evaluate") if name in tree}
     ask = take(tree, Memory)
-    cfg = parse(tree, rule.Config)
+    cfg: StageConfig = parse(tree, rule.Config)
+    text = cfg.reads or text
     return Request(cfg, rule, run, on, text, data, own, ask.command or "", ask.memory)  # type: ignore[arg-type]
 
 
@@ -73,8 +75,9 @@ def sample(ask: Request) -> None:
     given = incoming(ask)
     size = None if given is None else given.shape
     ask.rule.output(size, ask.cfg)
-    memory = Memory(memory=ask.memory, command=ask.command)
-    chain = within(Chain([ask.cfg], [ask.rule], ask.text), ask.on, memory, size)
+    chain = Chain([ask.cfg], [ask.rule], ask.text)
+    chain.check()
+    chain = within(chain, ask.on, Memory(memory=ask.memory, command=ask.command), size)
     stage, weights = load_stage(chain.stages[0], ask.rule, ask.on.torch)
     jobs = jobs_of(texts, ask.run.samples, out)
     suffix = out.suffix if len(jobs) == 1 else ".safetensors"
@@ -140,7 +143,7 @@ def new_stage(cfg: StageConfig, rule: Rule, train: TrainConfig) -> Stage:
         stage = Stage(cfg, rule)
     if train.init is not None:
         weights = checkpoint.load(locate(train.init))
-        checkpoint.compatible(weights.config["net"], plain(cfg.net), f"{cfg.name}.net in {train.init}")
+        checkpoint.compatible(completed(weights.config["net"]), plain(cfg.net), f"{cfg.name}.net in {train.init}")
         checkpoint.apply(stage.net, weights.state, train.init)
     return stage
 

@@ -195,7 +195,7 @@ def test_a_chain_names_the_stage_that_needs_most(wide: Make) -> None:
     rules: Any = [plugin("base"), plugin("ssr")]
     base = wide("base", shape=Shape(frames=24, height=8, width=8), train=None)
     chain = Chain([base, wide()], rules, TextConfig(encoder="tiny/text", max_tokens=TOKENS))
-    with pytest.raises(MemoryLimitError, match=r"1MB, but ssr holds .* beside 2.23 MB of the text encoder") as caught:
+    with pytest.raises(MemoryLimitError, match=r"1MB, but ssr holds .* beside 2.23 MB for the text") as caught:
         fitting(chain, CPU, Memory(memory="1MB"))
     least = re.search(r"memory=\d+MB", caught.value.fix)[0]  # type: ignore[index]
     said = fitting(chain, CPU, Memory(memory=least.partition("=")[2])).said

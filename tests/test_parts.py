@@ -88,7 +88,7 @@ def test_less_than_the_reach_would_be_wrong() -> None:
 @pytest.mark.parametrize("mixer", Mixer)
 def test_reach_is_as_far_as_a_frame_is_heard(mixer: Mixer, net_config: Make, shaken: Make) -> None:
     net = network(net_config, shaken, mixer)
-    reach, frames = net.reach, 23
+    reach, frames = net.reach, 45
     z, t, cond = draw("z", 1, 3, frames, SIDE, SIDE).double(), torch.tensor([0.5]), condition(frames)
     other = z.clone()
     other[:, :, frames // 2] += 10
