@@ -404,9 +404,9 @@ class Stage:
         return found
 
     def at_once(self, z: Tensor) -> int:
-        """Frames of z (B, C, F, H, W) that the network sees at once: as set, but no tensor of ELEMENTS if that can be.
+        """Frames of z (B, C, F, H, W) that the network sees at once: as set, or as few as keep tensors below ELEMENTS.
 
-        Raises ConfigError for fewer than give an exact answer.
+        The second only where that at most doubles the work. Raises ConfigError for fewer than give an exact answer.
         """
         batch, _, frames, height, width = z.shape
         most = self.cfg.frames_at_once or frames
@@ -423,7 +423,7 @@ class Stage:
                 fix=f"{self.cfg.name}.frames_at_once={2 * self.reach + 1}",
             )
         small = (ELEMENTS - 1) // (batch * self.net.elements(height, width))  # type: ignore[operator]
-        return max(min(most, int(small)), min(frames, 2 * self.reach + 1))
+        return min(most, int(small)) if small > 4 * self.reach else most
 
     def made(self, low: Video | None) -> Shape:
         """Size of the output. A clip that says which of its frames are known is as long as the output already."""

@@ -253,9 +253,8 @@ def test_a_latent_stage_counts_the_pixels_that_come_out(stage_config: Make) -> N
     assert 2 * pixels <= peak(cfg) < 3 * pixels, "decoded, then clamped; what is inside is 64 times smaller"
 
 
-@pytest.mark.parametrize("name", CHAINS)
-def test_no_tensor_of_a_chain_is_too_large_to_count_in_32_bits(name: str) -> None:
-    made = chain(name)
+def test_no_tensor_of_the_shipped_chain_is_too_large_to_count_in_32_bits() -> None:
+    made = chain()
     for cfg, rule in zip(made.stages, made.rules, strict=True):
         assert held(cfg, rule, made.text.max_tokens, Host()).largest < 2**31, cfg.name
 
