@@ -80,16 +80,18 @@ class Generate(Given):
 def generate(tree: dict[str, Any]) -> None:
     """Prompt to video through a chain."""
     from cascade.given import given
+    from cascade.memory import Memory, within
     from cascade.pipeline import Device, finish
 
-    run, on = take(tree, Generate), take(tree, Device)
+    run, on, memory = take(tree, Generate), take(tree, Device), take(tree, Memory)
     chain = chain_of(tree).since(run.start)
     texts = run.texts()
     out = Path(run.out) if run.out else Path("runs") / fingerprint(
-        [plain(stage) for stage in chain.stages] + [plain(run), plain(on), plain(chain.text)]
+        [plain(stage) for stage in chain.stages] + [plain(run), plain(on), plain(chain.text), memory.memory]
     )[:16]  # fmt: skip
     first = given(run, chain.stages[0], chain.rules[0])
     chain.check_weights()
+    chain = within(chain, on, memory, None if first is None else first.shape)
     from cascade import store
 
     jobs = jobs_of(texts, run.samples, out)

@@ -80,8 +80,7 @@ class Norm(nn.GroupNorm):
     def forward(self, h: Tensor, film: Tensor | None = None, silu: bool = False) -> Tensor:
         """film (N, 2 C): scale and shift."""
         if norm.takes(h, self.num_groups):
-            device = h.device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+            dtype = norm.wanted(h)
             return norm.group_norm(
                 h, self.weight, self.bias, film, groups=self.num_groups, eps=self.eps, silu=silu, dtype=dtype
             )

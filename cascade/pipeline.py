@@ -27,7 +27,7 @@ from cascade.errors import CascadeError, ConfigError, HostError, InputError, Num
 from cascade.layers import channels_last
 from cascade.noise import Noise
 from cascade.request import Job, take
-from cascade.stage import Rule, Stage, StageConfig, check_told, from_text
+from cascade.stage import DTYPES, Rule, Stage, StageConfig, check_told, from_text
 from cascade.text import Text, TextConfig, TextSource, known_width, read_width, text_source
 from cascade.unet import completed
 from cascade.video import Video
@@ -50,10 +50,15 @@ class Device:
     attention: str = "auto"
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16", "float16"):
+        if self.dtype not in DTYPES:
             raise ValueError(f"dtype is {self.dtype!r}, expected float32, bfloat16 or float16")
         if self.micro_batch < 1:
             raise ValueError(f"micro_batch is {self.micro_batch}, expected at least 1")
+
+    @property
+    def type(self) -> str:
+        """cpu or cuda, also where there is none."""
+        return self.torch.type if self.device == "auto" else self.device.partition(":")[0]
 
     @property
     def torch(self) -> torch.device:
@@ -131,6 +136,7 @@ class Chain:
         for stage, rule in zip(self.stages, self.rules, strict=True):
             check_told(stage, rule)
             _check_windows(stage, rule)
+            _check_parts(stage, rule)
             text = self.text_of(stage)
             _check_prior(text)
             width = known_width(text)
@@ -221,6 +227,14 @@ def _check_windows(stage: StageConfig, rule: Rule) -> None:
         )
 
 
+def _check_parts(stage: StageConfig, rule: Rule) -> None:
+    """The network gives an exact answer from as few frames at once as are set."""
+    if stage.frames_at_once:
+        with torch.device("meta"):
+            size = (1, stage.net.channels, *stage.codec.inside(stage.shape))
+            Stage(stage, rule).at_once(torch.empty(size))
+
+
 def _check_pair(before: StageConfig, after: StageConfig, rule: Rule) -> None:
     takes, rate = rule.takes(after), rule.rate(after)
     wrong = [side for side in ("frames", "height", "width") if getattr(before.shape, side) != getattr(takes, side)]
@@ -286,9 +300,9 @@ def untrained(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage
 
 
 def _ready(stage: Stage, device: torch.device) -> Stage:
-    stage.net.to(device, torch.float32).eval().requires_grad_(False)
+    stage.net.to(torch.float32).eval().requires_grad_(False)
     channels_last(stage.net)
-    return stage
+    return stage.to(device)
 
 
 def save_stage(
@@ -452,7 +466,7 @@ class Runner:
         after = None if self.after is None else partial(self.after, stage.cfg.name, jobs)
         start = time.perf_counter()
         try:
-            with attention.use(self.on.attention), precision(self.on):
+            with attention.use(self.on.attention), precision(replace(self.on, dtype=stage.cfg.dtype or self.on.dtype)):
                 video = stage.sample(low, text, negative, noise, tick, after=after)
         except CascadeError as error:
             raise type(error)(f"{stage.cfg.name}: {error.message}", error.fix) from error

@@ -21,6 +21,7 @@ from cascade.diffusion import Diffusion, Path
 from cascade.errors import ConfigError
 from cascade.grid import Spacing
 from cascade.noise import generator
+from cascade.offload import offload
 from cascade.sampler import After, Denoise, Draw, Hook, Sampler, Threshold, keep_known, reconstruction, sample, shared
 from cascade.sampler import Rule as StepRule
 from cascade.text import Text, TextConfig
@@ -28,7 +29,9 @@ from cascade.unet import Cond, UNetConfig, VideoUNet
 from cascade.unet3d import UNet3D
 from cascade.unet3d_config import UNet3DConfig
 from cascade.video import Shape, Video
-from cascade.windows import Join, Windows, extended, windowed
+from cascade.windows import Join, Windows, extended, in_parts, windowed
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(kw_only=True)
@@ -120,6 +123,9 @@ class StageConfig:
     sampler: Sampler
     codec: Codec = field(default_factory=Codec)
     windows: Windows = field(default_factory=Windows)
+    frames_at_once: int = 0  # that the network sees, exactly (see `in_parts`); 0: all of them, or of a window
+    dtype: str | None = None  # float32 | bfloat16 | float16; None: as the run says
+    offload: bool = False  # weights stay in host memory and visit the device while they work (see `offload`)
     reads: TextConfig | None = None  # a text encoder of its own; None: the chain's
     keep_known: bool = True  # given frames come out as they came in, where the kind can; false: they are made again
     augment: float = 0.0  # noise level t in [0, 1] added to the incoming video when sampling
@@ -136,6 +142,10 @@ class StageConfig:
             raise ValueError(f"name is {self.name!r}, expected letters, digits, _ - and . (it becomes a folder's name)")
         if not 0 < self.fps <= 1000:
             raise ValueError(f"fps is {self.fps}, expected 0 to 1000")
+        if self.frames_at_once < 0:
+            raise ValueError(f"frames_at_once is {self.frames_at_once}, expected at least 0")
+        if self.dtype not in (None, *DTYPES):
+            raise ValueError(f"dtype is {self.dtype!r}, expected {', '.join(DTYPES)} or null")
         if not 0 <= self.augment <= 1 or not 0 <= self.augment_max <= 1:
             raise ValueError(f"augment and augment_max are {self.augment} and {self.augment_max}, expected 0 to 1")
         if self.diffusion.path is Path.STRAIGHT and self.sampler.rule not in (StepRule.DDIM, StepRule.HEUN):
@@ -290,14 +300,21 @@ class Stage:
         check_told(cfg, rule)
         self.cfg, self.rule = cfg, rule
         self.net = denoiser(cfg.net) if net is None else net
+        self._visits: torch.device | None = None  # where offloaded weights work
 
     @property
     def device(self) -> torch.device:
         parameter = next(self.net.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+        return self._visits or (torch.device("cpu") if parameter is None else parameter.device)
 
     def to(self, device: torch.device) -> Stage:
-        self.net.to(device)
+        """Works there from now on; with cfg.offload the weights stay where they are and visit."""
+        if not self.cfg.offload:
+            self.net.to(device)
+            return self
+        if self._visits is None:
+            offload(self.net, lambda: self.device)
+        self._visits = device
         return self
 
     @cached_property
@@ -309,8 +326,13 @@ class Stage:
         """Pixels (B, C, F, H, W) as the denoiser sees them."""
         return self.coder.to(self.device).encode(x)
 
-    def condition(self, low: Video | None, shape: Shape, text: Text, fps: float, level: Tensor, eps: Tensor) -> Cond:
-        """What the denoiser is told: `low` at size `shape`, encoded, noised to `level` (B,) with `eps` of its size."""
+    def condition(
+        self, low: Video | None, shape: Shape, text: Text, fps: float, level: Tensor, eps: Tensor | None
+    ) -> Cond:
+        """What the denoiser is told: `low` at size `shape`, encoded, noised to `level` (B,) with `eps` of its size.
+
+        Without `eps` no level may be above 0.
+        """
         batch, c = len(text.mask), self.cfg.net.channels
         rate = torch.full((batch,), fps, device=level.device)
         if low is None or not self.cfg.told:
@@ -318,7 +340,7 @@ class Stage:
             return Cond(blank, blank[:, :1, :, :1, :1], torch.zeros_like(level), rate, text)
         concat, mask = self.rule.condition(low, self.cfg, shape)
         concat, mask = self.encode(concat), self.cfg.codec.mask(mask)
-        if bool((level > 0).any()):
+        if eps is not None and bool((level > 0).any()):
             noised = (self.cfg.noising or AUGMENTATION).noised(concat, eps, level)
             clean = level.view(-1, 1, 1, 1, 1) == 0
             concat = torch.where(clean if self.cfg.augment_known else clean | (mask > 0), concat, noised)
@@ -382,7 +404,38 @@ class Stage:
             out, variance = self.net.predict(z, level, cond).chunk(2, 1)  # type: ignore[operator]
             return torch.cat([diffusion.split(z, out, t)[0], variance], 1)
 
-        return windowed(whole, z, cond, self.cfg.windows, self.rule.rate(self.cfg))
+        def parts(z: Tensor, cond: Cond) -> Tensor:
+            return in_parts(whole, z, cond, self.at_once(z), self.reach or 0)
+
+        return windowed(parts, z, cond, self.cfg.windows, self.rule.rate(self.cfg))
+
+    @cached_property
+    def reach(self) -> int | None:
+        """How far a frame of the network's answer looks, in frames; None: at all of them (or nobody knows)."""
+        found: int | None = getattr(self.net, "reach", None)
+        return found
+
+    def at_once(self, z: Tensor) -> int:
+        """Frames of z (B, C, F, H, W) that the network sees at once: as set, or as few as keep tensors below ELEMENTS.
+
+        The second only where that at most doubles the work. Raises ConfigError for fewer than give an exact answer.
+        """
+        batch, _, frames, height, width = z.shape
+        most = self.cfg.frames_at_once or frames
+        if most >= frames and self.reach is None:
+            return frames
+        if self.reach is None:
+            raise ConfigError(
+                f"frames_at_once is {most}, but a frame depends on all others: the network has attention over frames",
+                fix=f"{self.cfg.name}.frames_at_once=0 {self.cfg.name}.windows.frames={most}",
+            )
+        if most < frames and most <= 2 * self.reach:
+            raise ConfigError(
+                f"frames_at_once is {most}, but a frame depends on {self.reach} on each side",
+                fix=f"{self.cfg.name}.frames_at_once={2 * self.reach + 1}",
+            )
+        small = (ELEMENTS - 1) // (batch * self.net.elements(height, width))  # type: ignore[operator]
+        return min(most, int(small)) if small > 4 * self.reach else most
 
     def made(self, low: Video | None) -> Shape:
         """Size of the output. A clip that says which of its frames are known is as long as the output already."""
@@ -518,12 +571,12 @@ class Stage:
         full = (len(text.mask), cfg.net.channels, *cfg.codec.inside(shape))
         if start is not None:
             sampler = replace(sampler, strength=start[1], steps=max(1, round(sampler.steps * start[1])))
-        here = torch.device("cpu") if low is None else low.frames.device
+        here = self.device if low is None else low.frames.device
         level = torch.full((full[0],), cfg.augment, device=here)
         noise = shared(noise) if sampler.shared_noise else noise
-        augmentation = noise(full, 0, "augment") if cfg.augment > 0 else torch.zeros(full)
+        eps = noise(full, 0, "augment").to(here) if cfg.augment > 0 else None
         # The network is told the rate it was trained at; the video keeps its own.
-        cond = self.condition(low, shape, text.to(here), cfg.fps, level, augmentation.to(here)).to(self.device)
+        cond = self.condition(low, shape, text.to(here), cfg.fps, level, eps).to(self.device)
         dropped = cond.without_text() if negative is None else cond.with_text(negative.to(self.device))
 
         def guided(z: Tensor, t: Tensor, w: float) -> Tensor:
@@ -567,4 +620,5 @@ class Stage:
         return Video((torch.where(mask > 0, known, x) if keeps else x).cpu(), fps)
 
 
+ELEMENTS = 2**31  # kernels count in 32 bits: cuDNN takes a slow one for a tensor as large, or fails
 AUGMENTATION = Diffusion()  # noise levels are times of the plain cosine schedule unless a stage says otherwise

@@ -14,6 +14,7 @@ from cascade.data.source import DataConfig, open_source
 from cascade.errors import ConfigError
 from cascade.examples import pool_of
 from cascade.given import given
+from cascade.memory import Memory, within
 from cascade.pipeline import Chain, Device, Runner, digest, load_stage, save_stage, video_bytes
 from cascade.preview import Preview
 from cascade.request import Given, bars, jobs_of, take
@@ -39,6 +40,7 @@ class Request:
     data: DataConfig
     own: dict[str, Any]
     command: str = ""
+    memory: str | None = None
 
     @property
     def training(self) -> TrainConfig:
@@ -61,9 +63,10 @@ def request(kind: str, tree: dict[str, Any]) -> Request:
     text = parse(tree.pop("text", {}), TextConfig, "text")
     data = parse(tree.pop("data", {}), DataConfig, "data")
     own = {name: tree.pop(name) for name in ("distill", "evaluate") if name in tree}
-    command = str(tree.pop("command", None) or "")
+    ask = take(tree, Memory)
     cfg: StageConfig = parse(tree, rule.Config)
-    return Request(cfg, rule, run, on, cfg.reads or text, data, own, command)  # type: ignore[arg-type]
+    text = cfg.reads or text
+    return Request(cfg, rule, run, on, text, data, own, ask.command or "", ask.memory)  # type: ignore[arg-type]
 
 
 def sample(ask: Request) -> None:
@@ -71,9 +74,11 @@ def sample(ask: Request) -> None:
     texts = ask.run.texts()
     out = Path(ask.run.out) if ask.run.out else ask.out("sample") / "video.safetensors"
     first = given(ask.run, ask.cfg, ask.rule)
+    size = None if first is None else first.shape
     chain = Chain([ask.cfg], [ask.rule], ask.text)
     chain.check()
-    stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
+    chain = within(chain, ask.on, Memory(memory=ask.memory, command=ask.command), size)
+    stage, weights = load_stage(chain.stages[0], ask.rule, ask.on.torch)
     jobs = jobs_of(texts, ask.run.samples, out)
     suffix = out.suffix if len(jobs) == 1 else ".safetensors"
     with bars() as progress:

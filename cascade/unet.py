@@ -288,6 +288,24 @@ class VideoUNet(nn.Module):
         self.through = zero(nn.Linear(e, 2 * cfg.channels))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
+    @property
+    def reach(self) -> int | None:
+        """A frame of the output depends on no other that is further away; None: on all of them."""
+        if self.cfg.frame_position or any(isinstance(module, TemporalAttention) for module in self.modules()):
+            return None
+        convs = (module for module in self.modules() if isinstance(module, nn.Conv2d))
+        return sum(conv.kernel_size[0] // 2 for conv in convs if conv.kernel_size[1] < conv.kernel_size[0])
+
+    def elements(self, height: int, width: int) -> int:
+        """Of the largest tensor, for each frame of height x width pixels."""
+        cfg = self.cfg
+        sizes = [(2 * cfg.channels + 1) * height * width]
+        for i, level in enumerate(cfg.levels):
+            below = cfg.levels[min(i + 1, len(cfg.levels) - 1)].channels  # made larger before it is made narrower
+            wide = max((3 if level.spatial_attention else 2) * level.channels, below)
+            sizes.append(wide * height * width // (cfg.patch * 2**i) ** 2)
+        return max(sizes)
+
     def forward(self, z: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
         """z (B, C, F, H, W), t (B,) in [0, 1], w (B,) the guidance weight of a guidance-distilled model."""
         batch, _, frames, height, width = z.shape

@@ -1,12 +1,17 @@
-"""Long videos in windows.
+"""Long videos piece by piece.
 
 By default there is one sampler loop over the whole video, and the denoiser works window by window. Every step the
 windows' x_hat are averaged where they overlap (MultiDiffusion, Bar-Tal et al. 2023; Lumiere sec. 3.3), with weights
 that fall towards a window's ends; the noise of a frame is the same in every window that sees it, because it belongs to
-the whole video. Memory grows with the window, not with the video.
+the whole video. What frames far apart tell each other is lost.
 
 A stage that may be given parts of its own output goes on by itself (`rule: extend`): each window is told what the one
 before has made (Ho et al. 2022, Video Diffusion Models, sec. 3.1: autoregressive extension).
+
+`in_parts` is for networks in which a frame depends on the nearest ones alone, such as convolutions along time: parts
+that see those as well add up to the very answer for the whole video.
+
+In every case memory grows with what is seen at once, not with the video.
 """
 
 from __future__ import annotations
@@ -179,3 +184,25 @@ def extended(
         frames[:, :, part] = make(part, Video(frames[:, :, part], low.fps, known[:, part]), draw, tick)
         known[:, part] = True
     return frames
+
+
+def in_parts(denoise: Callable[[Tensor, Cond], Tensor], z: Tensor, cond: Cond, frames: int, reach: int) -> Tensor:
+    """denoise(z, cond), z (B, C, F, H, W), from calls that see at most `frames` frames; equal up to rounding.
+
+    No frame may depend on another that is more than `reach` frames away. Of a part those frames are kept that are as
+    far from its ends, or at the video's own. Needs frames > 2 reach.
+    """
+    total = z.shape[2]
+    if total <= frames:
+        return denoise(z, cond)
+    assert frames > 2 * reach, f"parts of {frames} frames, of which none is {reach} frames from both ends"
+    out, done = torch.empty(()), 0
+    for start in (*range(0, total - frames, frames - 2 * reach), total - frames):
+        stop = start + frames
+        kept = total if stop == total else stop - reach
+        part = denoise(z[:, :, start:stop], cond.frames(start, stop))
+        if start == 0:
+            out = part.new_empty(*part.shape[:2], *z.shape[2:])
+        out[:, :, done:kept] = part[:, :, done - start : kept - start]
+        done = kept
+    return out

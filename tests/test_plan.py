@@ -21,15 +21,16 @@ from cascade.cli import command
 from cascade.codec import Codec, Kind
 from cascade.compose import compose
 from cascade.config import package_root, parse, plugin
+from cascade.count import Count, Host, held, stored
 from cascade.errors import CascadeError, ConfigError, InputError
 from cascade.noise import Noise, sample_id
 from cascade.pipeline import Chain
-from cascade.plan import Count, Plan, measure, plan, stored, verb
+from cascade.plan import Plan, measure, plan, verb
 from cascade.sampler import Rule, Sampler
 from cascade.stage import Stage
 from cascade.text import TextConfig, known_width, local_file
 from cascade.unet import LevelSpec, Mixer
-from cascade.video import Shape
+from cascade.video import Shape, Video
 from cascade.windows import Windows
 
 CHAINS = sorted(path.stem for path in (package_root() / "conf" / "chain").glob("*.yaml"))
@@ -61,8 +62,14 @@ def tree(name: str = "tiny", **changes: Any) -> dict[str, Any]:
 
 def chain(name: str = "tiny", **changes: Any) -> Chain:
     settings = tree(name, **changes)
-    del settings["format"]
+    for key in ("format", "device", "dtype", "micro_batch", "memory", "command"):
+        del settings[key]
     return Chain.read(settings)
+
+
+def peak(cfg: Any, host: Host | None = None) -> int:
+    rule: Any = plugin(cfg.kind)
+    return held(cfg, rule, TOKENS, host or Host()).peak
 
 
 def numbers(cfg: Any) -> Any:
@@ -177,7 +184,8 @@ def test_latents_are_smaller_than_pixels(stage_config: Make, net_config: Make) -
 
 def test_memory_is_what_is_alive_at_once() -> None:
     count, module = Count(), torch.nn.Linear(10, 10, bias=False, device="meta")
-    with count.running(module):
+    count.add(module.weight)
+    with count:
         a = torch.empty(1000, device="meta")
         b = a.view(10, 100).transpose(0, 1)
         b.add_(1)
@@ -187,13 +195,68 @@ def test_memory_is_what_is_alive_at_once() -> None:
         d = c + 1
         del c
         d = torch.cat([d, d])
-    assert count.peak == 400 + 3 * 4000
+    assert count.peak == 400 + 3 * 4000 and count.largest == 2000
 
 
 def test_scores_of_attention_are_never_whole(stage_config: Make, net_config: Make) -> None:
     net = net_config(levels=[LevelSpec(channels=8, mixer=Mixer.NONE, spatial_attention=True)])
     shape = Shape(frames=4, height=64, width=64)
     assert numbers(stage_config("base", net=net, shape=shape)).peak_bytes < 4 * 4096 * 4096
+
+
+LEVELS = [LevelSpec(channels=16, mixer=Mixer.BOTH, text_attention=True), LevelSpec(channels=16, spatial_attention=True)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("base", {"sampler": Sampler(steps=4, guidance=2, rule=Rule.DPMPP_2M)}),
+        ("tsr", {"sampler": Sampler(steps=3, rule=Rule.ANCESTRAL)}),
+        ("ssr", {"sampler": Sampler(steps=2), "windows": Windows(frames=3, overlap=1), "augment": 0.1}),
+        ("ssr", {"sampler": Sampler(steps=4, rule=Rule.HEUN), "w_range": [0.0, 2.0]}),
+    ],
+)
+@pytest.mark.parametrize("clips", [1, 2])
+def test_what_is_counted_without_data_is_what_a_real_run_holds(
+    kind: str, changes: dict[str, Any], clips: int, make_stage: Make, net_config: Make, encode: Make, one_thread: None
+) -> None:
+    """The same count of real tensors; what is in noise, known frames and text is in both."""
+    net = net_config(levels=LEVELS)
+    stage = make_stage(kind, shape=Shape(frames=6, height=16, width=16), net=net, train=None, **changes)
+    stage.net.requires_grad_(False)
+    count, takes = Count(), stage.rule.takes(stage.cfg)
+    for parameter in stage.net.parameters():
+        count.add(parameter)
+    with count:
+        text = encode(["a red circle moves"] * clips)
+        frames = torch.zeros(clips, 3, takes.frames, takes.height, takes.width)
+        low = None if kind == "base" else Video(frames, 4.0)
+        stage.sample(low, text, None, Noise(0, kind, ("a", "b")[:clips]))
+    assert peak(stage.cfg, Host(clips=clips)) == pytest.approx(count.peak, rel=0.02)
+
+
+def test_memory_knows_guidance_precision_and_clips(stage_config: Make, net_config: Make) -> None:
+    net = net_config(levels=[LevelSpec(channels=64)])
+    cfg = stage_config("base", net=net, shape=Shape(frames=8, height=16, width=16))
+    plain = peak(cfg)
+    assert peak(replace(cfg, sampler=Sampler(steps=3, guidance=2.0))) > plain, "the conditional x waits for the other"
+    assert plain * 0.5 < peak(cfg, Host(dtype="bfloat16")) < plain * 0.8, "weights and state stay in float32"
+    assert peak(cfg, Host(dtype="bfloat16")) == peak(replace(cfg, dtype="bfloat16"))
+    assert plain * 1.5 < peak(cfg, Host(clips=2)) < plain * 2.5
+    assert peak(replace(cfg, sampler=Sampler(steps=1000))) == peak(replace(cfg, sampler=Sampler(steps=3)))
+
+
+def test_a_latent_stage_counts_the_pixels_that_come_out(stage_config: Make) -> None:
+    codec = Codec(kind=Kind.LATENT, weights="/nowhere", channels=3, stride=8)
+    cfg = stage_config("base", codec=codec, shape=Shape(frames=4, height=256, width=256))
+    pixels = 4 * 3 * 4 * 256 * 256
+    assert 2 * pixels <= peak(cfg) < 3 * pixels, "decoded, then clamped; what is inside is 64 times smaller"
+
+
+def test_no_tensor_of_the_shipped_chain_is_too_large_to_count_in_32_bits() -> None:
+    made = chain()
+    for cfg, rule in zip(made.stages, made.rules, strict=True):
+        assert held(cfg, rule, made.text.max_tokens, Host()).largest < 2**31, cfg.name
 
 
 @pytest.mark.parametrize(
@@ -335,4 +398,4 @@ def test_what_is_accepted_runs(kind: str, drawn: dict[str, Any]) -> None:
 
 def test_a_plan_is_data() -> None:
     made = plan(chain(stages=["base"]))
-    assert isinstance(made, Plan) and made == plan(chain(stages=["base"]))
+    assert isinstance(made, Plan) and made == plan(chain(stages=["base"])) and list(made.data()) == ["stages", "others"]

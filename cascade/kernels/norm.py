@@ -18,11 +18,12 @@ from torch import Tensor
 
 from cascade.kernels import say_once, unfit
 
-__all__ = ["CHANNELS", "group_norm", "native", "refusal", "takes"]
+__all__ = ["CHANNELS", "assumed", "group_norm", "native", "refusal", "takes", "wanted"]
 
 CHANNELS = 4096  # a tile holds all channels of a position
 
 _native: ContextVar[bool] = ContextVar("native_norm", default=False)
+_assumed: ContextVar[torch.dtype | None] = ContextVar("assumed_norm", default=None)
 
 
 @contextmanager
@@ -33,6 +34,16 @@ def native() -> Iterator[None]:
         yield
     finally:
         _native.reset(token)
+
+
+@contextmanager
+def assumed(dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, in this thread, tensors without data are taken as on CUDA, under autocast to `dtype`: for counting."""
+    token = _assumed.set(dtype)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
 
 
 def refusal(x: Tensor, groups: int) -> str | None:
@@ -51,11 +62,19 @@ def refusal(x: Tensor, groups: int) -> str | None:
 def takes(x: Tensor, groups: int) -> bool:
     """Whether the Triton kernel takes x; if not on CUDA, says why, once."""
     if x.device.type != "cuda":
-        return False
+        return x.is_meta and _assumed.get() is not None
     reason = refusal(x, groups)
     if reason is not None:
         say_once(f"group norm is torch's own, not ours: {reason}")
     return reason is None
+
+
+def wanted(x: Tensor) -> torch.dtype:
+    """The type of what comes after a norm of x: under autocast that of autocast, else x's own."""
+    if x.is_meta:
+        return _assumed.get() or x.dtype
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def group_norm(
