@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cascade.codec import COLOURS, Codec, Coder, Kind
 from cascade.diffusion import Diffusion, Path
-from cascade.sampler import Draw, Hook, Sampler, Threshold, keep_known, sample
+from cascade.sampler import Draw, Hook, Sampler, StepDenoise, Threshold, keep_known, sample
 from cascade.sampler import Rule as StepRule
 from cascade.text import Text
 from cascade.unet import Cond, UNetConfig, VideoUNet
@@ -314,6 +314,26 @@ class Stage:
 
         return windowed(whole, z, cond, self.cfg.windows, self.rule.rate(self.cfg))
 
+    def steps(self, cond: Cond, dropped: Cond, sampler: Sampler) -> StepDenoise:
+        """x_hat of every step of a run, guided away from `dropped`. No weight may change in between: what the network
+        makes of the prompts is made once."""
+        cond, dropped = cond.remembering(), dropped.remembering()
+        both = Cond.cat([cond, dropped]).remembering() if sampler.joint else None
+
+        def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
+            w = sampler.weight(step)
+            if self.cfg.w_range is not None:
+                return self.denoise(z, t, cond, w)
+            if w == 0:
+                return self.denoise(z, t, cond)
+            if both is None:
+                x, without = self.denoise(z, t, cond), self.denoise(z, t, dropped)
+            else:
+                x, without = self.denoise(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
+            return (1 + w) * x - w * without
+
+        return denoise
+
     def sample(
         self,
         low: Video | None,
@@ -339,14 +359,6 @@ class Stage:
         # The network is told the rate it was trained at; the video keeps its own.
         cond = self.condition(low, shape, text.to(here), cfg.fps, level, augmentation.to(here)).to(self.device)
         dropped = cond.without_text() if negative is None else cond.with_text(negative.to(self.device))
-
-        def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
-            w = sampler.weight(step)
-            if cfg.w_range is not None:
-                return self.denoise(z, t, cond, w)
-            x = self.denoise(z, t, cond)
-            return x if w == 0 else (1 + w) * x - w * self.denoise(z, t, dropped)
-
         hooks: list[Hook] = []
         keeps = self.rule.KEEPS_KNOWN and low is not None
         if keeps:
@@ -360,7 +372,7 @@ class Stage:
 
         first = None if start is None else self.encode(start[0].frames.to(self.device))
         x = sample(
-            cfg.diffusion, denoise, sampler, draw, full,
+            cfg.diffusion, self.steps(cond, dropped, sampler), sampler, draw, full,
             start=first, hooks=hooks, progress=progress, device=self.device,
         )  # fmt: skip
         x = self.coder.to(self.device).decode(x).clamp(-1, 1)

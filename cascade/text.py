@@ -11,8 +11,8 @@ import io
 import logging
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -38,11 +38,13 @@ log = logging.getLogger("cascade")
 class Text:
     """Embedded prompts: `tokens` (B, L, D) float32 and `mask` (B, L), True where a token is real.
 
-    A prompt without real tokens is the dropped condition of classifier-free guidance.
+    A prompt without real tokens is the dropped condition of classifier-free guidance. `memory` holds what networks made
+    of these very prompts, see `once`; whatever is derived from a text begins without one.
     """
 
     tokens: Tensor
     mask: Tensor
+    memory: dict[Hashable, tuple[Tensor, ...]] | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -61,6 +63,19 @@ class Text:
     def empty(batch: int, length: int, width: int) -> Text:
         """`batch` dropped prompts."""
         return Text(torch.zeros(batch, length, width), torch.zeros(batch, length, dtype=torch.bool))
+
+    def remembering(self) -> Text:
+        """The same prompts with an empty memory: for one sampling run, in which no weight changes."""
+        return Text(self.tokens, self.mask, {})
+
+    def once(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """make(), which depends on these prompts and `key` alone; a text that remembers asks once, without gradients."""
+        if self.memory is None:
+            return make()
+        if key not in self.memory:
+            with torch.no_grad():
+                self.memory[key] = make()
+        return self.memory[key]
 
     def pad(self, length: int) -> Text:
         """The same prompts with zeros up to `length` tokens."""
