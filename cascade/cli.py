@@ -89,6 +89,7 @@ def generate(tree: dict[str, Any]) -> None:
     if run.image is not None:
         given = first_frame(Path(run.image), chain.stages[0])
     check_weights(chain)
+    chain.runs_on(on)
     from cascade import store
 
     jobs = jobs_of(texts, run.samples, out)
@@ -122,7 +123,6 @@ def runner_of(chain: Chain, on: Any, run: Any, progress: Any) -> Runner:
     from cascade.pipeline import Runner
     from cascade.text import check_prompt, text_source
 
-    on.torch  # noqa: B018  no such device: before anything loads
     negative = None if run.negative_prompt is None else check_prompt(run.negative_prompt)
     return Runner(chain, text_source(chain.text), on, run.seed, negative, progress)
 

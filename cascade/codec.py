@@ -98,6 +98,11 @@ class Codec:
             raise InputError(f"autoencoder {bad[0]}", fix="copy the folder again")
         return folder
 
+    def hash(self) -> str:
+        """`Coder.hash` of what `open` gives, which is not loaded."""
+        folder = self.folder()
+        return "" if folder is None else _hash(folder)
+
     def open(self) -> Coder:
         """Loads the autoencoder (on the CPU); see `Autoencoder` for what it raises."""
         folder = self.folder()

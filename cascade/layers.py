@@ -191,7 +191,7 @@ class TextAttention(nn.Module):
         return h + untokens(self.out(out.reshape(h.shape[0], -1, h.shape[1])), h)
 
     def context(self, text: Text, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values (B, 1 + L, h, D) of the null token and the prompt; bias (B, 1, 1, 1 + L) that hides padding."""
+        """Keys and values (B, 1 + L, h, D) of null token and prompt; bias (B, 1, 1, 1 + L) that hides padding."""
         told = torch.cat([self.null.expand(len(text), -1, -1), text.tokens.to(dtype)], 1)
         k, v = self.kv(told).unflatten(-1, (2, self.heads, -1)).unbind(2)
         legal = F.pad(text.mask, (1, 0), value=True)[:, None, None]

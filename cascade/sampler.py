@@ -339,7 +339,8 @@ class Watch:
         for (step, values, _), good in zip(seen, finite, strict=True):
             if good < values:
                 raise NumericError(
-                    f"sampling step {step + 1} of {self.steps}: {values - good} of {values} values of x_hat are not finite",
+                    f"sampling step {step + 1} of {self.steps}: "
+                    f"{values - good} of {values} values of x_hat are not finite",
                     "dtype=float32, or other weights if that is what ran",
                 )
 

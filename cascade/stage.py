@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cascade.codec import COLOURS, Codec, Coder, Kind
+from cascade.compiled import Compile
 from cascade.diffusion import Diffusion, Path
 from cascade.sampler import Draw, Hook, Sampler, StepDenoise, Threshold, keep_known, sample
 from cascade.sampler import Rule as StepRule
@@ -118,6 +119,7 @@ class StageConfig:
     augment: float = 0.0  # noise level t in [0, 1] added to the incoming video when sampling
     augment_max: float = 0.0  # training draws that level from [0, augment_max], or, half of the time, 0
     weights: str | None = None
+    compile: Compile = Compile.NONE  # how the network is launched when sampling
     w_range: list[float] | None = None  # a guidance-distilled network takes w within this range as an input
     train: TrainConfig | None = None
 

@@ -13,7 +13,19 @@ from cascade.config import fingerprint, locate, parse, plain, plugin, suggest
 from cascade.data.source import DataConfig, open_source
 from cascade.errors import ConfigError
 from cascade.examples import pool_of
-from cascade.pipeline import Chain, Device, Runner, digest, first_frame, load_stage, read_input, save_stage, video_bytes
+from cascade.pipeline import (
+    Chain,
+    Device,
+    Runner,
+    digest,
+    first_frame,
+    known,
+    launched,
+    load_stage,
+    read_input,
+    save_stage,
+    video_bytes,
+)
 from cascade.preview import Preview
 from cascade.request import Prompts, bars, jobs_of, take
 from cascade.stage import Rule, Stage, StageConfig, TrainConfig
@@ -69,8 +81,10 @@ def sample(ask: Request) -> None:
     out = Path(ask.run.out) if ask.run.out else ask.out("sample") / "video.safetensors"
     given = incoming(ask)
     ask.rule.output(None if given is None else given.shape, ask.cfg)
-    stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
     chain = Chain([ask.cfg], [ask.rule], ask.text)
+    chain.runs_on(ask.on)
+    told, weights = known(ask.cfg)
+    stage = launched(load_stage(ask.cfg, ask.rule, torch.device("cpu"))[0], ask.on)
     jobs = jobs_of(texts, ask.run.samples, out)
     suffix = out.suffix if len(jobs) == 1 else ".safetensors"
     with bars() as progress:
@@ -81,7 +95,7 @@ def sample(ask: Request) -> None:
                 progress(stage.cfg.name, done + step, len(jobs) * stage.cfg.sampler.steps)
 
             (video,) = runner.sample(stage, [job], [given], tick)
-            key = runner.key(stage, weights, job, digest(given))
+            key = runner.key(told, weights, job, digest(given))
             write(job.directory.with_suffix(suffix), video, {"key": key, "prompt": job.prompt})
     print(out)
 

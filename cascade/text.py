@@ -14,6 +14,7 @@ import unicodedata
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -69,7 +70,7 @@ class Text:
         return Text(self.tokens, self.mask, {})
 
     def once(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """make(), which depends on these prompts and `key` alone; a text that remembers asks once, without gradients."""
+        """make(), which depends on these prompts and `key` alone; one that remembers asks once, without gradients."""
         if self.memory is None:
             return make()
         if key not in self.memory:
@@ -170,7 +171,9 @@ def check_prompt(prompt: str) -> str:
 class T5Text:
     """A frozen T5 encoder (Raffel et al. 2020) with its SentencePiece tokenizer.
 
-    Raises InputError for files that are missing, damaged or do not fit, NumericError for weights that are not finite.
+    The network loads when it is first asked: transformers takes seconds to import, and prompts whose videos are there
+    ask nothing. Raises InputError for files that are missing, damaged or do not fit, NumericError for weights that are
+    not finite.
     """
 
     def __init__(self, cfg: TextConfig, device: str = "cpu") -> None:
@@ -178,19 +181,22 @@ class T5Text:
         self.folder = find_encoder(cfg.encoder)
         verified = store.read(self.folder).files if (self.folder / store.MANIFEST).is_file() else {}
         self.tokenizer = _tokenizer(self.folder / TOKENIZER, verified)
-        self.model = _encoder(self.folder, verified, cfg.precision, device)
+        self.width = _width(self.folder / CONFIG, _data(self.folder / CONFIG, verified))
         self.fingerprint = _fingerprint(self.folder, verified, cfg.precision)
+        self._verified = verified
         self._told: set[str] = set()
-        pieces, rows = len(self.tokenizer), self.model.config.vocab_size
+
+    @cached_property
+    def model(self) -> T5EncoderModel:
+        model = _encoder(self.folder, self._verified, self.cfg.precision, self.device)
+        self._verified = {}
+        pieces, rows = len(self.tokenizer), model.config.vocab_size
         if pieces > rows:
             raise InputError(
                 f"text encoder {self.folder}: {TOKENIZER} has {pieces} pieces, the weights know {rows}",
                 fix="take both files from one model",
             )
-
-    @property
-    def width(self) -> int:
-        return int(self.model.config.d_model)
+        return model
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Embeds `prompts`, padded with zeros to `max_tokens`.
@@ -256,9 +262,11 @@ def known_width(cfg: TextConfig) -> int | None:
     if cfg.store is not None:
         return EmbeddingStore(Path(cfg.store)).width if (Path(cfg.store) / INDEX).is_file() else None
     path = local_file(cfg.encoder, CONFIG)
-    if path is None:
-        return None
-    width = store.from_json(path.read_bytes(), path).get("d_model")
+    return None if path is None else _width(path, path.read_bytes())
+
+
+def _width(path: Path, data: bytes) -> int:
+    width = store.from_json(data, path).get("d_model")
     if type(width) is not int:
         raise InputError(f"text encoder {path}: has no d_model, so it is not T5's", fix="copy it again")
     return width

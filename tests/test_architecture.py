@@ -19,7 +19,7 @@ KINDS = [path for path in FILES if path.parent == ROOT / "stages" and path.stem 
 # Imports go to the left or stay within a group.
 ORDER = """
 errors config compose store noise video diffusion | kernels | attention layers text media codec pickled | request |
-unet sampler windows | stage temporal checkpoint | assets | pipeline data metrics plan textfit | examples |
+unet sampler windows | compiled | stage temporal checkpoint | assets | pipeline data metrics plan textfit | examples |
 train preview exam marks evaluate importers | distill export tasks series gates plots results report recipe merge | cli
 """
 RANK = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}
