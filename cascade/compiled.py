@@ -118,7 +118,7 @@ class CudaCapture:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, run: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        here, side = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(here)
         with torch.cuda.stream(side):
             for _ in range(3):  # kernels are compiled and libraries take their workspaces: not while it is recorded

@@ -74,7 +74,7 @@ class Norm(nn.GroupNorm):
         if film is not None:
             scale, shift = film[:, :, None, None].chunk(2, 1)
             out = torch.addcmul(shift, out, scale + 1)
-        return F.silu(out) if silu else out
+        return F.silu(out, inplace=not torch.is_grad_enabled()) if silu else out
 
 
 class FiLM(nn.Module):

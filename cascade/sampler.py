@@ -308,7 +308,7 @@ def sample(
             z = dpmpp_2m(diffusion, z, x, t, s, before)
         else:
             z = heun(diffusion, z, x, t, s, partial(predict, step=step))
-        before = x, t
+        before = (x, t) if sampler.rule is Rule.DPMPP_2M else None  # a whole video
         if progress is not None:
             progress(step + 1)
     watch.report()

@@ -312,7 +312,7 @@ class Stage:
 
         def whole(z: Tensor, cond: Cond) -> Tensor:
             out = self.net(z, self.cfg.diffusion.level(t), cond, weight)
-            return self.cfg.diffusion.split(z, out, t)[0]
+            return self.cfg.diffusion.clean(z, out, t)
 
         return windowed(whole, z, cond, self.cfg.windows, self.rule.rate(self.cfg))
 
@@ -357,7 +357,7 @@ class Stage:
             sampler = replace(sampler, strength=start[1], steps=max(1, round(sampler.steps * start[1])))
         here = torch.device("cpu") if low is None else low.frames.device
         level = torch.full((full[0],), cfg.augment, device=here)
-        augmentation = noise(full, 0, "augment") if cfg.augment > 0 else torch.zeros(full)
+        augmentation = noise(full, 0, "augment") if cfg.augment > 0 else torch.zeros(()).expand(full)
         # The network is told the rate it was trained at; the video keeps its own.
         cond = self.condition(low, shape, text.to(here), cfg.fps, level, augmentation.to(here)).to(self.device)
         dropped = cond.without_text() if negative is None else cond.with_text(negative.to(self.device))

@@ -78,4 +78,4 @@ def windowed(
         part = denoise(z[:, :, start:stop], cond.frames(start, stop))
         out[:, :, start:stop] += part * weight.view(1, 1, -1, 1, 1)
         weights[start:stop] += weight
-    return out / weights.view(1, 1, -1, 1, 1)
+    return out.div_(weights.view(1, 1, -1, 1, 1))
