@@ -88,7 +88,7 @@ def start(rounds: int) -> None:
                 "`from transformers import T5EncoderModel`": ["from transformers import T5EncoderModel"],
                 "`cascade generate`": [CLI, *made, out],
                 "the same again: all is there": [CLI, *made, out],
-                "with `text.store`: no T5": [CLI, *made, f"{out}s", f"text.store={folder}/store"],
+                "with `text.store`": [CLI, *made, f"{out}s", f"text.store={folder}/store"],
             }.items():
                 found.setdefault(name, []).append(spend([*python, *words]))
     rows = []

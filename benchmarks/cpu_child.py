@@ -58,14 +58,10 @@ def generate() -> dict[str, float]:
             started = time.thread_time()
             __import__(name)
             lap(f"import {name}", started)
-        started = time.thread_time()
-        from transformers import T5EncoderModel  # noqa: F401
-
-        lap("import transformers' T5", started)
         from cascade import pipeline, text
 
         timed(text, "_encoder", lambda args: "text: load")
-        timed(text.T5Text, "_tokens", lambda args: "text: encode, with the load")
+        timed(text.T5Text, "_tokens", lambda args: "text: encode, the load included")
         timed(pipeline, "load_stage", lambda args: f"{args[0].name}: load (beside the stage before)")
         timed(pipeline.Runner, "sample", lambda args: f"{args[1].cfg.name}: run")
         timed(pipeline, "commit_stage", lambda args: f"{args[0].name}: write")

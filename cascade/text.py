@@ -24,10 +24,10 @@ from torch import Tensor
 from cascade import store
 from cascade.config import package_root
 from cascade.errors import ConfigError, InputError, NumericError
+from cascade.t5 import T5Config, T5Encoder
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
-    from transformers import T5EncoderModel
 
 MAX_PROMPT = 10_000  # characters
 CONFIG, TOKENIZER, WEIGHTS, SHARDS = "config.json", "spiece.model", "model.safetensors", "model.safetensors.index.json"
@@ -171,9 +171,8 @@ def check_prompt(prompt: str) -> str:
 class T5Text:
     """A frozen T5 encoder (Raffel et al. 2020) with its SentencePiece tokenizer.
 
-    The network loads when it is first asked: transformers takes seconds to import, and prompts whose videos are there
-    ask nothing. Raises InputError for files that are missing, damaged or do not fit, NumericError for weights that are
-    not finite.
+    The network loads when it is first asked: it may be large, and prompts whose videos are there ask nothing. Raises
+    InputError for files that are missing, damaged or do not fit, NumericError for weights that are not finite.
     """
 
     def __init__(self, cfg: TextConfig, device: str = "cpu") -> None:
@@ -187,10 +186,10 @@ class T5Text:
         self._told: set[str] = set()
 
     @cached_property
-    def model(self) -> T5EncoderModel:
+    def model(self) -> T5Encoder:
         model = _encoder(self.folder, self._verified, self.cfg.precision, self.device)
         self._verified = {}
-        pieces, rows = len(self.tokenizer), model.config.vocab_size
+        pieces, rows = len(self.tokenizer), model.cfg.vocab_size
         if pieces > rows:
             raise InputError(
                 f"text encoder {self.folder}: {TOKENIZER} has {pieces} pieces, the weights know {rows}",
@@ -223,13 +222,13 @@ class T5Text:
         """
         if self.model.device != ids.device:
             self.model.to(ids.device)
-        tokens: Tensor = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
+        tokens: Tensor = self.model(ids, mask).float()
         return Text(tokens * mask[:, :, None], mask)
 
     def _tokens(self, prompt: str) -> Tensor:
         ids = torch.tensor([self.ids(prompt)], device=self.model.device)
         with torch.no_grad():
-            tokens: Tensor = self.model(input_ids=ids).last_hidden_state[0].float().cpu()
+            tokens: Tensor = self.model(ids)[0].float().cpu()
         if not tokens.isfinite().all():
             raise NumericError(f"text encoder {self.folder}: not finite for {prompt!r}", fix="text.precision=float32")
         return tokens
@@ -351,17 +350,15 @@ def _tokenizer(path: Path, verified: Mapping[str, bytes]) -> SentencePieceProces
     return tokenizer
 
 
-def _encoder(folder: Path, verified: Mapping[str, bytes], precision: Precision, device: str) -> T5EncoderModel:
-    """The encoder, strictly: `from_pretrained` would fill what is missing with random numbers."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import T5Config, T5EncoderModel
-
+def _encoder(folder: Path, verified: Mapping[str, bytes], precision: Precision, device: str) -> T5Encoder:
+    """The encoder with its weights, strictly."""
     settings = store.from_json(_data(folder / CONFIG, verified), folder / CONFIG)
     try:
-        with torch.device("meta"):  # spends neither time nor the global generator on weights that are replaced
-            model = T5EncoderModel(T5Config(**settings))
-    except (TypeError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
+        cfg = T5Config.read(settings)
+    except ValueError as error:
         raise InputError(f"text encoder {folder}: {CONFIG} is not T5's: {error}", fix="copy it again") from error
+    with torch.device("meta"):  # spends neither time nor the global generator on weights that are replaced
+        model = T5Encoder(cfg)
     want, state = model.state_dict(), _weights(folder, verified)
     wrong = [f"{key} missing" for key in want.keys() - state.keys()]
     wrong += [f"{key} unknown" for key in state.keys() - want.keys()]
@@ -382,7 +379,7 @@ def _encoder(folder: Path, verified: Mapping[str, bytes], precision: Precision, 
 
 
 def _weights(folder: Path, verified: Mapping[str, bytes]) -> dict[str, Tensor]:
-    """The encoder's half of the weights; token embeddings under both names that transformers has for them."""
+    """The encoder's half of the weights; token embeddings under both names that they have in T5."""
     state: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         for key, value in _tensors(path, verified).items():

@@ -18,13 +18,13 @@ LIBRARY = [path for path in FILES if path.is_relative_to(ROOT / "cascade")]
 KINDS = [path for path in FILES if path.parent == ROOT / "stages" and path.stem != "__init__"]
 # Imports go to the left or stay within a group.
 ORDER = """
-errors config compose store noise video diffusion | kernels | attention layers text media codec pickled | request |
+errors config compose store noise video diffusion | kernels | attention layers t5 text media codec pickled | request |
 unet sampler windows | compiled | stage temporal checkpoint | assets | pipeline data metrics plan textfit | examples |
 train preview exam marks evaluate importers | distill export tasks series gates plots results report recipe merge | cli
 """
 RANK = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}
 HOMES = {  # the files that may import a package
-    "transformers": {"cascade/text.py", "cascade/textfit.py"},
+    "transformers": {"cascade/textfit.py"},
     "xformers": {"cascade/attention/xformers.py"},
     "av": {"cascade/media.py"},
     "imageio": {"cascade/media.py"},

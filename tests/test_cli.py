@@ -149,15 +149,6 @@ def test_weights_that_cannot_be_read_stop_a_run_at_their_stage(cascade: Any, min
     assert [path.name for path in Path("run/stages").iterdir()] == ["base"]
 
 
-def test_stored_embeddings_spare_the_text_encoder(cascade: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("prompts.txt").write_text(PROMPT)
-    cli.command(["embed", "prompts=prompts.txt", "out=store", "text.max_tokens=48"])
-    cascade("generate", f"prompt={PROMPT}", "out=with")
-    monkeypatch.setattr(T5Text, "__init__", lambda *_: pytest.fail("the text encoder was opened"))
-    cascade("generate", f"prompt={PROMPT}", "out=without", "text.store=store")
-    assert all(video(Path("with"), name) == video(Path("without"), name) for name in STAGES)
-
-
 def test_changed_settings_replace_that_stage_and_those_after_it(cascade: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     sample = Stage.sample
