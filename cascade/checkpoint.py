@@ -142,6 +142,14 @@ def load(directory: Path) -> Weights:
     return Weights(state, store.from_json(artefact.files[CONFIG], directory / CONFIG), artefact.hash)
 
 
+def about(directory: Path) -> tuple[dict[str, Any], str]:
+    """`config` and `hash` of the weights in `directory`, which are not read. Raises InputError."""
+    artefact = store.read(directory, KIND, only=(CONFIG,))
+    if CONFIG not in artefact.files:
+        raise InputError(f"weights {directory}: has no {CONFIG}", fix="make the weights again")
+    return store.from_json(artefact.files[CONFIG], directory / CONFIG), artefact.hash
+
+
 def apply(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Puts `state` into `module` (which may be on the meta device), cast to the module's dtypes.
 

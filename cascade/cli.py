@@ -91,6 +91,7 @@ def generate(tree: dict[str, Any]) -> None:
     )[:16]  # fmt: skip
     first = given(run, chain.stages[0], chain.rules[0])
     chain.check_weights()
+    chain.runs_on(on)
     chain = within(chain, on, memory, None if first is None else first.shape)
     from cascade import store
 
@@ -115,7 +116,6 @@ def runner_of(chain: Chain, on: Any, run: Any, progress: Any) -> Runner:
     from cascade.pipeline import Runner
     from cascade.text import check_prompt, text_source
 
-    on.torch  # noqa: B018  no such device: before anything loads
     negative = None if run.negative_prompt is None else check_prompt(run.negative_prompt)
     return Runner(chain, text_source(chain.text), on, run.seed, negative, progress)
 

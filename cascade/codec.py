@@ -81,6 +81,11 @@ class Codec:
         """Where the weights are, None for pixels. Raises InputError for a folder that is none of an AutoencoderKL."""
         return None if self.weights is None else foreign.find(self.weights, AUTOENCODER, WHAT)
 
+    def hash(self) -> str:
+        """`Coder.hash` of what `open` gives, which is not loaded."""
+        folder = self.folder()
+        return "" if folder is None else foreign.digest(folder)
+
     def open(self) -> Coder:
         """Loads the autoencoder (on the CPU).
 

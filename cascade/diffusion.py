@@ -193,12 +193,18 @@ class Diffusion:
         Where z holds nothing of a component (eps at alpha = 0, x at sigma = 0) it comes out as 0. Below 1e-5
         (abs(lambda) > 23) the divisor is 1e-5, so that the result stays finite.
         """
-        alpha, sigma = self.alpha_sigma(t, _dtype(z))
+        x = self.clean(z, out, t)
         if self.prediction is Prediction.V:
-            return alpha * z - sigma * out, sigma * z + alpha * out
-        if self.prediction is Prediction.EPS:
-            return _divide(z - sigma * out, alpha), out
-        return out, self.noise_in(z, out, t)
+            alpha, sigma = self.alpha_sigma(t, _dtype(z))
+            return x, sigma * z + alpha * out
+        return x, out if self.prediction is Prediction.EPS else self.noise_in(z, out, t)
+
+    def clean(self, z: Tensor, out: Tensor, t: Tensor) -> Tensor:
+        """The video alone of `split`: all that a sampler needs."""
+        if self.prediction is Prediction.X:
+            return out
+        alpha, sigma = self.alpha_sigma(t, _dtype(z))
+        return alpha * z - sigma * out if self.prediction is Prediction.V else _divide(z - sigma * out, alpha)
 
     def noise_in(self, z: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """eps_hat that makes z_t = alpha x + sigma eps_hat; 0 at sigma = 0."""

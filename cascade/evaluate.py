@@ -310,7 +310,7 @@ def chain_verb(tree: dict[str, Any]) -> None:
     for name in cfg.metrics or chain.rules[0].METRICS:
         measure(name)
     chain.rules[0].output(None, chain.stages[0])
-    on.torch  # noqa: B018  no such device: before anything loads
+    chain.runs_on(on)  # before anything loads
     for stage in chain.stages:
         read_weights(stage)  # of all stages, before any of them is used
     parts = [plain(part) for part in (*chain.stages, cfg, on, data, chain.text)]

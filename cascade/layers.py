@@ -88,7 +88,7 @@ class Norm(nn.GroupNorm):
         if film is not None:
             scale, shift = film[:, :, None, None].chunk(2, 1)
             out = torch.addcmul(shift, out, scale + 1)
-        return F.silu(out) if silu else out
+        return F.silu(out, inplace=not torch.is_grad_enabled()) if silu else out
 
 
 class FiLM(nn.Module):
@@ -186,7 +186,8 @@ class SpatialAttention(nn.Module):
 class TextAttention(nn.Module):
     """Residual cross-attention to the prompt; a learned null token stands first, so dropped text is legal.
 
-    All frames ask together: the keys and values of a prompt are projected once per clip.
+    All frames ask together: the keys and values of a prompt are projected once per clip, and once in all the steps of a
+    sampling run if the text remembers them (`Text.once`).
     """
 
     def __init__(self, channels: int, head: int, text: int) -> None:
@@ -201,13 +202,17 @@ class TextAttention(nn.Module):
         self.out = zero(nn.Linear(channels, channels))
 
     def forward(self, h: Tensor, clip: Clip, text: Text) -> Tensor:
-        context = torch.cat([self.null.expand(clip.batch, -1, -1), text.tokens.to(h.dtype)], 1)
-        k, v = self.kv(context).unflatten(-1, (2, self.heads, -1)).unbind(2)
-        legal = F.pad(text.mask, (1, 0), value=True)
-        bias = torch.zeros(legal.shape, dtype=h.dtype, device=h.device).masked_fill(~legal, -math.inf)
+        k, v, bias = text.once((self, h.dtype), lambda: self.context(text, h.dtype))
         q = self.q(tokens(self.norm(h))).reshape(clip.batch, -1, self.heads, h.shape[1] // self.heads)
-        out = attend(q, k, v, bias=bias[:, None, None])  # (B, F*HW, h, D)
+        out = attend(q, k, v, bias=bias)  # (B, F*HW, h, D)
         return h + untokens(self.out(out.reshape(h.shape[0], -1, h.shape[1])), h)
+
+    def context(self, text: Text, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values (B, 1 + L, h, D) of null token and prompt; bias (B, 1, 1, 1 + L) that hides padding."""
+        told = torch.cat([self.null.expand(len(text), -1, -1), text.tokens.to(dtype)], 1)
+        k, v = self.kv(told).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        legal = F.pad(text.mask, (1, 0), value=True)[:, None, None]
+        return k, v, torch.zeros(legal.shape, dtype=dtype, device=told.device).masked_fill(~legal, -math.inf)
 
 
 def tokens(h: Tensor) -> Tensor:

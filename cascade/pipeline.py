@@ -1,4 +1,6 @@
-"""Runs a chain: one stage in memory at a time, every stage's output an artefact, and nothing is done twice.
+"""Runs a chain: one stage on the device at a time, every stage's output an artefact, and nothing is done twice.
+
+While a stage runs, the weights of the next are read and verified: they are all that is in memory of any other stage.
 
 DIR = {video.mp4, sheet.png, manifest.json, stages/<name>/{video.safetensors, manifest.json}}; many samples stand in
 DIR/0000, DIR/0001, ... A stage's artefact carries a key: the hash of all that decides its content (its settings and
@@ -11,6 +13,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor
 
 from cascade import attention, checkpoint, media, store
+from cascade.compiled import compiled
 from cascade.config import fingerprint, parse, plain, plugin, suggest
 from cascade.diffusion import Schedule
 from cascade.errors import CascadeError, ConfigError, HostError, InputError, NumericError
@@ -158,6 +162,11 @@ class Chain:
         """The different ones that its stages read."""
         return list({fingerprint(text): text for text in map(self.text_of, self.stages)}.values())
 
+    def runs_on(self, on: Device) -> None:
+        """Raises HostError without such a device, ConfigError for a stage that cannot be launched there as it says."""
+        for stage in self.stages:
+            stage.compile.check(f"{stage.name}.compile", on.torch)
+
     def since(self, start: str | None) -> Chain:
         """The chain from stage `start` on."""
         names = [stage.name for stage in self.stages]
@@ -255,6 +264,15 @@ def _check_pair(before: StageConfig, after: StageConfig, rule: Rule) -> None:
         )
 
 
+def known(cfg: StageConfig) -> tuple[StageConfig, list[str]]:
+    """What decides the results of `load_stage`, before it reads any weights: the settings with what stands beside the
+    weights, and the hashes of weights and codec."""
+    if cfg.weights == checkpoint.RANDOM:
+        return cfg, [_random(cfg), cfg.codec.hash()]
+    saved, name = checkpoint.about(checkpoint.locate(cfg.weights, cfg.name, cfg.sampler.steps))
+    return replace(cfg, w_range=saved.get("w_range")), [name, cfg.codec.hash()]
+
+
 def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
     """The stage with its verified weights, ready to sample, and the weights' hash."""
     cfg.codec.folder()
@@ -284,19 +302,30 @@ def _trained(diffusion: Mapping[str, Any]) -> dict[str, Any]:
     return {"prediction": diffusion.get("prediction"), **(table if discrete else {})}
 
 
+def launched(stage: Stage, on: Device) -> Stage:
+    """The stage on its device, its network launched as its settings say."""
+    stage.to(on.torch)
+    stage.net = compiled(stage.net, stage.cfg.compile)
+    return stage
+
+
 def untrained(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
     """A stage whose weights are drawn at random (`weights=random`), the same ones for equal settings of its network.
 
     What starts at zero is drawn too: a branch that adds nothing would hide its faults and its cost.
     """
-    name = fingerprint(plain(cfg.net))
+    name = _random(cfg)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(name[:12], 16))
+        torch.manual_seed(int(name.split()[1][:12], 16))
         stage = Stage(cfg, rule)
         for parameter in stage.net.parameters():
             if not parameter.detach().any():
                 torch.nn.init.uniform_(parameter, -0.035, 0.035)  # standard deviation 0.02
-    return _ready(stage, device), f"random {name}"
+    return _ready(stage, device), name
+
+
+def _random(cfg: StageConfig) -> str:
+    return f"random {fingerprint(plain(cfg.net))}"
 
 
 def _ready(stage: Stage, device: torch.device) -> Stage:
@@ -324,17 +353,24 @@ def save_stage(
 
 
 def stage_key(
-    stage: Stage, weights: str, text: str, negative: str | None, job: Job, seed: int, source: str, on: Device
+    cfg: StageConfig,
+    weights: Sequence[str],
+    text: str,
+    negative: str | None,
+    job: Job,
+    seed: int,
+    source: str,
+    on: Device,
 ) -> str:
-    """Hash of everything that decides a stage's output."""
-    settings = plain(stage.cfg)
+    """Hash of everything that decides a stage's output; `cfg` and `weights` are those of `known`."""
+    settings = plain(cfg)
     for name in ("train", "weights"):
         settings.pop(name)
     return fingerprint(
         {
             "format": 1,
             "settings": settings,
-            "weights": [weights, stage.coder.hash],
+            "weights": weights,
             "text": [text, job.prompt, negative],
             "sample": [job.sample, seed],
             "input": source,
@@ -386,49 +422,77 @@ class Runner:
     def run(self, jobs: Sequence[Job], given: Video | Sequence[Video | None] | None) -> dict[Path, Video]:
         """Every stage of every job, as artefacts under job.directory/stages; returns the last stage's videos.
 
-        `given` is what the first stage gets: the same clip for all jobs, or one for each.
+        `given` is what the first stage gets: the same clip for all jobs, or one for each. With `disk` the next stage's
+        weights load while one runs; without, whoever gives `load` keeps them.
         """
         clips = given if isinstance(given, Sequence) else [given] * len(jobs)
         inputs: dict[Path, tuple[Video | None, str]] = {
             job.directory: (clip, digest(clip)) for job, clip in zip(jobs, clips, strict=True)
         }
-        for i, (cfg, rule) in enumerate(zip(self.chain.stages, self.chain.rules, strict=True)):
-            stage, weights = self.load(cfg, rule, self.on.torch)
-            todo = []
-            for job in jobs:
-                key = self.key(stage, weights, job, inputs[job.directory][1])
-                folder = job.directory / "stages" / cfg.name
-                done = finished(folder, key) if self.disk else None
-                if done is None:
-                    todo.append((job, key))
-                else:
-                    inputs[job.directory] = done
-            total, counter = len(todo) * cfg.sampler.steps, 0
-            if todo and self.progress is not None:
-                self.progress(cfg.name, 0, total)
-            for part in range(0, len(todo), self.on.micro_batch):
-                group = todo[part : part + self.on.micro_batch]
+        stages = list(zip(self.chain.stages, self.chain.rules, strict=True))
+        place = torch.device("cpu") if self.disk else self.on.torch
+        ahead: dict[int, Future[tuple[Stage, str]]] = {}
+        with ThreadPoolExecutor(1) as thread:
 
-                def tick(
-                    step: int, base: int = counter, size: int = len(group), name: str = cfg.name, of: int = total
-                ) -> None:
-                    if self.progress is not None:
-                        self.progress(name, base + step * size, of)
+            def load(i: int) -> Future[tuple[Stage, str]]:
+                return thread.submit(self.load, *stages[i], place)
 
-                videos = self.sample(
-                    stage, [job for job, _ in group], [inputs[job.directory][0] for job, _ in group], tick
-                )
-                for (job, key), video in zip(group, videos, strict=True):
-                    folder = job.directory / "stages" / cfg.name
-                    kept = commit_stage(folder, video, key, preview=i == 0) if self.disk else ""
-                    inputs[job.directory] = video, kept
-                counter += len(group) * cfg.sampler.steps
-            del stage
+            for i, (cfg, _) in enumerate(stages):
+                todo = self.missing(cfg, jobs, inputs)
+                if not todo:
+                    continue
+                loading = ahead.pop(i, None) or load(i)
+                self.text([todo[0][0].prompt], cfg)  # its encoder loads meanwhile
+                stage = launched(loading.result()[0], self.on)
+                if self.disk and i + 1 < len(stages):
+                    ahead[i + 1] = load(i + 1)
+                self.make(stage, todo, inputs, preview=i == 0)
+                del stage, loading
         return {path: video for path, (video, _) in inputs.items() if video is not None}
 
-    def key(self, stage: Stage, weights: str, job: Job, source: str) -> str:
-        text, negative = self.source_of(stage.cfg).fingerprint, self.negative_of(stage.cfg)
-        return stage_key(stage, weights, text, negative, job, self.seed, source, self.on)
+    def missing(
+        self, cfg: StageConfig, jobs: Sequence[Job], inputs: dict[Path, tuple[Video | None, str]]
+    ) -> list[tuple[Job, str]]:
+        """The jobs whose clip of this stage has to be made, with its key; what is there replaces its input."""
+        if not self.disk:
+            return [(job, "") for job in jobs]
+        told, weights = known(cfg)
+        todo = []
+        for job in jobs:
+            key = self.key(told, weights, job, inputs[job.directory][1])
+            done = finished(job.directory / "stages" / cfg.name, key)
+            if done is None:
+                todo.append((job, key))
+            else:
+                inputs[job.directory] = done
+        return todo
+
+    def make(
+        self,
+        stage: Stage,
+        todo: Sequence[tuple[Job, str]],
+        inputs: dict[Path, tuple[Video | None, str]],
+        preview: bool,
+    ) -> None:
+        """The stage's clips of `todo` from their inputs, which they replace."""
+        name, steps, total = stage.cfg.name, stage.cfg.sampler.steps, len(todo) * stage.cfg.sampler.steps
+        show = self.progress or (lambda *_: None)
+        show(name, 0, total)
+        for part in range(0, len(todo), self.on.micro_batch):
+            group = todo[part : part + self.on.micro_batch]
+
+            def tick(step: int, base: int = part * steps, size: int = len(group)) -> None:
+                show(name, base + step * size, total)
+
+            lows = [inputs[job.directory][0] for job, _ in group]
+            videos = self.sample(stage, [job for job, _ in group], lows, tick)
+            for (job, key), video in zip(group, videos, strict=True):
+                folder = job.directory / "stages" / name
+                inputs[job.directory] = video, commit_stage(folder, video, key, preview) if self.disk else ""
+
+    def key(self, cfg: StageConfig, weights: Sequence[str], job: Job, source: str) -> str:
+        text, negative = self.source_of(cfg).fingerprint, self.negative_of(cfg)
+        return stage_key(cfg, weights, text, negative, job, self.seed, source, self.on)
 
     def source_of(self, stage: StageConfig) -> TextSource:
         """What reads the prompts for `stage`; an encoder of its own loads when it is first asked for."""

@@ -65,7 +65,8 @@ class Sampler:
     threshold. `strength` is the time at which a given video starts (SDEdit, Meng et al. 2022); 1 is pure noise.
     `reconstruction` is the weight of the gradient that pulls x_hat towards what is given of the video but not told to
     the network, see the function of that name; 0 is off. With `shared_noise` all frames get the same noise (Singer et
-    al. 2022, Make-A-Video, sec. 3.2.2).
+    al. 2022, Make-A-Video, sec. 3.2.2). `joint` sends both branches of guidance through the network as one batch: fewer
+    calls, twice the memory, and other last bits than one after the other.
     """
 
     steps: int
@@ -83,6 +84,7 @@ class Sampler:
     strength: float = 1.0
     reconstruction: float = 0.0
     shared_noise: bool = False
+    joint: bool = False
 
     def __post_init__(self) -> None:
         low = 0.0 if self.guidance_low is None else self.guidance_low
@@ -293,6 +295,7 @@ def sample(
 ) -> Tensor:
     """A video of `shape` (B, C, F, H, W): x_hat of the last step.
 
+    On a GPU the loop never waits for a result: launches run ahead of the device from the first step to the last.
     `noise` is asked for ("start", step 0) and, by the rules that need it, for ("step", step i). `start` (B, C, F, H, W)
     is noised to sampler.strength and sampling goes on from there. `hooks` run in order on every x_hat, after the
     sampler's threshold. `after` may replace what a step made, `progress` gets the number of steps done. t (B,) comes in
@@ -306,21 +309,25 @@ def sample(
         raise ValueError(f"strength is {sampler.strength}, expected 1 where no video is given to start from")
     if start is not None and tuple(start.shape) != tuple(shape):
         raise ValueError(f"the start video has shape {tuple(start.shape)}, expected {tuple(shape)}")
-    z = noise(shape, 0, "start").to(device)
+    watch = Watch(sampler.steps)
+    z = _moved(noise(shape, 0, "start"), torch.device(device))
     points = sampler.times(diffusion)
     grid = [torch.full_like(z[:, 0, 0, 0, 0], t) for t in points]
     if start is not None:
         z = diffusion.noised(start.to(z), z, grid[0])
 
     def predict(z: Tensor, t: Tensor, step: int) -> tuple[Tensor, float | Tensor]:
-        out = _finite(denoise(z, t, step).to(z.dtype), step, sampler.steps)
+        out = watch(denoise(z, t, step).to(z.dtype), step)
         x, gamma = _halves(out) if sampler.learned else (out, sampler.gamma)
         for hook in (sampler.limit, *hooks):
             x = hook(x, z, t)
-        return _finite(x, step, sampler.steps), gamma
+        return watch(x, step), gamma
 
     def estimate(z: Tensor, t: Tensor, step: int) -> Tensor:
         return predict(z, t, step)[0]
+
+    def drawn(step: int) -> Tensor:
+        return _moved(noise(shape, step, "step"), z.device)
 
     before: tuple[Tensor, Tensor] | None = None
     for step, (t, s) in enumerate(pairwise(grid)):
@@ -330,19 +337,55 @@ def sample(
         elif sampler.rule is Rule.DDIM:
             z = ddim(diffusion, z, x, t, s)
         elif sampler.rule is Rule.ANCESTRAL:
-            z = ancestral(diffusion, z, x, t, s, gamma, noise(shape, step, "step").to(z))
+            z = ancestral(diffusion, z, x, t, s, gamma, drawn(step))
         elif sampler.rule is Rule.STOCHASTIC:
-            z = stochastic(diffusion, z, x, t, s, grid[step + 2], noise(shape, step, "step").to(z))
+            z = stochastic(diffusion, z, x, t, s, grid[step + 2], drawn(step))
         elif sampler.rule is Rule.DPMPP_2M:
             z = dpmpp_2m(diffusion, z, x, t, s, before if step + 1 < sampler.steps or sampler.smooth else None)
         else:
             z = heun(diffusion, z, x, t, s, partial(estimate, step=step))
-        before = x, t
+        before = (x, t) if sampler.rule is Rule.DPMPP_2M else None  # a whole video
         if after is not None:
-            z = _finite(after(step, t[0].item(), z), step, sampler.steps)
+            z = watch(after(step, points[step], z), step)
         if progress is not None:
             progress(step + 1)
+    watch.report()
     return z
+
+
+class Watch:
+    """Counts the values of every x_hat that are not finite.
+
+    On the CPU the first such x_hat ends the run. Reading a count from a GPU would make the host wait for all that was
+    launched, so there they are read when the run is over.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.seen: list[tuple[int, int, Tensor]] = []  # step, values, how many of them are finite
+
+    def __call__(self, x: Tensor, step: int) -> Tensor:
+        self.seen.append((step, x.numel(), torch.isfinite(x).count_nonzero()))
+        if x.device.type == "cpu":
+            self.report()
+        return x
+
+    def report(self) -> None:
+        """Raises NumericError for the first step with a value that is not finite."""
+        seen, self.seen = self.seen, []
+        finite = torch.stack([count for _, _, count in seen]).tolist() if seen else []
+        for (step, values, _), good in zip(seen, finite, strict=True):
+            if good < values:
+                raise NumericError(
+                    f"sampling step {step + 1} of {self.steps}: "
+                    f"{values - good} of {values} values of x_hat are not finite",
+                    "dtype=float32, or other weights if that is what ran",
+                )
+
+
+def _moved(drawn: Tensor, device: torch.device) -> Tensor:
+    """Noise from the CPU on `device`, through pinned memory if that is a GPU: the host goes on at once."""
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
 
 def _select_numpy(a: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
@@ -369,13 +412,3 @@ def _mix(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
 def _half_log_snr(diffusion: Diffusion, t: Tensor) -> Tensor:
     alpha, sigma = diffusion.alpha_sigma(t, torch.float64)
     return torch.log(alpha / sigma)
-
-
-def _finite(x: Tensor, step: int, steps: int) -> Tensor:
-    if not torch.isfinite(x).all():
-        bad = int((~torch.isfinite(x)).sum())
-        raise NumericError(
-            f"sampling step {step + 1} of {steps}: {bad} of {x.numel()} values of x_hat are not finite",
-            "dtype=float32, or other weights if that is what ran",
-        )
-    return x

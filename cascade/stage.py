@@ -10,19 +10,32 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from cascade.codec import COLOURS, Codec, Coder, Kind
+from cascade.compiled import Compile
 from cascade.diffusion import Diffusion, Path
 from cascade.errors import ConfigError
 from cascade.grid import Spacing
 from cascade.noise import generator
 from cascade.offload import offload
-from cascade.sampler import After, Denoise, Draw, Hook, Sampler, Threshold, keep_known, reconstruction, sample, shared
+from cascade.sampler import (
+    After,
+    Denoise,
+    Draw,
+    Hook,
+    Sampler,
+    StepDenoise,
+    Threshold,
+    keep_known,
+    reconstruction,
+    sample,
+    shared,
+)
 from cascade.sampler import Rule as StepRule
 from cascade.text import Text, TextConfig
 from cascade.unet import Cond, UNetConfig, VideoUNet
@@ -134,6 +147,7 @@ class StageConfig:
     told: bool = True  # the network hears of what comes in; if not, only the sampler does (replacement, reconstruction)
     augment_max: float = 0.0  # training draws that level from [0, augment_max], or, half of the time, 0
     weights: str | None = None
+    compile: Compile = Compile.NONE  # how the network is launched when sampling
     w_range: list[float] | None = None  # a guidance-distilled network takes w within this range as an input
     train: TrainConfig | None = None
 
@@ -400,9 +414,9 @@ class Stage:
 
         def whole(z: Tensor, cond: Cond) -> Tensor:
             if not self.cfg.sampler.learned:
-                return diffusion.split(z, self.net(z, level, cond, weight), t)[0]
+                return diffusion.clean(z, self.net(z, level, cond, weight), t)
             out, variance = self.net.predict(z, level, cond).chunk(2, 1)  # type: ignore[operator]
-            return torch.cat([diffusion.split(z, out, t)[0], variance], 1)
+            return torch.cat([diffusion.clean(z, out, t), variance], 1)
 
         def parts(z: Tensor, cond: Cond) -> Tensor:
             return in_parts(whole, z, cond, self.at_once(z), self.reach or 0)
@@ -470,6 +484,28 @@ class Stage:
     def given(self, low: Video, shape: Shape) -> tuple[Tensor, Tensor]:
         """What comes out as it comes in, and its mask: parts of frames too, of which the network may not be told."""
         return (low.frames, low.mask) if low.known is not None else self.rule.condition(low, self.cfg, shape)
+
+    def steps(self, cond: Cond, dropped: Cond, sampler: Sampler) -> StepDenoise:
+        """x_hat of every step of a run, guided away from `dropped`. No weight may change in between: what the network
+        makes of the prompts is made once."""
+        cond, dropped = cond.remembering(), dropped.remembering()
+        both = Cond.cat([cond, dropped]).remembering() if sampler.joint else None
+
+        def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
+            w = sampler.weight(step)
+            if self.cfg.w_range is not None:
+                return self.denoise(z, t, cond, w)
+            if w == 0:
+                return self.denoise(z, t, cond)
+            if both is None:
+                x, without = self.denoise(z, t, cond), self.denoise(z, t, dropped)
+            else:
+                x, without = self.denoise(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
+            c = z.shape[1]
+            guided = (1 + w) * x[:, :c] - w * without[:, :c]
+            return torch.cat([guided, x[:, c:]], 1) if sampler.learned else guided  # the variance is that of the text
+
+        return denoise
 
     def sample(
         self,
@@ -578,21 +614,11 @@ class Stage:
         # The network is told the rate it was trained at; the video keeps its own.
         cond = self.condition(low, shape, text.to(here), cfg.fps, level, eps).to(self.device)
         dropped = cond.without_text() if negative is None else cond.with_text(negative.to(self.device))
-
-        def guided(z: Tensor, t: Tensor, w: float) -> Tensor:
-            if cfg.w_range is not None:
-                return self.denoise(z, t, cond, w)
-            x = self.denoise(z, t, cond)
-            if w == 0:
-                return x
-            c, other = z.shape[1], self.denoise(z, t, dropped)
-            guided = (1 + w) * x[:, :c] - w * other[:, :c]
-            return torch.cat([guided, x[:, c:]], 1) if sampler.learned else guided  # the variance is that of the text
-
+        guided = self.steps(cond, dropped, sampler)
         drawn_on = self.towards(low, shape) if low is not None else lambda denoise: denoise
 
         def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
-            return drawn_on(partial(guided, w=sampler.weight(step)))(z, t)
+            return drawn_on(lambda z, t: guided(z, t, step))(z, t)
 
         hooks: list[Hook] = []
         keeps = self.rule.KEEPS_KNOWN and cfg.keep_known and low is not None

@@ -19,7 +19,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -346,11 +346,13 @@ def manifest(path: Path, kind: str | None = None) -> dict[str, Any]:
     return _parsed(path, kind)[0]
 
 
-def read(path: Path, kind: str | None = None) -> Artefact:
-    """Reads an artefact; every byte it returns has been verified. Raises InputError naming the file at fault."""
+def read(path: Path, kind: str | None = None, only: Collection[str] | None = None) -> Artefact:
+    """Reads an artefact, or `only` some of its files; every byte it returns has been verified. Raises InputError naming
+    the file at fault."""
     tree, data = _parsed(path, kind)
     folder = path if path.is_dir() else path.parent
-    files = {name: _verified(folder, name, entry) for name, entry in tree["files"].items()}
+    wanted = {name: entry for name, entry in tree["files"].items() if only is None or name in only}
+    files = {name: _verified(folder, name, entry) for name, entry in wanted.items()}
     return Artefact(path, tree["kind"], tree["meta"], files, hashlib.sha256(data).hexdigest())
 
 

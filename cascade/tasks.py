@@ -15,7 +15,7 @@ from cascade.errors import ConfigError
 from cascade.examples import pool_of
 from cascade.given import given
 from cascade.memory import Memory, within
-from cascade.pipeline import Chain, Device, Runner, digest, load_stage, save_stage, video_bytes
+from cascade.pipeline import Chain, Device, Runner, digest, known, launched, load_stage, save_stage, video_bytes
 from cascade.preview import Preview
 from cascade.request import Given, bars, jobs_of, take
 from cascade.stage import Rule, Stage, StageConfig, TrainConfig
@@ -77,8 +77,10 @@ def sample(ask: Request) -> None:
     size = None if first is None else first.shape
     chain = Chain([ask.cfg], [ask.rule], ask.text)
     chain.check()
+    chain.runs_on(ask.on)
     chain = within(chain, ask.on, Memory(memory=ask.memory, command=ask.command), size)
-    stage, weights = load_stage(chain.stages[0], ask.rule, ask.on.torch)
+    told, weights = known(chain.stages[0])
+    stage = launched(load_stage(chain.stages[0], ask.rule, torch.device("cpu"))[0], ask.on)
     jobs = jobs_of(texts, ask.run.samples, out)
     suffix = out.suffix if len(jobs) == 1 else ".safetensors"
     with bars() as progress:
@@ -89,7 +91,7 @@ def sample(ask: Request) -> None:
                 progress(stage.cfg.name, done + step, len(jobs) * stage.cfg.sampler.steps)
 
             (video,) = runner.sample(stage, [job], [first], tick)
-            key = runner.key(stage, weights, job, digest(first))
+            key = runner.key(told, weights, job, digest(first))
             write(job.directory.with_suffix(suffix), video, {"key": key, "prompt": job.prompt})
     print(out)
 

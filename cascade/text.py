@@ -9,9 +9,10 @@ from __future__ import annotations
 import hashlib
 import logging
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -37,11 +38,13 @@ log = logging.getLogger("cascade")
 class Text:
     """Embedded prompts: `tokens` (B, L, D) float32 and `mask` (B, L), True where a token is real.
 
-    A prompt without real tokens is the dropped condition of classifier-free guidance.
+    A prompt without real tokens is the dropped condition of classifier-free guidance. `memory` holds what networks made
+    of these very prompts, see `once`; whatever is derived from a text begins without one.
     """
 
     tokens: Tensor
     mask: Tensor
+    memory: dict[Hashable, tuple[Tensor, ...]] | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -60,6 +63,19 @@ class Text:
     def empty(batch: int, length: int, width: int) -> Text:
         """`batch` dropped prompts."""
         return Text(torch.zeros(batch, length, width), torch.zeros(batch, length, dtype=torch.bool))
+
+    def remembering(self) -> Text:
+        """The same prompts with an empty memory: for one sampling run, in which no weight changes."""
+        return Text(self.tokens, self.mask, {})
+
+    def once(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """make(), which depends on these prompts and `key` alone; one that remembers asks once, without gradients."""
+        if self.memory is None:
+            return make()
+        if key not in self.memory:
+            with torch.no_grad():
+                self.memory[key] = make()
+        return self.memory[key]
 
     def pad(self, length: int) -> Text:
         """The same prompts with zeros up to `length` tokens."""
@@ -196,7 +212,8 @@ def as_read(prompt: str, cfg: TextConfig) -> str:
 class T5Text:
     """A frozen T5 encoder (Raffel et al. 2020) with its SentencePiece tokenizer.
 
-    Raises InputError for files that are missing, damaged or do not fit, NumericError for weights that are not finite.
+    The network loads when it is first asked: it may be large, and prompts whose videos are there ask nothing. Raises
+    InputError for files that are missing, damaged or do not fit, NumericError for weights that are not finite.
     """
 
     def __init__(self, cfg: TextConfig, device: str = "cpu") -> None:
@@ -205,20 +222,24 @@ class T5Text:
         verified = store.read(self.folder).files if (self.folder / store.MANIFEST).is_file() else {}
         file = encoders.near(self.folder, TOKENIZER)
         self.tokenizer = _tokenizer(file, encoders.data(file, verified))
-        dtype = getattr(torch, cfg.precision.value)
-        self.model = encoders.built(self.folder, verified, _make, _weights, dtype, device)
+        config = self.folder / CONFIG
+        self.width = encoders.width(store.from_json(encoders.data(config, verified), config), config)
         self.fingerprint = encoders.fingerprint(self.folder, verified, cfg.reading)
+        self._verified = verified
         self._told: set[str] = set()
-        pieces, rows = len(self.tokenizer), self.model.config.vocab_size
+
+    @cached_property
+    def model(self) -> Any:
+        dtype = getattr(torch, self.cfg.precision.value)
+        model = encoders.built(self.folder, self._verified, _make, _weights, dtype, self.device)
+        self._verified = {}
+        pieces, rows = len(self.tokenizer), model.config.vocab_size
         if pieces > rows:
             raise InputError(
                 f"text encoder {self.folder}: {TOKENIZER} has {pieces} pieces, the weights know {rows}",
                 fix="take both files from one model",
             )
-
-    @property
-    def width(self) -> int:
-        return int(self.model.config.d_model)
+        return model
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Embeds `prompts`, padded with zeros to `max_tokens`.

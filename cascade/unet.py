@@ -157,6 +157,10 @@ class Cond:
     def with_text(self, text: Text) -> Cond:
         return replace(self, text=text)
 
+    def remembering(self) -> Cond:
+        """The same, for one sampling run: see `Text.remembering`."""
+        return self.with_text(self.text.remembering())
+
     def to(self, device: torch.device | str) -> Cond:
         return Cond(
             self.concat.to(device),

@@ -122,10 +122,10 @@ class Windows:
         return sorted({*starts[1:], *(start + self.frames for start in starts[:-1])})
 
 
-def ramp(frames: int, overlap: int, first: bool, last: bool) -> Tensor:
+def ramp(frames: int, overlap: int, first: bool, last: bool, device: torch.device | str = "cpu") -> Tensor:
     """Weights (frames,) of a window: 1 inside, falling linearly over the overlap, but not at the video's own ends."""
-    weight = torch.ones(frames)
-    slope = (torch.arange(overlap) + 1) / (overlap + 1)
+    weight = torch.ones(frames, device=device)
+    slope = (torch.arange(overlap, device=device) + 1) / (overlap + 1)
     if not first and overlap:
         weight[:overlap] = torch.minimum(weight[:overlap], slope)
     if not last and overlap:
@@ -147,13 +147,13 @@ def windowed(
     out, weights = torch.zeros(()), torch.zeros(total, dtype=z.dtype, device=z.device)
     for start in starts:
         stop = total if start == starts[-1] else start + windows.frames
-        weight = ramp(stop - start, windows.overlap, start == 0, stop == total).to(z)
+        weight = ramp(stop - start, windows.overlap, start == 0, stop == total, z.device).to(z.dtype)
         part = denoise(z[:, :, start:stop], cond.frames(start, stop))
         if start == 0:
             out = z.new_zeros(*part.shape[:2], *z.shape[2:])
         out[:, :, start:stop] += part * weight.view(1, 1, -1, 1, 1)
         weights[start:stop] += weight
-    return out / weights.view(1, 1, -1, 1, 1)
+    return out.div_(weights.view(1, 1, -1, 1, 1))
 
 
 def extended(

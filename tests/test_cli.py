@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import queue
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +21,9 @@ from conftest import STAGES
 
 from cascade import cli, pipeline, store
 from cascade.config import parse, plugin
-from cascade.errors import CascadeError, ConfigError
-from cascade.stage import Stage
-from cascade.text import TextConfig
+from cascade.errors import CascadeError, ConfigError, InputError
+from cascade.stage import Stage, StageConfig
+from cascade.text import T5Text, TextConfig
 
 PROMPT = "a large red circle moves left on a black background"
 
@@ -72,8 +74,41 @@ def test_the_same_command_names_the_same_directory_and_does_nothing_twice(
     (out,) = Path("runs").iterdir()
     before = tree_bytes(out)
     monkeypatch.setattr(Stage, "sample", lambda *_, **__: pytest.fail("a finished stage ran again"))
+    monkeypatch.setattr(pipeline, "load_stage", lambda *_: pytest.fail("weights of a finished stage were loaded"))
+    monkeypatch.setattr(T5Text, "model", property(lambda _: pytest.fail("the text encoder was loaded for nothing")))
     cascade("generate", f"prompt={PROMPT}")
     assert list(Path("runs").iterdir()) == [out] and tree_bytes(out) == before
+
+
+def test_while_a_stage_runs_the_next_one_loads_and_no_other(cascade: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    names, loaded = list(STAGES), queue.Queue[str]()
+    sample, load = Stage.sample, pipeline.load_stage
+
+    def spy(self: Stage, *args: Any, **kwargs: Any) -> Any:
+        for name in names[names.index(self.cfg.name) + 1 :][:1]:
+            assert loaded.get(timeout=60) == name
+        assert loaded.empty()
+        return sample(self, *args, **kwargs)
+
+    def noted(cfg: StageConfig, *rest: Any) -> Any:
+        if cfg.name != names[0]:
+            loaded.put(cfg.name)
+        return load(cfg, *rest)
+
+    monkeypatch.setattr(Stage, "sample", spy)
+    monkeypatch.setattr(pipeline, "load_stage", noted)
+    cascade("generate", f"prompt={PROMPT}", "out=run")
+    assert loaded.empty()
+
+
+def test_weights_that_cannot_be_read_stop_a_run_at_their_stage(cascade: Any, mini: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(mini / "weights" / "tsr", tmp_path / "damaged")
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(InputError, match="SHA-256"):
+        cascade("generate", f"prompt={PROMPT}", "out=run", f"tsr.weights={folder}")
+    assert [path.name for path in Path("run/stages").iterdir()] == ["base"]
 
 
 def test_changed_settings_replace_that_stage_and_those_after_it(cascade: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,6 +74,7 @@ def test_split_undoes_noised(prediction: Prediction, shift: float) -> None:
     got_x, got_eps = diffusion.split(diffusion.noised(x, eps, t), diffusion.target(x, eps, t), t)
     near(got_x, x, atol=1e-9)
     near(got_eps, eps, atol=1e-9)
+    assert torch.equal(diffusion.clean(diffusion.noised(x, eps, t), diffusion.target(x, eps, t), t), got_x)
 
 
 def test_split_of_v_is_as_good_in_float32() -> None:

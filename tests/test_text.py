@@ -206,7 +206,7 @@ def test_half_precision_weights_give_float32_embeddings(own: Path) -> None:
 
 def test_loading_leaves_global_randomness_alone(own: Path) -> None:
     before = torch.get_rng_state()
-    T5Text(TextConfig(encoder=str(own)))
+    assert T5Text(TextConfig(encoder=str(own))).model
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -242,7 +242,7 @@ def test_missing_and_damaged_files_are_named(own: Path, tmp_path: Path, name: st
     folder = copy(own, tmp_path)
     (folder / name).write_bytes(b"\x80\x04 not what it says")
     with pytest.raises(InputError, match=name):
-        T5Text(TextConfig(encoder=str(folder)))
+        assert T5Text(TextConfig(encoder=str(folder))).model
     (folder / name).unlink()
     with pytest.raises(InputError, match=rf"{name} missing, it has "):
         T5Text(TextConfig(encoder=str(folder)))
@@ -256,7 +256,7 @@ def test_weights_that_do_not_fit_are_listed(own: Path, tmp_path: Path) -> None:
     del weights["encoder.block.1.layer.0.SelfAttention.q.weight"]
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(InputError) as error:
-        T5Text(TextConfig(encoder=str(folder)))
+        assert T5Text(TextConfig(encoder=str(folder))).model
     for part in ("encoder.extra unknown", "weight [15] instead of [16]", "1.layer.0.SelfAttention.q.weight missing"):
         assert part in str(error.value)
 
@@ -267,14 +267,14 @@ def test_weights_that_are_not_finite_are_refused(own: Path, tmp_path: Path) -> N
     weights["shared.weight"][3, 3] = float("nan")
     save_file(weights, folder / "model.safetensors")
     with pytest.raises(NumericError, match=r"shared\.weight"):
-        T5Text(TextConfig(encoder=str(folder)))
+        assert T5Text(TextConfig(encoder=str(folder))).model
 
 
 def test_a_tokenizer_of_another_model_is_refused(own: Path, tmp_path: Path) -> None:
     folder = copy(own, tmp_path)
     shutil.copy(TINY / "spiece.model", folder)
     with pytest.raises(InputError, match="the weights know 48"):
-        T5Text(TextConfig(encoder=str(folder)))
+        assert T5Text(TextConfig(encoder=str(folder))).model
 
 
 def test_folders_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
