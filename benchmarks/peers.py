@@ -1,0 +1,300 @@
+"""Our denoiser and our cascade beside those of others, in one run: speed, memory, and the ceiling of the machine.
+
+    make bench ARGS="--quick --json FILE"     10M parameters, 16x32x32, one thread, forward alone: minutes
+    make bench                                everything below: about an hour on an idle machine
+
+Networks have random weights and as many parameters as each other (benchmarks/peers.yaml). Each is a process of its own
+that waits while another works (benchmarks/peer_child.py); rounds go over all of them in turn, so that whatever
+slows the machine slows everyone. Time is CPU time of the process with one thread and wall time with more; beside it
+stands how fast a matrix product is at that moment. FLOPs are counted alike for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+WIDE = " wide"  # of a name: another shape of the same package
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is compared at once."""
+
+    size: str  # a key of every network in the settings
+    shape: str
+    threads: int = 1
+    tasks: tuple[str, ...] = ("forward",)
+    chains: bool = False
+
+    @property
+    def name(self) -> str:
+        what = "cascades, " if self.chains else ""
+        return f"{what}{self.size}, {self.shape}, {self.threads} thread{'s' * (self.threads > 1)}"
+
+
+QUICK = [Part("10M", "16x32x32")]
+FULL = [
+    Part("10M", "16x32x32", tasks=("forward", "train")),
+    Part("50M", "16x32x32", tasks=("forward", "train")),
+    Part("10M", "16x64x64"),
+    Part("50M", "16x64x64"),
+    Part("10M", "16x32x32", threads=2),
+    Part("50M", "16x32x32", threads=2),
+    Part("10M", "16x64x64", chains=True),
+]
+
+
+class Refused(Exception):
+    """A network cannot be measured; the message says why."""
+
+
+class Child:
+    """The process of one network; see peer_child.py."""
+
+    def __init__(self, name: str, settings: dict[str, Any], work: dict[str, int], threads: int, limit: float) -> None:
+        self.name, self.limit = name, limit
+        spec = {"package": name.removesuffix(WIDE), "settings": settings, "work": work, "threads": threads}
+        # A thread that spins while it waits takes the time of the others.
+        own = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(HERE.parent)}
+        self.errors = tempfile.TemporaryFile()  # noqa: SIM115  closed with the child
+        self.process = subprocess.Popen(
+            [sys.executable, str(HERE / "peer_child.py"), json.dumps(spec)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, env=os.environ | own, text=True,
+        )  # fmt: skip
+
+    def ask(self, word: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # `answer` says why
+            self.process.stdin.write(word + "\n")
+            self.process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        if not select.select([self.process.stdout], [], [], self.limit)[0]:
+            raise Refused(f"no answer in {self.limit:.0f} s")
+        line = self.process.stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            said = self.errors.read().decode(errors="replace").strip().splitlines()
+            raise Refused(said[-1] if said else f"it ended with code {self.process.wait()}")
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
+
+
+@dataclass
+class Row:
+    """What is known of one network in one part; `rounds` holds a child's answers by task."""
+
+    name: str
+    params: int = 0
+    flops: int = 0
+    bytes: int = 0
+    rounds: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    refused: str = ""
+
+    def speeds(self, task: str, clock: str) -> list[float]:
+        """FLOP per second of every round; a training step counts as one forward pass."""
+        return [self.flops / answer[clock] for answer in self.rounds.get(task, [])]
+
+    def fraction(self, task: str, clock: str) -> float:
+        """Of the ceiling beside it."""
+        ceilings = [answer[f"gemm_{clock}"] for answer in self.rounds[task]]
+        return median(a / b for a, b in zip(self.speeds(task, clock), ceilings, strict=True))
+
+
+def measure(part: Part, settings: dict[str, Any], names: Sequence[str], rounds: int, limit: float) -> list[Row]:
+    """The rows of `names`, ours first. Whoever fails has a reason in `refused`, the others go on."""
+    frames, height, width = settings["shapes"][part.shape]
+    work = {"frames": frames, "height": height, "width": width}
+    work |= {"tokens": settings["text"]["tokens"], "text": settings["text"]["width"]}
+    known = settings["chains" if part.chains else "networks"]
+    rows = [Row(name) for name in names]
+    with contextlib.ExitStack() as stack:
+        children = {}
+        for row in rows:
+            say(f"{part.name}: {row.name}")
+            child = Child(row.name, known[row.name][part.size], work, part.threads, limit)
+            stack.callback(child.close)
+            with refusing(row):
+                built = child.answer()
+                row.params, row.flops, row.bytes = built["params"], built["flops"], built["bytes"]
+                children[row.name] = child
+        for task in part.tasks:
+            for number in range(rounds):
+                say(f"{part.name}: {task}, round {number + 1} of {rounds}")
+                for row in turned(rows, number):
+                    if not row.refused:
+                        with refusing(row):
+                            row.rounds.setdefault(task, []).append(children[row.name].ask(task))
+    return rows
+
+
+@contextlib.contextmanager
+def refusing(row: Row) -> Iterator[None]:
+    try:
+        yield
+    except Refused as reason:
+        row.refused, row.rounds = str(reason)[:200], {}
+        say(f"{row.name}: {row.refused}")
+
+
+def turned(rows: list[Row], number: int) -> list[Row]:
+    """The rows from another one on in every round: nobody always follows the same neighbour."""
+    first = number % len(rows)
+    return rows[first:] + rows[:first]
+
+
+def ratios(rows: list[Row], task: str, clock: str) -> dict[str, list[float]]:
+    """Our speed over each peer's, of every round both took part in."""
+    ours = rows[0].speeds(task, clock)
+    return {
+        row.name: [a / b for a, b in zip(ours, row.speeds(task, clock), strict=True)]
+        for row in rows[1:]
+        if not row.refused and ours
+    }
+
+
+def summary(rows: list[Row], task: str, clock: str) -> dict[str, Any]:
+    """For `--json`: our fraction of the ceiling, and the median ratio to every peer."""
+    found = {name: median(each) for name, each in ratios(rows, task, clock).items() if not name.endswith(WIDE)}
+    return {"gemm_fraction": rows[0].fraction(task, clock), "ratios": found}
+
+
+def table(rows: list[Row], task: str, clock: str) -> str:
+    """Markdown; "times" is our speed per FLOP over theirs: median (least to greatest of the rounds)."""
+    head = [
+        "network",
+        "M parameters",
+        "GFLOP",
+        f"{clock} ms",
+        "GFLOP/s",
+        "of GEMM",
+        "peak MB",
+        "times per FLOP",
+        "times",
+    ]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    found = ratios(rows, task, clock)
+    for row in rows:
+        if row.refused:
+            lines.append(f"| {row.name} | {row.refused} |" + " |" * (len(head) - 2))
+            continue
+        seconds = median(answer[clock] for answer in row.rounds[task])
+        peak = max(answer["bytes"] for answer in row.rounds[task]) if task == "train" else row.bytes
+        cells = [row.name, f"{row.params / 1e6:.1f}", f"{row.flops / 1e9:.1f}", f"{1e3 * seconds:.0f}"]
+        cells += [f"{median(row.speeds(task, clock)) / 1e9:.1f}", f"{100 * row.fraction(task, clock):.0f} %"]
+        cells += [f"{peak / 1e6:.0f}"]
+        if row.name in found:
+            each = found[row.name]
+            ours = median(answer[clock] for answer in rows[0].rounds[task])
+            cells += [f"{median(each):.2f} ({min(each):.2f} to {max(each):.2f})", f"{seconds / ours:.2f}"]
+        else:
+            cells += ["", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def profile(settings: dict[str, Any], size: str, shape: str, limit: float) -> str:
+    """Where our own time goes, by kind of operation, against the ceiling."""
+    frames, height, width = settings["shapes"][shape]
+    work = {"frames": frames, "height": height, "width": width}
+    work |= {"tokens": settings["text"]["tokens"], "text": settings["text"]["width"]}
+    child = Child(settings["ours"], settings["networks"][settings["ours"]][size], work, 1, limit)
+    try:
+        child.answer()
+        found = child.ask("profile")
+    finally:
+        child.close()
+    lines = ["| operations | of the time | of GEMM |", "|---|---|---|"]
+    for name, each in sorted(found["kinds"].items(), key=lambda item: -item[1]["share"]):
+        speed = f"{100 * each['speed'] / found['gemm']:.0f} %" if each["speed"] else ""
+        lines.append(f"| {name} | {100 * each['share']:.1f} % | {speed} |")
+    return "\n".join(lines)
+
+
+def say(line: str) -> None:
+    print(f"[{time.strftime('%H:%M:%S')}] {line}", file=sys.stderr, flush=True)
+
+
+def machine() -> str:
+    """Processor, cores and how busy they are."""
+    model = ""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model or 'unknown processor'}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
+
+
+def chosen(settings: dict[str, Any], part: Part, only: Sequence[str], wide: bool) -> list[str]:
+    """The networks of a part, ours first. Raises SystemExit for a name that is unknown."""
+    known = settings["chains" if part.chains else "networks"]
+    if unknown := set(only) - set(settings["networks"]) - set(settings["chains"]):
+        raise SystemExit(f"error: --only {', '.join(unknown)}: not in the settings. Fix: {', '.join(known)}")
+    names = [name for name, sizes in known.items() if part.size in sizes and (wide or not name.endswith(WIDE))]
+    return [name for i, name in enumerate(names) if i == 0 or not only or name in only]
+
+
+def main() -> None:
+    import yaml
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="10M, 16x32x32, one thread, forward")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the ratios of the first part, as JSON")
+    parser.add_argument("--log", type=Path, metavar="FILE", help="every round's answers, a line of JSON a part")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--parts", help="numbers of the parts of a full run, from 1, such as 1,3")
+    parser.add_argument("--only", default="", help="these peers, separated by commas")
+    parser.add_argument("--limit", type=float, default=900, help="seconds that one answer may take")
+    parser.add_argument("--settings", type=Path, default=HERE / "peers.yaml")
+    args = parser.parse_args()
+    settings = yaml.safe_load(args.settings.read_text())
+    parts = QUICK if args.quick else FULL
+    if args.parts:
+        parts = [parts[int(number) - 1] for number in args.parts.split(",")]
+    only = [name for name in args.only.split(",") if name]
+    print(f"{machine()}; {args.rounds} rounds")
+    began, first, refused = time.perf_counter(), True, 0
+    for part in parts:
+        clock = "cpu" if part.threads == 1 else "wall"
+        rows = measure(part, settings, chosen(settings, part, only, wide=not args.quick), args.rounds, args.limit)
+        if rows[0].refused:
+            raise SystemExit(f"error: {rows[0].name}: {rows[0].refused}")
+        refused += sum(bool(row.refused) for row in rows)
+        for task in part.tasks:
+            print(f"\n{part.name}: {task}\n\n{table(rows, task, clock)}", flush=True)
+        if first and args.json:
+            args.json.write_text(json.dumps(summary(rows, "forward", clock), indent=1) + "\n")
+        if args.log:
+            with args.log.open("a") as file:
+                file.write(json.dumps({"part": part.name, "rows": [vars(row) for row in rows]}) + "\n")
+        first = False
+    if not args.quick and not args.parts:
+        for size in ("10M", "50M"):
+            print(f"\nours, {size}, 16x32x32, where the time goes\n\n{profile(settings, size, '16x32x32', args.limit)}")
+    print(f"\n{time.perf_counter() - began:.0f} s, {machine()}")
+    if refused:
+        raise SystemExit(f"error: {refused} networks could not be measured, the tables say why")
+
+
+if __name__ == "__main__":
+    main()
