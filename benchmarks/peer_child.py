@@ -85,11 +85,14 @@ def serve(spec: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> Non
             raise SystemExit(f"peer_child.py: {word!r} is not one of forward, train, profile")
 
 
-def times(step: Callable[[], None], least: int = 2, seconds: float = 1.0) -> dict[str, float]:
-    """Medians of CPU and wall seconds of `step`, run `least` times or for so many seconds; the ceiling beside them."""
+def times(step: Callable[[], None], least: int = 2, seconds: float = 1.0, long: float = 5.0) -> dict[str, float]:
+    """Medians of CPU and wall seconds of `step`; the ceiling beside them.
+
+    Run at least `least` times and for so many `seconds`; once if that takes `long`.
+    """
     ceiling = [gemm()]
-    taken = []
-    while len(taken) < least or (sum(cpu for cpu, _ in taken) < seconds and len(taken) < 20):
+    taken = [clocked(step)]
+    while sum(cpu for cpu, _ in taken) < (long if len(taken) < least else seconds):
         taken.append(clocked(step))
     ceiling.append(gemm())
     cpu, wall = (median([t[i] for t in taken]) for i in (0, 1))
