@@ -1,7 +1,9 @@
 """One network in a process of its own: answers the words on its standard input with lines of JSON.
 
-    python benchmarks/peer_child.py SPEC      SPEC = {"package", "settings", "work", "threads"} as JSON
-    built -> parameters, FLOPs, bytes         forward, train -> times         profile -> time by kind of operation
+    python benchmarks/peer_child.py SPEC      SPEC = {"package", "settings", "work", "threads", "named"} as JSON
+
+First it says what it built: parameters, FLOPs, bytes, some numbers of the output. Then it answers `forward` and `train`
+with times, `profile` with the time by kind of operation.
 
 Only what it answers goes to the standard output it was started with: peers print.
 """
@@ -36,8 +38,8 @@ KINDS = {
 class Subject:
     """The network under test; memory is counted from when its package was imported."""
 
-    def __init__(self, package: str, settings: dict[str, Any], work: Work) -> None:
-        self.net, self.call = build(package, settings, work)
+    def __init__(self, package: str, settings: dict[str, Any], work: Work, named: bool) -> None:
+        self.net, self.call = build(package, settings, work, named)
         self.x = work.clip()
         self.optimizer: torch.optim.Optimizer | None = None
 
@@ -48,7 +50,8 @@ class Subject:
         if not bool(torch.isfinite(out).all()) or out.shape != self.x.shape:
             raise SystemExit(f"peer_child.py: an output of {tuple(out.shape)} for {tuple(self.x.shape)}, or not finite")
         params = sum(p.numel() for p in self.net.parameters())
-        return {"params": params, "flops": sum(flops.values()), "bytes": resident("VmHWM") - before}
+        peak = resident("VmHWM") - before
+        return {"params": params, "flops": sum(flops.values()), "bytes": peak, "output": out.flatten()[::997].tolist()}
 
     def forward(self) -> None:
         with torch.inference_mode():
@@ -69,7 +72,7 @@ def serve(spec: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> Non
     torch.set_num_threads(spec["threads"])
     load(spec["package"])
     before = resident("VmRSS")
-    subject = Subject(spec["package"], spec["settings"], Work(**spec["work"]))
+    subject = Subject(spec["package"], spec["settings"], Work(**spec["work"]), spec["named"])
     answer(subject.built(before))
     for line in sys.stdin:
         word = line.strip()

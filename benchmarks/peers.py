@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -38,11 +39,11 @@ class Part:
     shape: str
     threads: int = 1
     tasks: tuple[str, ...] = ("forward",)
-    chains: bool = False
+    among: str = "networks"  # the section of the settings
 
     @property
     def name(self) -> str:
-        what = "cascades, " if self.chains else ""
+        what = {"networks": "", "chains": "whole cascades, ", "equal": "equal architecture, "}[self.among]
         return f"{what}{self.size}, {self.shape}, {self.threads} thread{'s' * (self.threads > 1)}"
 
 
@@ -54,7 +55,9 @@ FULL = [
     Part("50M", "16x64x64"),
     Part("10M", "16x32x32", threads=2),
     Part("50M", "16x32x32", threads=2),
-    Part("10M", "16x64x64", chains=True),
+    Part("10M", "16x64x64", among="chains"),
+    Part("10M", "16x32x32", tasks=("forward", "train"), among="equal"),
+    Part("50M", "16x32x32", tasks=("forward", "train"), among="equal"),
 ]
 
 
@@ -65,9 +68,17 @@ class Refused(Exception):
 class Child:
     """The process of one network; see peer_child.py."""
 
-    def __init__(self, name: str, settings: dict[str, Any], work: dict[str, int], threads: int, limit: float) -> None:
-        self.name, self.limit = name, limit
-        spec = {"package": name.removesuffix(WIDE), "settings": settings, "work": work, "threads": threads}
+    def __init__(self, name: str, settings: dict[str, Any], part: Part, limit: float) -> None:
+        self.limit, threads = limit, part.threads
+        frames, height, width = settings["shapes"][part.shape]
+        text = {"tokens": settings["text"]["tokens"], "text": settings["text"]["width"]}
+        spec = {
+            "package": name.removesuffix(WIDE),
+            "settings": settings[part.among][name][part.size],
+            "work": {"frames": frames, "height": height, "width": width, **text},
+            "threads": threads,
+            "named": part.among == "equal",
+        }
         # A thread that spins while it waits takes the time of the others.
         own = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(HERE.parent)}
         self.errors = tempfile.TemporaryFile()  # noqa: SIM115  closed with the child
@@ -109,6 +120,7 @@ class Row:
     params: int = 0
     flops: int = 0
     bytes: int = 0
+    output: list[float] = field(default_factory=list)  # some of its numbers
     rounds: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     refused: str = ""
 
@@ -124,20 +136,17 @@ class Row:
 
 def measure(part: Part, settings: dict[str, Any], names: Sequence[str], rounds: int, limit: float) -> list[Row]:
     """The rows of `names`, ours first. Whoever fails has a reason in `refused`, the others go on."""
-    frames, height, width = settings["shapes"][part.shape]
-    work = {"frames": frames, "height": height, "width": width}
-    work |= {"tokens": settings["text"]["tokens"], "text": settings["text"]["width"]}
-    known = settings["chains" if part.chains else "networks"]
     rows = [Row(name) for name in names]
     with contextlib.ExitStack() as stack:
         children = {}
         for row in rows:
             say(f"{part.name}: {row.name}")
-            child = Child(row.name, known[row.name][part.size], work, part.threads, limit)
+            child = Child(row.name, settings, part, limit)
             stack.callback(child.close)
             with refusing(row):
                 built = child.answer()
                 row.params, row.flops, row.bytes = built["params"], built["flops"], built["bytes"]
+                row.output = built["output"]
                 children[row.name] = child
         for task in part.tasks:
             for number in range(rounds):
@@ -214,12 +223,16 @@ def table(rows: list[Row], task: str, clock: str) -> str:
     return "\n".join(lines)
 
 
-def profile(settings: dict[str, Any], size: str, shape: str, limit: float) -> str:
+def apart(rows: list[Row]) -> float:
+    """Greatest difference between our output and another's, over our greatest number."""
+    ours = rows[0].output
+    gaps = [abs(a - b) for row in rows[1:] if not row.refused for a, b in zip(ours, row.output, strict=True)]
+    return max(gaps, default=0.0) / max(map(abs, ours))
+
+
+def profile(settings: dict[str, Any], part: Part, limit: float) -> str:
     """Where our own time goes, by kind of operation, against the ceiling."""
-    frames, height, width = settings["shapes"][shape]
-    work = {"frames": frames, "height": height, "width": width}
-    work |= {"tokens": settings["text"]["tokens"], "text": settings["text"]["width"]}
-    child = Child(settings["ours"], settings["networks"][settings["ours"]][size], work, 1, limit)
+    child = Child(settings["ours"], settings, part, limit)
     try:
         child.answer()
         found = child.ask("profile")
@@ -247,7 +260,7 @@ def machine() -> str:
 
 def chosen(settings: dict[str, Any], part: Part, only: Sequence[str], wide: bool) -> list[str]:
     """The networks of a part, ours first. Raises SystemExit for a name that is unknown."""
-    known = settings["chains" if part.chains else "networks"]
+    known = settings[part.among]
     if unknown := set(only) - set(settings["networks"]) - set(settings["chains"]):
         raise SystemExit(f"error: --only {', '.join(unknown)}: not in the settings. Fix: {', '.join(known)}")
     names = [name for name, sizes in known.items() if part.size in sizes and (wide or not name.endswith(WIDE))]
@@ -267,6 +280,7 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=900, help="seconds that one answer may take")
     parser.add_argument("--settings", type=Path, default=HERE / "peers.yaml")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exit ends the children, a signal would leave them
     settings = yaml.safe_load(args.settings.read_text())
     parts = QUICK if args.quick else FULL
     if args.parts:
@@ -277,11 +291,14 @@ def main() -> None:
     for part in parts:
         clock = "cpu" if part.threads == 1 else "wall"
         rows = measure(part, settings, chosen(settings, part, only, wide=not args.quick), args.rounds, args.limit)
-        if rows[0].refused:
-            raise SystemExit(f"error: {rows[0].name}: {rows[0].refused}")
         refused += sum(bool(row.refused) for row in rows)
+        if rows[0].refused:
+            print(f"\n{part.name}: {rows[0].name}: {rows[0].refused}")
+            continue
         for task in part.tasks:
             print(f"\n{part.name}: {task}\n\n{table(rows, task, clock)}", flush=True)
+        if part.among == "equal":
+            print(f"\noutputs differ by {apart(rows):.1e} of the greatest number")
         if first and args.json:
             args.json.write_text(json.dumps(summary(rows, "forward", clock), indent=1) + "\n")
         if args.log:
@@ -289,8 +306,8 @@ def main() -> None:
                 file.write(json.dumps({"part": part.name, "rows": [vars(row) for row in rows]}) + "\n")
         first = False
     if not args.quick and not args.parts:
-        for size in ("10M", "50M"):
-            print(f"\nours, {size}, 16x32x32, where the time goes\n\n{profile(settings, size, '16x32x32', args.limit)}")
+        for part in FULL[:2]:
+            print(f"\nours, {part.name}, where the time goes\n\n{profile(settings, part, args.limit)}", flush=True)
     print(f"\n{time.perf_counter() - began:.0f} s, {machine()}")
     if refused:
         raise SystemExit(f"error: {refused} networks could not be measured, the tables say why")
