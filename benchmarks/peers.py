@@ -1,7 +1,8 @@
 """Our denoiser and our cascade beside those of others, in one run: speed, memory, and the ceiling of the machine.
 
     make bench ARGS="--quick --json FILE"     10M parameters, 16x32x32, one thread, forward alone: minutes
-    make bench                                everything below: about an hour on an idle machine
+    make bench                                everything below: about 90 minutes on an idle machine
+    make bench ARGS="--parts 1,7"              parts of that, numbered as in FULL
 
 Networks have random weights and as many parameters as each other (benchmarks/peers.yaml). Each is a process of its own
 that waits while another works (benchmarks/peer_child.py); rounds go over all of them in turn, so that whatever
@@ -23,11 +24,13 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+PACKAGES = ("imagen-pytorch", "make-a-video-pytorch", "video-diffusion-pytorch", "diffusers", "transformers")
 WIDE = " wide"  # of a name: another shape of the same package
 
 
@@ -249,6 +252,15 @@ def say(line: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {line}", file=sys.stderr, flush=True)
 
 
+def versions() -> str:
+    """Of what is compared, as installed here."""
+    found = []
+    for package in ("torch", *PACKAGES):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{package} {version(package)}")
+    return ", ".join(found)
+
+
 def machine() -> str:
     """Processor, cores and how busy they are."""
     model = ""
@@ -286,7 +298,7 @@ def main() -> None:
     if args.parts:
         parts = [parts[int(number) - 1] for number in args.parts.split(",")]
     only = [name for name in args.only.split(",") if name]
-    print(f"{machine()}; {args.rounds} rounds")
+    print(f"{machine()}; {args.rounds} rounds\n{versions()}")
     began, first, refused = time.perf_counter(), True, 0
     for part in parts:
         clock = "cpu" if part.threads == 1 else "wall"
