@@ -23,15 +23,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import median
 from typing import Any
+
+from peer_tables import WIDE, Row, apart, summary, table
 
 HERE = Path(__file__).resolve().parent
 PACKAGES = ("imagen-pytorch", "make-a-video-pytorch", "video-diffusion-pytorch", "diffusers", "transformers")
-WIDE = " wide"  # of a name: another shape of the same package
 
 
 @dataclass(frozen=True)
@@ -115,28 +115,6 @@ class Child:
         self.errors.close()
 
 
-@dataclass
-class Row:
-    """What is known of one network in one part; `rounds` holds a child's answers by task."""
-
-    name: str
-    params: int = 0
-    flops: int = 0
-    bytes: int = 0
-    output: list[float] = field(default_factory=list)  # some of its numbers
-    rounds: dict[str, list[dict[str, float]]] = field(default_factory=dict)
-    refused: str = ""
-
-    def speeds(self, task: str, clock: str) -> list[float]:
-        """FLOP per second of every round; a training step counts as one forward pass."""
-        return [self.flops / answer[clock] for answer in self.rounds.get(task, [])]
-
-    def fraction(self, task: str, clock: str) -> float:
-        """Of the ceiling beside it."""
-        ceilings = [answer[f"gemm_{clock}"] for answer in self.rounds[task]]
-        return median(a / b for a, b in zip(self.speeds(task, clock), ceilings, strict=True))
-
-
 def measure(part: Part, settings: dict[str, Any], names: Sequence[str], rounds: int, limit: float) -> list[Row]:
     """The rows of `names`, ours first. Whoever fails has a reason in `refused`, the others go on."""
     rows = [Row(name) for name in names]
@@ -156,17 +134,19 @@ def measure(part: Part, settings: dict[str, Any], names: Sequence[str], rounds: 
                 say(f"{part.name}: {task}, round {number + 1} of {rounds}")
                 for row in turned(rows, number):
                     if not row.refused:
-                        with refusing(row):
+                        with refusing(row, task):
                             row.rounds.setdefault(task, []).append(children[row.name].ask(task))
     return rows
 
 
 @contextlib.contextmanager
-def refusing(row: Row) -> Iterator[None]:
+def refusing(row: Row, task: str = "") -> Iterator[None]:
+    """Whoever fails has no rounds of that task, and a reason."""
     try:
         yield
     except Refused as reason:
-        row.refused, row.rounds = str(reason)[:200], {}
+        row.refused = str(reason)[:200]
+        row.rounds.pop(task, None)
         say(f"{row.name}: {row.refused}")
 
 
@@ -174,63 +154,6 @@ def turned(rows: list[Row], number: int) -> list[Row]:
     """The rows from another one on in every round: nobody always follows the same neighbour."""
     first = number % len(rows)
     return rows[first:] + rows[:first]
-
-
-def ratios(rows: list[Row], task: str, clock: str) -> dict[str, list[float]]:
-    """Our speed over each peer's, of every round both took part in."""
-    ours = rows[0].speeds(task, clock)
-    return {
-        row.name: [a / b for a, b in zip(ours, row.speeds(task, clock), strict=True)]
-        for row in rows[1:]
-        if not row.refused and ours
-    }
-
-
-def summary(rows: list[Row], task: str, clock: str) -> dict[str, Any]:
-    """For `--json`: our fraction of the ceiling, and the median ratio to every peer."""
-    found = {name: median(each) for name, each in ratios(rows, task, clock).items() if not name.endswith(WIDE)}
-    return {"gemm_fraction": rows[0].fraction(task, clock), "ratios": found}
-
-
-def table(rows: list[Row], task: str, clock: str) -> str:
-    """Markdown; "times" is our speed per FLOP over theirs: median (least to greatest of the rounds)."""
-    head = [
-        "network",
-        "M parameters",
-        "GFLOP",
-        f"{clock} ms",
-        "GFLOP/s",
-        "of GEMM",
-        "peak MB",
-        "times per FLOP",
-        "times",
-    ]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    found = ratios(rows, task, clock)
-    for row in rows:
-        if row.refused:
-            lines.append(f"| {row.name} | {row.refused} |" + " |" * (len(head) - 2))
-            continue
-        seconds = median(answer[clock] for answer in row.rounds[task])
-        peak = max(answer["bytes"] for answer in row.rounds[task]) if task == "train" else row.bytes
-        cells = [row.name, f"{row.params / 1e6:.1f}", f"{row.flops / 1e9:.1f}", f"{1e3 * seconds:.0f}"]
-        cells += [f"{median(row.speeds(task, clock)) / 1e9:.1f}", f"{100 * row.fraction(task, clock):.0f} %"]
-        cells += [f"{peak / 1e6:.0f}"]
-        if row.name in found:
-            each = found[row.name]
-            ours = median(answer[clock] for answer in rows[0].rounds[task])
-            cells += [f"{median(each):.2f} ({min(each):.2f} to {max(each):.2f})", f"{seconds / ours:.2f}"]
-        else:
-            cells += ["", ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def apart(rows: list[Row]) -> float:
-    """Greatest difference between our output and another's, over our greatest number."""
-    ours = rows[0].output
-    gaps = [abs(a - b) for row in rows[1:] if not row.refused for a, b in zip(ours, row.output, strict=True)]
-    return max(gaps, default=0.0) / max(map(abs, ours))
 
 
 def profile(settings: dict[str, Any], part: Part, limit: float) -> str:

@@ -24,6 +24,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import peer_child  # noqa: E402
 import peer_models  # noqa: E402
+import peer_tables  # noqa: E402
 import peers  # noqa: E402
 
 SETTINGS: dict[str, Any] = yaml.safe_load((BENCHMARKS / "peers.yaml").read_text())
@@ -153,28 +154,30 @@ def test_both_stages_of_our_cascade_are_the_network_that_is_compared() -> None:
 
 def test_every_network_can_be_built_by_someone() -> None:
     names = [name for part in ("networks", "chains", "equal") for name in SETTINGS[part]]
-    assert {name.removesuffix(peers.WIDE) for name in names} == set(peer_models.NETWORKS)
+    assert {name.removesuffix(peer_tables.WIDE) for name in names} == set(peer_models.NETWORKS)
     assert next(iter(SETTINGS["networks"])) == SETTINGS["ours"]
 
 
 # conclusions ---------------------------------------------------------------------------------------------------------
 
 
-def row(name: str, flops: int, *seconds: float) -> peers.Row:
+def row(name: str, flops: int, *seconds: float) -> peer_tables.Row:
     answers = [{"cpu": s, "wall": 2 * s, "gemm_cpu": 100.0, "gemm_wall": 50.0, "bytes": 7} for s in seconds]
-    return peers.Row(name, params=1, flops=flops, bytes=5, rounds={"forward": answers}, output=[1.0, -2.0])
+    return peer_tables.Row(name, params=1, flops=flops, bytes=5, rounds={"forward": answers}, output=[1.0, -2.0])
 
 
 def test_a_ratio_is_speed_per_flop_in_the_same_round() -> None:
     rows = [row("ours", 60, 1, 2, 1), row("theirs", 30, 1, 8, 2), row("theirs wide", 60, 2, 2, 2)]
-    assert peers.ratios(rows, "forward", "cpu") == {"theirs": [2, 8, 4], "theirs wide": [2, 1, 2]}
-    assert peers.summary(rows, "forward", "cpu") == {"gemm_fraction": 0.6, "ratios": {"theirs": 4}}
-    assert peers.summary(rows, "forward", "wall")["gemm_fraction"] == 0.6
+    assert peer_tables.ratios(rows, "forward", "cpu") == {"theirs": [2, 8, 4], "theirs wide": [2, 1, 2]}
+    assert peer_tables.summary(rows, "forward", "cpu") == {"gemm_fraction": 0.6, "ratios": {"theirs": 4}}
+    assert peer_tables.summary(rows, "forward", "wall")["gemm_fraction"] == 0.6
 
 
 def test_the_table_shows_the_spread_and_who_failed() -> None:
-    failed = peers.Row("failed", refused="No module named 'x'")
-    lines = peers.table([row("ours", 60, 1, 2, 1), row("theirs", 30, 1, 8, 2), failed], "forward", "cpu").splitlines()
+    failed = peer_tables.Row("failed", refused="No module named 'x'")
+    lines = peer_tables.table(
+        [row("ours", 60, 1, 2, 1), row("theirs", 30, 1, 8, 2), failed], "forward", "cpu"
+    ).splitlines()
     assert "4.00 (2.00 to 8.00) | 2.00 |" in lines[3]
     assert "No module named 'x'" in lines[4]
     assert len({line.count("|") for line in lines}) == 1
@@ -182,9 +185,9 @@ def test_the_table_shows_the_spread_and_who_failed() -> None:
 
 def test_outputs_that_differ_are_seen() -> None:
     one, other = row("a", 1, 1), row("b", 1, 1)
-    assert peers.apart([one, other]) == 0
+    assert peer_tables.apart([one, other]) == 0
     other.output = [1.0, -1.5]
-    assert peers.apart([one, other]) == 0.25
+    assert peer_tables.apart([one, other]) == 0.25
 
 
 def test_everyone_is_first_once_in_as_many_rounds() -> None:
@@ -227,4 +230,4 @@ def test_ours_beside_itself_is_as_fast_and_trains(tmp_path: Path) -> None:
     assert ours.output == again.output
     assert (ours.params, ours.flops) == (again.params, again.flops)
     assert 0 < ours.bytes < ours.rounds["train"][0]["bytes"]
-    assert 0.1 < peers.ratios(rows, "forward", "cpu")["cascade wide"][0] < 10
+    assert 0.1 < peer_tables.ratios(rows, "forward", "cpu")["cascade wide"][0] < 10
