@@ -1,6 +1,6 @@
 """One network in a process of its own: answers the words on its standard input with lines of JSON.
 
-    python benchmarks/peer_child.py SPEC      SPEC = {"package", "settings", "work", "threads", "named"} as JSON
+    python benchmarks/peer_child.py SPEC      SPEC is JSON: package, settings, work, threads, named, seconds
 
 First it says what it built: parameters, FLOPs, bytes, some numbers of the output. Then it answers `forward` and `train`
 with times, `profile` with the time by kind of operation.
@@ -84,12 +84,12 @@ def serve(spec: dict[str, Any], answer: Callable[[dict[str, Any]], None]) -> Non
             if word == "train" and subject.optimizer is None:
                 step()  # the first makes the optimizer's state
                 step()
-            answer({**times(step), "bytes": resident("VmHWM") - before})
+            answer({**times(step, spec["seconds"]), "bytes": resident("VmHWM") - before})
         else:
             raise SystemExit(f"peer_child.py: {word!r} is not one of forward, train, profile")
 
 
-def times(step: Callable[[], None], least: int = 2, seconds: float = 1.0, long: float = 5.0) -> dict[str, float]:
+def times(step: Callable[[], None], seconds: float, least: int = 2, long: float = 5.0) -> dict[str, float]:
     """Medians of CPU and wall seconds of `step`; the ceiling beside them.
 
     Run at least `least` times and for so many `seconds`; once if that takes `long`.

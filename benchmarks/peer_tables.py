@@ -50,7 +50,7 @@ def summary(rows: list[Row], task: str, clock: str) -> dict[str, Any]:
 
 
 def table(rows: list[Row], task: str, clock: str) -> str:
-    """Markdown. Times per FLOP: our speed over theirs, median (least to greatest of all rounds); times: by the clock."""
+    """Markdown. Times per FLOP: our speed over theirs, median (least to greatest of rounds); times: by the clock."""
     lines = [f"| {HEAD.format(clock)} |", "|---" * COLUMNS + "|"]
     found = ratios(rows, task, clock)
     for row in rows:

@@ -80,6 +80,7 @@ class Child:
             "settings": settings[part.among][name][part.size],
             "work": {"frames": frames, "height": height, "width": width, **text},
             "threads": threads,
+            "seconds": settings["seconds"],
             "named": part.among == "equal",
         }
         # A thread that spins while it waits takes the time of the others.

@@ -32,6 +32,7 @@ MINIATURE: dict[str, Any] = {
     "text": {"tokens": 3, "width": 8},
     "shapes": {"16x32x32": [2, 8, 8]},
     "ours": "cascade",
+    "seconds": 0.02,
     "networks": {"cascade": {"10M": {"levels": [{"channels": 16, "text_attention": True}], "embedding": 8}}},
     "chains": {},
     "equal": {},
