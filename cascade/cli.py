@@ -38,6 +38,7 @@ cascade: cascaded text-to-video, stage by stage.
   cascade evaluate [chain=tiny] [n=64]            judge a chain by what its videos show
   cascade report runs=DIR [out=docs]              all evaluations below DIR as one page with plots and gates
   cascade assets [only=[i3d]] [out=DIR]           fetch the networks that FVD, FID and LPIPS of the papers need
+  cascade import weights=show1 source=DIR out=DIR published weights: modelscope, show1, if_image, lavie, lavie_interp
   cascade embed prompts=FILE out=DIR              write text embeddings once, for text.store=DIR
   cascade info                                    versions, device, attention kernels
   cascade list                                    chains and stages that can be named
@@ -162,17 +163,25 @@ def results(tree: dict[str, Any]) -> None:
     verb(tree)
 
 
+def import_(tree: dict[str, Any]) -> None:
+    """Published weights of others."""
+    from cascade.importers import verb
+
+    verb(tree)
+
+
 def embed(tree: dict[str, Any]) -> None:
     """Text embeddings of a file of prompts, written once."""
-    from cascade.text import EmbeddingStore, T5Text, TextConfig
+    from cascade.text import EmbeddingStore, TextConfig, encoder_of
 
     text = parse(tree.pop("text", {}), TextConfig, "text")
     run = take(tree, Prompts)
     texts = run.texts()
     if run.out is None:
         raise ConfigError("out is missing", fix="out=DIRECTORY")
-    encoder = T5Text(text)
+    encoder = encoder_of(text)
     store = EmbeddingStore.create(Path(run.out), encoder)
+    texts += [] if text.negative is None else [text.negative]
     print(f"{run.out}: {store.put(texts, encoder)} prompts embedded")
 
 
@@ -204,6 +213,7 @@ VERBS: dict[str, tuple[str | None, Callable[[dict[str, Any]], None]]] = {
     "evaluate": ("evaluate", evaluate),
     "report": ("report", results),
     "assets": ("assets", assets),
+    "import": ("import", import_),
     "embed": ("embed", embed),
     "info": (None, info),
     "list": (None, list_),

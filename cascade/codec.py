@@ -6,25 +6,21 @@ and runs in float32, whatever the denoiser's precision: in float16 that of Stabl
 
 from __future__ import annotations
 
-import hashlib
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cascade import store
-from cascade.config import locate
+from cascade import foreign
 from cascade.errors import InputError, NumericError
 from cascade.video import Shape
 
-CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+AUTOENCODER, WHAT = "AutoencoderKL", "autoencoder"
 COLOURS = 3  # channels of the videos that autoencoders are made for
 
 
@@ -83,20 +79,7 @@ class Codec:
 
     def folder(self) -> Path | None:
         """Where the weights are, None for pixels. Raises InputError for a folder that is none of an AutoencoderKL."""
-        if self.weights is None:
-            return None
-        folder = locate(self.weights)
-        there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-        absent = [name for name in (CONFIG, WEIGHTS) if name not in there]
-        if absent:
-            has = f"has {', '.join(there[:12]) or 'no files'}" if folder.is_dir() else "is not a folder"
-            fix = f"name a folder with {CONFIG} and {WEIGHTS}"
-            if any(Path(name).suffix in (".bin", ".pt", ".pth", ".ckpt") for name in there):
-                fix += "; AutoencoderKL.from_pretrained(...).save_pretrained(...) of diffusers writes them"
-            raise InputError(f"autoencoder {folder}: {', '.join(absent)} missing, it {has}", fix=fix)
-        if (folder / store.MANIFEST).is_file() and (bad := store.problems(folder)):
-            raise InputError(f"autoencoder {bad[0]}", fix="copy the folder again")
-        return folder
+        return None if self.weights is None else foreign.find(self.weights, AUTOENCODER, WHAT)
 
     def open(self) -> Coder:
         """Loads the autoencoder (on the CPU); see `Autoencoder` for what it raises."""
@@ -140,7 +123,7 @@ class Autoencoder:
 
     def __init__(self, codec: Codec, folder: Path) -> None:
         self.codec = codec
-        self.model = _loaded(folder)
+        self.model = foreign.load(folder, AUTOENCODER, WHAT, "codec.weights")
         made = self.model.config
         found = {"channels": made.latent_channels, "stride": 2 ** (len(made.block_out_channels) - 1)}
         for name, value in found.items():
@@ -157,7 +140,7 @@ class Autoencoder:
             )
         self.scale = float(made.scaling_factor) if codec.scale is None else codec.scale
         self.shift = float(made.shift_factor or 0)
-        self.hash = _hash(folder)
+        self.hash = foreign.digest(folder)
 
     def to(self, device: torch.device) -> Coder:
         self.model.to(device)
@@ -181,61 +164,3 @@ class Autoencoder:
             parts = [run(part.to(self.model.device)).to(x.device) for part in torch.split(frames, self.codec.chunk)]
         out = torch.cat(parts)
         return out.view(x.shape[0], x.shape[2], *out.shape[1:]).transpose(1, 2)
-
-
-def _loaded(folder: Path) -> Any:
-    """The AutoencoderKL in `folder`, strictly: diffusers fills what is missing with random numbers and a warning."""
-    name = store.from_json((folder / CONFIG).read_bytes(), folder / CONFIG).get("_class_name")
-    if name != "AutoencoderKL":
-        raise InputError(f"autoencoder {folder}: {CONFIG} is of {name}, not AutoencoderKL", fix="another codec.weights")
-    with _quiet("xformers"):  # diffusers imports it, and it says on six lines that it has no CUDA
-        from diffusers import AutoencoderKL
-    from safetensors import SafetensorError
-
-    try:
-        with _quiet("diffusers"):
-            model, report = AutoencoderKL.from_pretrained(
-                str(folder),
-                local_files_only=True,
-                use_safetensors=True,
-                torch_dtype=torch.float32,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError) as error:
-        reason = str(error).split(". ")[0]  # what follows is advice on arguments of diffusers
-        raise InputError(f"autoencoder {folder}: {reason}", fix="copy the folder again") from error
-    wrong = [f"{key} missing" for key in report["missing_keys"]]
-    wrong += [f"{key} unknown" for key in report["unexpected_keys"]]
-    wrong += [str(reason) for reason in (*report["mismatched_keys"], *report["error_msgs"])]
-    if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise InputError(
-            f"autoencoder {folder}: the weights do not fit {CONFIG}: {', '.join(sorted(wrong)[:8])}{more}",
-            fix="take both files from one model",
-        )
-    for key, value in model.state_dict().items():
-        if not torch.isfinite(value).all():
-            raise NumericError(f"autoencoder {folder}: {key} is not finite", fix="copy it again")
-    return model.requires_grad_(False).eval()
-
-
-@contextmanager
-def _quiet(library: str) -> Iterator[None]:
-    """Nothing below an error from the log of `library`."""
-    log = logging.getLogger(library)
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-
-
-def _hash(folder: Path) -> str:
-    """SHA-256 over the two files."""
-    digest = hashlib.sha256()
-    for name in (CONFIG, WEIGHTS):
-        with (folder / name).open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()

@@ -179,7 +179,7 @@ def _scalar(value: Any, hint: type, where: str) -> Any:
 def _union(value: Any, args: tuple[Any, ...], where: str) -> Any:
     if value is None and type(None) in args:
         return None
-    options = [arg for arg in args if arg is not type(None)]
+    options = _variants(value, [arg for arg in args if arg is not type(None)], where)
     if len(options) == 1:
         return _value(value, options[0], where)
     reasons = []
@@ -189,6 +189,27 @@ def _union(value: Any, args: tuple[Any, ...], where: str) -> Any:
         except ConfigError as error:
             reasons.append(error.message)
     raise ConfigError("; or ".join(reasons), fix=f"set {where}")
+
+
+def _variants(value: Any, options: list[Any], where: str) -> list[Any]:
+    """Of several dataclasses the one that `value` is for.
+
+    A `Literal` field without a default names a dataclass (`arch: unet3d`); the one without such a field needs no name.
+    """
+    if not isinstance(value, Mapping) or not all(dataclasses.is_dataclass(option) for option in options):
+        return options
+    names: dict[str, dict[Any, Any]] = {}
+    unnamed = []
+    for option in options:
+        required = {f.name for f in dataclasses.fields(option) if f.default is MISSING}
+        tags = {k: hint for k, hint in _hints(option).items() if get_origin(hint) is Literal and k in required}
+        unnamed += [] if tags else [option]
+        for key, hint in tags.items():
+            names.setdefault(key, {}).update(dict.fromkeys(get_args(hint), option))
+    for key, choices in names.items():
+        if key in value:
+            return [_choice(value[key], choices, join(where, key))]
+    return unnamed or options
 
 
 def _choice(value: Any, choices: dict[Any, Any], where: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from cascade.attention import attend
 from cascade.kernels import norm
 from cascade.text import Text
+
+Layer = TypeVar("Layer", nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
 @dataclass
@@ -37,7 +40,7 @@ class Clip:
         return (self.segments == other).view(self.batch, self.frames, 1, 1)
 
 
-def zero(module: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
+def zero(module: Layer) -> Layer:
     """Zero-initialised: a residual branch that ends in it is the identity at the start."""
     nn.init.zeros_(module.weight)
     if module.bias is not None:
@@ -45,22 +48,34 @@ def zero(module: nn.Conv2d | nn.Linear) -> nn.Conv2d | nn.Linear:
     return module
 
 
-def sinusoid(position: Tensor, width: int, longest: float) -> Tensor:
-    """(N,) -> (N, width): sines and cosines with wavelengths 2 pi to 2 pi `longest` (Vaswani et al. 2017)."""
+def channels_last(net: nn.Module) -> None:
+    """Puts the weights of convolutions into channels-last memory. `Module.to` does so for all of one rank or fails."""
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in net.parameters():
+        if parameter.ndim in formats:
+            parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
+
+
+def sinusoid(position: Tensor, width: int, longest: float, closed: bool = True) -> Tensor:
+    """(N,) -> (N, width): cosines and sines with wavelengths 2 pi to 2 pi `longest` (Vaswani et al. 2017).
+
+    `closed`: the last pair has the longest wavelength; if not, the one after it would (diffusers' freq_shift 0).
+    """
     half = width // 2
-    frequency = torch.exp(-math.log(longest) * torch.arange(half, device=position.device) / max(half - 1, 1))
+    steps = max(half - 1, 1) if closed else half
+    frequency = torch.exp(-math.log(longest) * torch.arange(half, device=position.device) / steps)
     angle = position.float()[:, None] * frequency
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
 class Norm(nn.GroupNorm):
-    """Group norm of every frame alone, in at most 8 groups of equal size; FiLM and SiLU on top if asked for.
+    """Group norm of every frame alone, in `groups` (None: at most 8) of equal size; FiLM and SiLU on top if asked for.
 
     On CUDA one Triton kernel does it all, where it runs; under autocast its output has the type of what comes next.
     """
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(max(1, math.gcd(channels, 8)), channels)
+    def __init__(self, channels: int, groups: int | None = None, eps: float = 1e-5) -> None:
+        super().__init__(max(1, math.gcd(channels, 8)) if groups is None else groups, channels, eps)
 
     def forward(self, h: Tensor, film: Tensor | None = None, silu: bool = False) -> Tensor:
         """film (N, 2 C): scale and shift."""
@@ -101,22 +116,24 @@ class TemporalConv(nn.Module):
     def forward(self, h: Tensor, clip: Clip) -> Tensor:
         height, width = h.shape[2:]
         x = as_video(self.norm(h, silu=True), clip)  # (B, F, HW, C)
-        if clip.frames == 1 or clip.segments is not None:
-            out = self._taps(x, clip)
-        else:
-            out = self.conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return h + from_video(out, height, width)
+        return h + from_video(along_time(self.conv, x, clip), height, width)
 
-    def _taps(self, x: Tensor, clip: Clip) -> Tensor:
-        """The same convolution where a neighbour of another segment counts as padding."""
-        before, centre, after = self.conv.weight[:, :, :, 0].unbind(2)
-        out = F.linear(x, centre, self.conv.bias)
-        back, ahead = clip.linked(-1), clip.linked(1)
-        if clip.frames > 1 and back is not None and ahead is not None:
-            previous = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1) * back
-            following = torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1) * ahead
-            out = out + F.linear(previous, before) + F.linear(following, after)
-        return out
+
+class PseudoConv(nn.Module):
+    """Convolution along time, kernel 3, right behind a spatial one (Singer et al. 2022, Make-A-Video, sec. 3.2.1).
+
+    It starts as Dirac's delta without a bias, which is the identity to the last bit.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, (3, 1), padding=(1, 0))
+        with torch.no_grad():
+            zero(self.conv).weight[:, :, 1, 0] = torch.eye(channels)
+
+    def forward(self, h: Tensor, clip: Clip) -> Tensor:
+        height, width = h.shape[2:]
+        return from_video(along_time(self.conv, as_video(h, clip), clip), height, width)
 
 
 class TemporalAttention(nn.Module):
@@ -211,3 +228,17 @@ def as_video(h: Tensor, clip: Clip) -> Tensor:
 def from_video(x: Tensor, height: int, width: int) -> Tensor:
     """(B, F, H*W, C) -> (B*F, C, H, W) channels-last, a view."""
     return torch.unflatten(x.flatten(0, 1), 1, (height, width)).permute(0, 3, 1, 2)
+
+
+def along_time(conv: nn.Conv2d, x: Tensor, clip: Clip) -> Tensor:
+    """`conv`, of kernel (3, 1), over the frames of x (B, F, HW, C); another segment counts as padding."""
+    if clip.frames > 1 and clip.segments is None:
+        return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # type: ignore[no-any-return]
+    before, centre, after = conv.weight[:, :, :, 0].unbind(2)
+    out = F.linear(x, centre, conv.bias)
+    back, ahead = clip.linked(-1), clip.linked(1)
+    if clip.frames > 1 and back is not None and ahead is not None:
+        previous = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1) * back
+        following = torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1) * ahead
+        out = out + F.linear(previous, before) + F.linear(following, after)
+    return out

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from cascade import checkpoint
+from cascade.unet import completed
 
 
 def merge(out: Path, tuned: Path, student: Path, teacher: Path) -> Path:
@@ -19,7 +20,7 @@ def merge(out: Path, tuned: Path, student: Path, teacher: Path) -> Path:
     """
     parts = [checkpoint.load(path) for path in (tuned, student, teacher)]
     for part, path in zip(parts, (tuned, student, teacher), strict=True):
-        checkpoint.compatible(part.config["net"], parts[1].config["net"], str(path))
+        checkpoint.compatible(completed(part.config["net"]), completed(parts[1].config["net"]), str(path))
     a, b, c = (part.state for part in parts)
     state = {name: a[name].float() + b[name].float() - c[name].float() for name in b}
     card = (

@@ -36,14 +36,13 @@ class Noise:
     """Standard normal noise for one stage: call it with a shape, the step and what the noise is for.
 
     `samples` names the batch entries (see `sample_id`); `start` is the index of the first frame within the whole
-    video, so that overlapping windows see the same noise; `shared` gives every frame the same noise.
+    video, so that overlapping windows see the same noise.
     """
 
     seed: int
     stage: str
     samples: tuple[str, ...]
     start: int = 0
-    shared: bool = False
 
     def __call__(self, shape: Sequence[int], step: int, purpose: str) -> Tensor:
         """N(0, 1) of `shape` (B, C, F, H, W), B = len(samples)."""
@@ -52,11 +51,10 @@ class Noise:
         out = torch.empty(batch, frames, channels, height, width)
         for b, sample in enumerate(self.samples):
             for f in range(frames):
-                frame = 0 if self.shared else self.start + f
-                rng = generator(self.seed, self.stage, sample, frame, step, purpose)
+                rng = generator(self.seed, self.stage, sample, self.start + f, step, purpose)
                 torch.randn((channels, height, width), generator=rng, out=out[b, f])
         return out.transpose(1, 2)
 
     def window(self, start: int) -> Noise:
         """The same noise seen from frame `start` of the whole video."""
-        return Noise(self.seed, self.stage, self.samples, self.start + start, self.shared)
+        return Noise(self.seed, self.stage, self.samples, self.start + start)

@@ -3,7 +3,7 @@
 A pickle is a program for a stack machine. Here its instructions are read by the standard library's disassembler and
 only those that build plain data are carried out; what would call something leaves a `Call` that says what and with
 what. Arrays of NumPy and tensors of PyTorch are then made from the calls that stand for them, and from no others.
-For conversion alone (cascade/assets.py): weights in use are safetensors.
+For conversion alone (cascade/assets.py, cascade/importers): weights in use are safetensors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ VALUES = {
 NOTHING = {"PROTO", "FRAME", "STOP"}
 RECONSTRUCT = {"numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"}  # NumPy 1, 2
 NUMPY = {"f4": torch.float32, "f8": torch.float64, "f2": torch.float16, "i4": torch.int32, "i8": torch.int64}
-TORCH = {"FloatStorage": torch.float32, "HalfStorage": torch.float16, "LongStorage": torch.int64}
+TORCH = {
+    "FloatStorage": torch.float32, "HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+    "DoubleStorage": torch.float64, "LongStorage": torch.int64,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,12 @@ class Call:
 
     what: Any
     args: Any
+    state: Any = None
+
+
+class Ordered(dict[Any, Any]):
+    """An OrderedDict, as a module's state dict is one, with what hangs on it."""
+
     state: Any = None
 
 
@@ -96,7 +105,8 @@ def _step(op: str, arg: Any, stack: list[Any], memo: dict[int, Any]) -> None:
     elif op == "STACK_GLOBAL":
         stack.append(Name(".".join(_taken(stack, 2))))
     elif op in ("REDUCE", "NEWOBJ"):
-        stack.append(Call(*_taken(stack, 2)))
+        call = Call(*_taken(stack, 2))
+        stack.append(Ordered() if call == Call(Name("collections.OrderedDict"), ()) else call)
     elif op == "BINPERSID":
         stack.append(Call(Name("persistent"), stack.pop()))
     elif op == "BUILD":
@@ -171,6 +181,8 @@ def _array(call: Call, where: str) -> Tensor:
 
 def _stored(call: Call, archive: zipfile.ZipFile, folder: str, where: str) -> Tensor | None:
     """torch._utils._rebuild_tensor_v2: a stretch of a storage, which is a file of its own in the zip."""
+    if call.what == Name("torch._utils._rebuild_parameter") and isinstance(call.args[0], Call):
+        call = call.args[0]
     if call.what != Name("torch._utils._rebuild_tensor_v2"):
         return None
     try:

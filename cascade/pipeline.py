@@ -21,12 +21,16 @@ from torch import Tensor
 
 from cascade import attention, checkpoint, media, store
 from cascade.config import fingerprint, parse, plain, plugin, suggest
+from cascade.diffusion import Schedule
 from cascade.errors import CascadeError, ConfigError, HostError, InputError, NumericError
+from cascade.layers import channels_last
 from cascade.noise import Noise
 from cascade.request import Job, take
-from cascade.stage import Rule, Stage, StageConfig
-from cascade.text import Text, TextConfig, TextSource, known_width
+from cascade.stage import Rule, Stage, StageConfig, check_told
+from cascade.text import Text, TextConfig, TextSource, known_width, read_width, text_source
+from cascade.unet import completed
 from cascade.video import Video
+from cascade.windows import Join
 
 VIDEO = "video.safetensors"
 FORMATS = ("mp4", "gif", "webm")
@@ -122,17 +126,29 @@ class Chain:
             raise ConfigError("stages is empty", fix="stages=[base]")
         if len({stage.name for stage in self.stages}) < len(self.stages):
             raise ConfigError("two stages have one name, which keys their noise", fix="different names in `stages`")
-        width = known_width(self.text)
         for stage, rule in zip(self.stages, self.rules, strict=True):
-            _check_windows(stage, rule.rate(stage))
-            if width is not None and stage.net.text != width:
+            check_told(stage, rule)
+            _check_windows(stage, rule)
+            text = self.text_of(stage)
+            _check_prior(text)
+            width = known_width(text)
+            if width is not None and stage.net.text not in (0, width):
+                source = text.store or ("text.prior" if text.prior is not None else text.encoder)
                 raise ConfigError(
-                    f"{stage.name}: net.text is {stage.net.text}, but the embeddings of "
-                    f"{self.text.store or self.text.encoder} are {width} wide",
+                    f"{stage.name}: net.text is {stage.net.text}, but the embeddings of {source} are {width} wide",
                     fix=f"{stage.name}.net.text={width}",
                 )
         for before, after, rule in zip(self.stages, self.stages[1:], self.rules[1:], strict=False):
             _check_pair(before, after, rule)
+
+    def text_of(self, stage: StageConfig) -> TextConfig:
+        """The text encoder that `stage` reads."""
+        return self.text if stage.reads is None else stage.reads
+
+    @property
+    def texts(self) -> list[TextConfig]:
+        """The different ones that its stages read."""
+        return list({fingerprint(text): text for text in map(self.text_of, self.stages)}.values())
 
     def since(self, start: str | None) -> Chain:
         """The chain from stage `start` on."""
@@ -145,15 +161,39 @@ class Chain:
         return Chain(self.stages[at:], self.rules[at:], self.text)
 
 
-def _check_windows(stage: StageConfig, rate: int) -> None:
-    """A window holds whole groups of frames: from one known frame to the next, as the clip itself does."""
-    frames, extra = stage.windows.frames, stage.shape.frames % rate
-    if frames and (frames < rate or frames % rate != extra):
+def _check_prior(text: TextConfig) -> None:
+    """What a prior reads is as wide as it expects."""
+    width = None if text.prior is None or text.store is not None else read_width(text)
+    if text.prior is not None and width not in (None, text.prior.width):
+        raise ConfigError(
+            f"text.prior.width is {text.prior.width}, but the embeddings of {text.encoder} are {width} wide",
+            fix=f"text.prior.width={width}",
+        )
+
+
+def _check_windows(stage: StageConfig, rule: Rule) -> None:
+    """A window holds whole groups of frames: from one known frame to the next, as the clip itself does.
+
+    Those that are sampled by themselves fill the clip, and where each goes on from the one before, what it is given has
+    the size of what it makes.
+    """
+    windows, rate = stage.windows, rule.rate(stage)
+    frames, extra = windows.frames, stage.shape.frames % rate
+    if frames and windows.rule is not Join.FIRST and (frames < rate or frames % rate != extra):
         near = max(1, round((frames - extra) / rate)) * rate + extra
         raise ConfigError(
             f"{stage.name}: windows.frames is {frames}, expected {f'{extra} more than ' if extra else ''}a multiple of "
             f"{rate}, as many as the stage makes of one frame",
             fix=f"{stage.name}.windows.frames={near}",
+        )
+    try:
+        windows.spans(stage.shape.frames, rate)
+    except ConfigError as error:
+        raise ConfigError(f"{stage.name}: {error.message}", f"{stage.name}.{error.fix}") from error
+    if windows.rule is Join.CHAINED and rule.takes(stage) != stage.shape:
+        raise ConfigError(
+            f"{stage.name}: windows.rule is chained, but it takes {rule.takes(stage)} and gives {stage.shape}",
+            fix=f"{stage.name}.windows.rule=overwrite",
         )
 
 
@@ -185,19 +225,25 @@ def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stag
     directory = checkpoint.locate(cfg.weights, cfg.name, cfg.sampler.steps)
     weights = checkpoint.load(directory)
     saved = weights.config
-    # `shift` may differ: networks are told the noise level, whatever the schedule that leads there.
-    wanted = {"kind": cfg.kind, "prediction": cfg.diffusion.prediction.value, "net": plain(cfg.net)}
-    found = {
-        "kind": saved.get("kind"),
-        "prediction": saved.get("diffusion", {}).get("prediction"),
-        "net": saved.get("net"),
-    }
+    trained = _trained(saved.get("diffusion", {}))
+    wanted = {"kind": cfg.kind, "net": plain(cfg.net), **{name: plain(cfg.diffusion)[name] for name in trained}}
+    found = {"kind": saved.get("kind"), "net": completed(saved.get("net", {})), **trained}
     checkpoint.compatible(found, wanted, f"{cfg.name} in {directory}")
     cfg = replace(cfg, w_range=saved.get("w_range"))
     with torch.device("meta"):
         stage = Stage(cfg, rule)
     checkpoint.apply(stage.net, weights.state, f"{cfg.name}: {directory}")
     return _ready(stage, device), weights.hash
+
+
+def _trained(diffusion: Mapping[str, Any]) -> dict[str, Any]:
+    """What a network cannot do without of the process that its card says it was trained on.
+
+    `shift` is not of it: networks are told the noise level, whatever the schedule that leads there. A table is.
+    """
+    table = {name: diffusion.get(name) for name in ("schedule", "timesteps", "betas")}
+    discrete = table["schedule"] not in (None, Schedule.COSINE.value)
+    return {"prediction": diffusion.get("prediction"), **(table if discrete else {})}
 
 
 def untrained(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
@@ -217,7 +263,7 @@ def untrained(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage
 
 def _ready(stage: Stage, device: torch.device) -> Stage:
     stage.net.to(device, torch.float32).eval().requires_grad_(False)
-    stage.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    channels_last(stage.net)
     return stage
 
 
@@ -240,7 +286,7 @@ def save_stage(
 
 
 def stage_key(
-    stage: Stage, weights: str, text: str, negative: str, job: Job, seed: int, source: str, on: Device
+    stage: Stage, weights: str, text: str, negative: str | None, job: Job, seed: int, source: str, on: Device
 ) -> str:
     """Hash of everything that decides a stage's output."""
     settings = plain(stage.cfg)
@@ -310,7 +356,8 @@ class Runner:
     negative: str | None = None
     progress: Progress | None = None
     laps: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # by stage, of every call: clips, seconds
-    _texts: dict[str, Text] = field(default_factory=dict)
+    _sources: dict[str, TextSource] = field(default_factory=dict)  # encoders that only some stages read
+    _texts: dict[tuple[str, str], Text] = field(default_factory=dict)
 
     def run(self, jobs: Sequence[Job], given: Video | None) -> dict[Path, Video]:
         """Every stage of every job, as artefacts under job.directory/stages; returns the last stage's videos."""
@@ -351,13 +398,29 @@ class Runner:
         return {path: video for path, (video, _) in inputs.items() if video is not None}
 
     def key(self, stage: Stage, weights: str, job: Job, source: str) -> str:
-        return stage_key(stage, weights, self.source.fingerprint, self.negative or "", job, self.seed, source, self.on)
+        text, negative = self.source_of(stage.cfg).fingerprint, self.negative_of(stage.cfg)
+        return stage_key(stage, weights, text, negative, job, self.seed, source, self.on)
 
-    def text(self, prompts: Sequence[str]) -> Text:
+    def source_of(self, stage: StageConfig) -> TextSource:
+        """What reads the prompts for `stage`; an encoder of its own loads when it is first asked for."""
+        text = self.chain.text_of(stage)
+        if text == self.chain.text:
+            return self.source
+        name = fingerprint(text)
+        if name not in self._sources:
+            self._sources[name] = text_source(text)
+        return self._sources[name]
+
+    def negative_of(self, stage: StageConfig) -> str | None:
+        """What guidance moves away from: as asked for, or as the stage's text settings say; None: no text."""
+        return self.chain.text_of(stage).negative if self.negative is None else self.negative
+
+    def text(self, prompts: Sequence[str], stage: StageConfig) -> Text:
+        source = self.source_of(stage)
         for prompt in prompts:
-            if prompt not in self._texts:
-                self._texts[prompt] = self.source.encode([prompt])
-        return Text.cat([self._texts[prompt] for prompt in prompts])
+            if (source.fingerprint, prompt) not in self._texts:
+                self._texts[source.fingerprint, prompt] = source.encode([prompt])
+        return Text.cat([self._texts[source.fingerprint, prompt] for prompt in prompts])
 
     def sample(
         self, stage: Stage, jobs: Sequence[Job], lows: Sequence[Video | None], tick: Callable[[int], None]
@@ -368,8 +431,8 @@ class Runner:
             clips = [clip for clip in lows if clip is not None]
             known = None if clips[0].known is None else torch.cat([c.known for c in clips if c.known is not None])
             low = Video(torch.cat([clip.frames for clip in clips]), clips[0].fps, known)
-        text = self.text([job.prompt for job in jobs])
-        negative = None if self.negative is None else self.text([self.negative] * len(jobs))
+        text, away = self.text([job.prompt for job in jobs], stage.cfg), self.negative_of(stage.cfg)
+        negative = None if away is None else self.text([away] * len(jobs), stage.cfg)
         noise = Noise(self.seed, stage.cfg.name, tuple(job.sample for job in jobs))
         start = time.perf_counter()
         try:

@@ -24,13 +24,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from cascade import checkpoint, codec, store
+from cascade import checkpoint, foreign, store
 from cascade.config import locate, plain
+from cascade.encoders import WEIGHTS
 from cascade.errors import ConfigError, InputError
 from cascade.pipeline import Chain
 from cascade.request import take
 from cascade.stage import Rule, Stage, StageConfig
-from cascade.text import WEIGHTS, Text, TextConfig, known_width, local_file
+from cascade.text import Text, TextConfig, known_width, local_file, told_tokens
 from cascade.unet import Cond
 
 log = logging.getLogger("cascade")
@@ -53,7 +54,7 @@ class StagePlan:
 
 @dataclass(kw_only=True)
 class Other:
-    """What a chain needs beside its denoisers: a text encoder, a store of embeddings, autoencoders."""
+    """What a chain needs beside its denoisers: a text encoder, a store of embeddings, a prior, autoencoders."""
 
     name: str
     kind: str
@@ -99,8 +100,14 @@ def plan(chain: Chain) -> Plan:
         raise ConfigError(
             f"{error.message}, and no stage is before it", fix="begin with a stage that needs no input"
         ) from error
-    stages = [measure(cfg, rule, chain.text) for cfg, rule in zip(chain.stages, chain.rules, strict=True)]
-    return Plan(stages=stages, others=[_text(chain.text), *_codecs(chain.stages)])
+    if (first := chain.stages[0]).windows.in_turn:
+        raise ConfigError(
+            f"{first.name}: windows.rule is {first.windows.rule.value}, which needs an incoming video",
+            fix=f"{first.name}.windows.rule=blend",
+        )
+    stages = [measure(cfg, rule, chain.text_of(cfg)) for cfg, rule in zip(chain.stages, chain.rules, strict=True)]
+    priors = [other for text in chain.texts for other in _prior(text)]
+    return Plan(stages=stages, others=[*map(_text, chain.texts), *priors, *_codecs(chain.stages)])
 
 
 def measure(cfg: StageConfig, rule: Rule, text: TextConfig) -> StagePlan:
@@ -112,8 +119,10 @@ def measure(cfg: StageConfig, rule: Rule, text: TextConfig) -> StagePlan:
     with torch.no_grad(), count.running(stage.net):
         size = (1, cfg.net.channels, *cfg.codec.inside(cfg.shape))
         z, t = torch.empty(size, device="meta"), torch.empty(1, device="meta")
-        cond = _blank(size, text.max_tokens, cfg.net.text)
-        stage.denoise(z, t, cond, None if cfg.w_range is None else 0.0)
+        cond = _blank(size, told_tokens(text), cfg.net.text)
+        spans = cfg.windows.spans(cfg.shape.frames, rule.rate(cfg))  # all of one length
+        first, end = spans[0]
+        stage.denoise(z[:, :, first:end], t, cond.frames(first, end), None if cfg.w_range is None else 0.0)
     return StagePlan(
         name=cfg.name,
         frames=cfg.shape.frames,
@@ -121,7 +130,7 @@ def measure(cfg: StageConfig, rule: Rule, text: TextConfig) -> StagePlan:
         width=cfg.shape.width,
         fps=cfg.fps,
         params=sum(parameter.numel() for parameter in stage.net.parameters()),
-        flops=count.flops,
+        flops=count.flops * len(spans),
         evaluations=cfg.sampler.evaluations(guided=cfg.w_range is None),
         peak_bytes=count.peak,
     )
@@ -165,7 +174,7 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Counts what is done inside; the parameters of `module` are alive all the time."""
         for parameter in module.parameters():
             self._add(parameter)
-        with self, FlopCounterMode(display=False) as counter, FusedAttention() as attention:
+        with self, FlopCounterMode(display=False) as counter, Fused() as attention:
             yield
         self.flops += counter.get_total_flops() + attention.flops
 
@@ -188,12 +197,15 @@ class Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive -= size
 
 
-class FusedAttention(TorchFunctionMode):
-    """Answers scaled_dot_product_attention by a tensor of the right shape: 2 products of M N D for every head."""
+class Fused(TorchFunctionMode):
+    """Answers by tensors of the right shape scaled_dot_product_attention, 2 products of M N D for every head, and group
+    norm, no products, which the meta device would take apart: half of the time of a plan."""
 
     flops = 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.group_norm:
+            return torch.empty_like(args[0])
         if func is not F.scaled_dot_product_attention:
             return func(*args, **(kwargs or {}))
         q, k, v = args[:3]  # (B, h, M, D), (B, h, N, D)
@@ -208,14 +220,19 @@ def _text(cfg: TextConfig) -> Other:
     if cfg.store is not None:
         return Other(name=cfg.store, kind="text store", params=0)
     path = local_file(cfg.encoder, WEIGHTS)
-    unused = ("decoder.", "lm_head.", "encoder.embed_tokens.")  # the last is shared.weight again
+    unused = ("decoder.", "lm_head.", "encoder.embed_tokens.", "vision_model.")  # the third is shared.weight again
     return Other(name=cfg.encoder, kind="text encoder", params=None if path is None else stored(path, unused))
+
+
+def _prior(cfg: TextConfig) -> Iterator[Other]:
+    if cfg.prior is not None and cfg.store is None:
+        yield Other(name="text.prior", kind="prior", params=cfg.prior.params(cfg.max_tokens))
 
 
 def _codecs(stages: Sequence[StageConfig]) -> Iterator[Other]:
     for name in dict.fromkeys(stage.codec.weights for stage in stages):
         if name is not None:
-            path = locate(name) / codec.WEIGHTS
+            path = locate(name) / foreign.WEIGHTS
             yield Other(name=name, kind="autoencoder", params=stored(path) if path.is_file() else None)
 
 
@@ -250,8 +267,9 @@ def verb(tree: dict[str, Any]) -> None:
     shown = take(tree, PlanConfig)
     chain = Chain.read(tree, ["format"])
     made = plan(chain)
-    if known_width(chain.text) is None:
-        log.info("text %s is not on this machine: its width was not checked", chain.text.store or chain.text.encoder)
+    for text in chain.texts:
+        if known_width(text) is None:
+            log.info("text %s is not on this machine: its width was not checked", text.store or text.encoder)
     print(json.dumps(plain(made), indent=2) if shown.format == "json" else made.table())
 
 

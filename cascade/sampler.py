@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from itertools import pairwise
@@ -15,11 +15,17 @@ from torch import Tensor
 
 from cascade.diffusion import Diffusion
 from cascade.errors import NumericError
+from cascade.grid import End, Grid, times
+
+__all__ = ["times"]
 
 Denoise = Callable[[Tensor, Tensor], Tensor]  # z (B, C, F, H, W), t (B,) -> x_hat
-StepDenoise = Callable[[Tensor, Tensor, int], Tensor]  # z, t, step -> x_hat, guidance of that step applied
+StepDenoise = Callable[[Tensor, Tensor, int], Tensor]  # z, t, step -> x_hat with the step's guidance (see `sample`)
 Hook = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_hat, z, t -> x_hat
 Draw = Callable[[Sequence[int], int, str], Tensor]  # shape, step, purpose -> N(0, 1); cascade.noise.Noise is one
+
+
+MANY = 15  # steps: with fewer DPM-Solver ends in first order
 
 
 class Rule(Enum):
@@ -53,20 +59,29 @@ class Sampler:
 
     `guidance` is the papers' w (diffusers' guidance_scale is 1 + w; 0 is off). With `guidance_low` it oscillates:
     the first `guidance_constant` steps at `guidance`, then `guidance`, `guidance_low`, `guidance`, ... (Ho et al. 2022,
-    Imagen Video, "Large guidance weights"). `gamma` belongs to the ancestral rule, `percentile` and `per` to the
-    dynamic threshold. `strength` is the time at which a given video starts (SDEdit, Meng et al. 2022); 1 is pure noise.
+    Imagen Video, "Large guidance weights"). `gamma` belongs to the ancestral rule; with `learned` the network itself
+    says it, for every value of the video. `percentile`, `per` and `highest`, the largest divisor, belong to the dynamic
+    threshold. `strength` is the time at which a given video starts (SDEdit, Meng et al. 2022); 1 is pure noise.
+    `reconstruction` is the weight of the gradient that pulls x_hat towards what is given of the video but not told to
+    the network, see the function of that name; 0 is off. With `shared_noise` all frames get the same noise (Singer et
+    al. 2022, Make-A-Video, sec. 3.2.2).
     """
 
     steps: int
     rule: Rule = Rule.DDIM
+    grid: Grid = field(default_factory=Grid)
     gamma: float = 0.0
+    learned: bool = False
     guidance: float = 0.0
     guidance_low: float | None = None
     guidance_constant: int = 0
     threshold: Threshold = Threshold.NONE
     percentile: float = 0.995
     per: Per = Per.CLIP
+    highest: float | None = None
     strength: float = 1.0
+    reconstruction: float = 0.0
+    shared_noise: bool = False
 
     def __post_init__(self) -> None:
         low = 0.0 if self.guidance_low is None else self.guidance_low
@@ -78,9 +93,14 @@ class Sampler:
             ("guidance_constant", self.guidance_constant >= 0, "at least 0"),
             ("percentile", 0 < self.percentile <= 1, "a number above 0, at most 1"),
             ("strength", 0 < self.strength <= 1, "a number above 0, at most 1"),
+            ("highest", self.highest is None or self.highest >= 1, "null, or at least 1"),
+            ("learned", not self.learned or self.rule is Rule.ANCESTRAL, "false where rule is not ancestral"),
+            ("reconstruction", 0 <= self.reconstruction < math.inf, "a number of at least 0"),
         ):
             if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
+        if self.grid.end is End.FIRST and self.rule in (Rule.STOCHASTIC, Rule.HEUN):
+            raise ValueError(f"grid.end is first, expected clean where rule is {self.rule.value}")
 
     def weight(self, step: int) -> float:
         """Guidance weight w of a step, counted from 0."""
@@ -98,17 +118,17 @@ class Sampler:
             return x
         if self.threshold is Threshold.STATIC:
             return x.clamp(-1, 1)
-        return dynamic_threshold(x, self.percentile, self.per)
+        return dynamic_threshold(x, self.percentile, self.per, self.highest)
 
+    @property
+    def smooth(self) -> bool:
+        """Whether so many steps may end with one of second order; a long last one is not stable (Lu et al. 2022b)."""
+        return self.grid.whole(self.steps, self.strength) >= MANY
 
-def times(steps: int, start: float = 1.0) -> Tensor:
-    """start, ..., 0: steps + 1 float64 points uniform in t.
-
-    The first call of the network is at `start` itself and the last step lands on 0 ("trailing" in Lin et al. 2023,
-    sec. 3.3). A "leading" grid would begin below t = 1, where the network expects a trace of the video that pure noise
-    does not hold: its mean brightness then comes out wrong, the more the fewer the steps.
-    """
-    return torch.linspace(start, 0, steps + 1, dtype=torch.float64)
+    def times(self, diffusion: Diffusion) -> list[float]:
+        """The time of every step, and where the last one lands."""
+        closed = self.rule is Rule.DPMPP_2M
+        return self.grid.times(diffusion, self.steps, self.strength, closed).tolist()
 
 
 def quantile(a: Tensor, q: float) -> Tensor:
@@ -125,13 +145,14 @@ def quantile(a: Tensor, q: float) -> Tensor:
     return torch.lerp(*select(a, low, high), position - low)
 
 
-def dynamic_threshold(x: Tensor, percentile: float, per: Per) -> Tensor:
+def dynamic_threshold(x: Tensor, percentile: float, per: Per, highest: float | None = None) -> Tensor:
     """Clip x to [-s, s] and divide by s, with s = max(1, percentile of abs(x)) (Saharia et al. 2022, sec. 2.3).
 
-    x (B, C, F, H, W); one s for a whole clip or for every frame. Leaves an x within [-1, 1] as it is, bit for bit.
+    x (B, C, F, H, W); one s, of at most `highest`, for a whole clip or for every frame. Leaves an x within [-1, 1] as
+    it is, bit for bit.
     """
     rows = x.abs().flatten(1) if per is Per.CLIP else x.abs().transpose(1, 2).flatten(0, 1).flatten(1)
-    s = quantile(rows, percentile).clamp(min=1).to(x.dtype)
+    s = quantile(rows, percentile).clamp(1, highest).to(x.dtype)
     s = s.view(x.shape[0], 1, -1, 1, 1)
     return torch.maximum(torch.minimum(x, s), -s) / s
 
@@ -158,6 +179,11 @@ def keep_known(known: Tensor, mask: Tensor) -> Hook:
         return torch.where(mask > 0, known.to(x), x)
 
     return hook
+
+
+def shared(noise: Draw) -> Draw:
+    """The noise of the first frame, for all frames."""
+    return lambda shape, step, purpose: noise((*shape[:2], 1, *shape[3:]), step, purpose).expand(*shape)
 
 
 def reconstruction(
@@ -191,10 +217,13 @@ def ddim(diffusion: Diffusion, z: Tensor, x: Tensor, t: Tensor, s: Tensor) -> Te
     return _mix(sigma_s / sigma, z, alpha_s - alpha * sigma_s / sigma, x)
 
 
-def ancestral(diffusion: Diffusion, z: Tensor, x: Tensor, t: Tensor, s: Tensor, gamma: float, eps: Tensor) -> Tensor:
+def ancestral(
+    diffusion: Diffusion, z: Tensor, x: Tensor, t: Tensor, s: Tensor, gamma: float | Tensor, eps: Tensor
+) -> Tensor:
     """Draw from q(z_s | z_t, x_hat), its variance moved towards that of q(z_t | z_s) by gamma.
 
-    Variance lower^(1 - gamma) upper^gamma (Ho et al. 2022, Video Diffusion Models, sec. 2), s > 0.
+    Variance lower^(1 - gamma) upper^gamma (Ho et al. 2022, Video Diffusion Models, sec. 2), s > 0; with a gamma of z's
+    shape for every value by itself (Nichol & Dhariwal 2021, eq. 15).
     """
     alpha, sigma = diffusion.alpha_sigma(t, torch.float64)
     alpha_s, sigma_s = diffusion.alpha_sigma(s, torch.float64)
@@ -265,7 +294,7 @@ def sample(
     `noise` is asked for ("start", step 0) and, by the rules that need it, for ("step", step i). `start` (B, C, F, H, W)
     is noised to sampler.strength and sampling goes on from there. `hooks` run in order on every x_hat, after the
     sampler's threshold. `progress` gets the number of steps done. t (B,) comes in the dtype of the noise, and so do
-    all results.
+    all results. Where sampler.learned, `denoise` gives (B, 2C, F, H, W): x_hat, and gamma as a number from -1 to 1.
 
     Raises ValueError for a strength below 1 without a video to start from or for a start of another shape, NumericError
     naming the step if x_hat is not finite.
@@ -275,31 +304,36 @@ def sample(
     if start is not None and tuple(start.shape) != tuple(shape):
         raise ValueError(f"the start video has shape {tuple(start.shape)}, expected {tuple(shape)}")
     z = noise(shape, 0, "start").to(device)
-    grid = [torch.full_like(z[:, 0, 0, 0, 0], t) for t in times(sampler.steps, sampler.strength).tolist()]
+    points = sampler.times(diffusion)
+    grid = [torch.full_like(z[:, 0, 0, 0, 0], t) for t in points]
     if start is not None:
         z = diffusion.noised(start.to(z), z, grid[0])
 
-    def predict(z: Tensor, t: Tensor, step: int) -> Tensor:
-        x = _finite(denoise(z, t, step).to(z.dtype), step, sampler.steps)
+    def predict(z: Tensor, t: Tensor, step: int) -> tuple[Tensor, float | Tensor]:
+        out = _finite(denoise(z, t, step).to(z.dtype), step, sampler.steps)
+        x, gamma = _halves(out) if sampler.learned else (out, sampler.gamma)
         for hook in (sampler.limit, *hooks):
             x = hook(x, z, t)
-        return _finite(x, step, sampler.steps)
+        return _finite(x, step, sampler.steps), gamma
+
+    def estimate(z: Tensor, t: Tensor, step: int) -> Tensor:
+        return predict(z, t, step)[0]
 
     before: tuple[Tensor, Tensor] | None = None
     for step, (t, s) in enumerate(pairwise(grid)):
-        x = predict(z, t, step)
-        if step == sampler.steps - 1:
+        x, gamma = predict(z, t, step)
+        if points[step + 1] == 0:
             z = x
         elif sampler.rule is Rule.DDIM:
             z = ddim(diffusion, z, x, t, s)
         elif sampler.rule is Rule.ANCESTRAL:
-            z = ancestral(diffusion, z, x, t, s, sampler.gamma, noise(shape, step, "step").to(z))
+            z = ancestral(diffusion, z, x, t, s, gamma, noise(shape, step, "step").to(z))
         elif sampler.rule is Rule.STOCHASTIC:
             z = stochastic(diffusion, z, x, t, s, grid[step + 2], noise(shape, step, "step").to(z))
         elif sampler.rule is Rule.DPMPP_2M:
-            z = dpmpp_2m(diffusion, z, x, t, s, before)
+            z = dpmpp_2m(diffusion, z, x, t, s, before if step + 1 < sampler.steps or sampler.smooth else None)
         else:
-            z = heun(diffusion, z, x, t, s, partial(predict, step=step))
+            z = heun(diffusion, z, x, t, s, partial(estimate, step=step))
         before = x, t
         if progress is not None:
             progress(step + 1)
@@ -314,6 +348,12 @@ def _select_numpy(a: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
 
 def _select_torch(a: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     return a.kthvalue(low + 1, dim=1).values, a.kthvalue(high + 1, dim=1).values
+
+
+def _halves(out: Tensor) -> tuple[Tensor, Tensor]:
+    """x_hat, and the number from -1 to 1 beside it as a gamma from 0 to 1."""
+    x, between = out.chunk(2, dim=1)
+    return x, (between + 1) / 2
 
 
 def _mix(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
@@ -18,12 +18,17 @@ from torch import Tensor
 
 from cascade.codec import COLOURS, Codec, Coder, Kind
 from cascade.diffusion import Diffusion, Path
-from cascade.sampler import Draw, Hook, Sampler, Threshold, keep_known, sample
+from cascade.errors import ConfigError
+from cascade.grid import Spacing
+from cascade.noise import generator
+from cascade.sampler import Denoise, Draw, Hook, Sampler, Threshold, keep_known, reconstruction, sample, shared
 from cascade.sampler import Rule as StepRule
-from cascade.text import Text
+from cascade.text import Text, TextConfig
 from cascade.unet import Cond, UNetConfig, VideoUNet
+from cascade.unet3d import UNet3D
+from cascade.unet3d_config import UNet3DConfig
 from cascade.video import Shape, Video
-from cascade.windows import Windows, windowed
+from cascade.windows import Join, Windows, windowed
 
 
 @dataclass(kw_only=True)
@@ -110,12 +115,17 @@ class StageConfig:
     kind: str  # the rule: stages/<kind>.py
     shape: Shape  # of the output
     fps: float  # of the output, frames per second
-    net: UNetConfig
+    net: UNetConfig | UNet3DConfig
     diffusion: Diffusion
     sampler: Sampler
     codec: Codec = field(default_factory=Codec)
     windows: Windows = field(default_factory=Windows)
+    reads: TextConfig | None = None  # a text encoder of its own; None: the chain's
+    keep_known: bool = True  # given frames come out as they came in, where the kind can; false: they are made again
     augment: float = 0.0  # noise level t in [0, 1] added to the incoming video when sampling
+    augment_known: bool = True  # to its known frames too
+    noising: Diffusion | None = None  # whose times these levels are; None: the plain cosine schedule's
+    told: bool = True  # the network hears of what comes in; if not, only the sampler does (replacement, reconstruction)
     augment_max: float = 0.0  # training draws that level from [0, augment_max], or, half of the time, 0
     weights: str | None = None
     w_range: list[float] | None = None  # a guidance-distilled network takes w within this range as an input
@@ -130,8 +140,15 @@ class StageConfig:
             raise ValueError(f"augment and augment_max are {self.augment} and {self.augment_max}, expected 0 to 1")
         if self.diffusion.path is Path.STRAIGHT and self.sampler.rule not in (StepRule.DDIM, StepRule.HEUN):
             raise ValueError(f"sampler.rule is {self.sampler.rule.value}, expected ddim or heun: the path has no noise")
+        if self.diffusion.path is Path.STRAIGHT and not self.told:
+            raise ValueError(f"told is {self.told}, expected true: the path starts from the incoming video")
+        if not self.net.text and self.sampler.guidance:
+            raise ValueError(f"sampler.guidance is {self.sampler.guidance}, expected 0: net.text is 0, no text is told")
+        if self.w_range is not None and isinstance(self.net, UNet3DConfig):
+            raise ValueError(f"w_range is {self.w_range}, expected null: this network is not told a guidance weight")
         if self.codec.kind is Kind.LATENT:
             self._check_latent()
+        self._check_sampling()
         multiple = self.net.multiple * self.codec.stride
         for setting, shape in self.shapes().items():
             for side in ("frames", "height", "width"):
@@ -145,6 +162,17 @@ class StageConfig:
                         f"{setting}.{side} is {size}, expected a multiple of {multiple} "
                         f"(patch {self.net.patch}, {len(self.net.levels)} levels{stride}), such as {near}"
                     )
+
+    def _check_sampling(self) -> None:
+        """The sampler's settings against the network's."""
+        sampler, spacing = self.sampler, self.sampler.grid.spacing
+        if spacing is not Spacing.UNIFORM:
+            if not self.diffusion.discrete:
+                raise ValueError(f"sampler.grid.spacing is {spacing.value}, expected uniform where schedule is cosine")
+            if sampler.grid.whole(sampler.steps, sampler.strength) >= self.diffusion.timesteps:
+                raise ValueError(f"sampler.steps is {sampler.steps}, expected fewer than diffusion.timesteps")
+        if sampler.learned and not getattr(self.net, "variance", False):
+            raise ValueError("sampler.learned is true, expected false: the network says no variance")
 
     def _check_latent(self) -> None:
         if self.net.channels != self.codec.channels:
@@ -193,6 +221,22 @@ class Rule(Protocol):
         ...
 
 
+def check_told(cfg: StageConfig, rule: Rule) -> None:
+    """Raises ConfigError for a stage that would not heed what it is given, or cannot in the way that is asked for."""
+    if rule.KEEPS_KNOWN:
+        return
+    if not cfg.told and not cfg.sampler.reconstruction:
+        raise ConfigError(
+            f"{cfg.name}: told is false and sampler.reconstruction 0, so that the incoming video would go unheard",
+            fix=f"{cfg.name}.told=true or {cfg.name}.sampler.reconstruction=2",
+        )
+    if cfg.sampler.reconstruction and cfg.codec.kind is Kind.LATENT:
+        raise ConfigError(
+            f"{cfg.name}: sampler.reconstruction is {cfg.sampler.reconstruction:g}, but no gradient passes the codec",
+            fix=f"{cfg.name}.sampler.reconstruction=0",
+        )
+
+
 @dataclass
 class Batch:
     """Training examples: clean x (B, C, F, H, W), noise eps, time t (B,) and what the denoiser is told.
@@ -222,12 +266,18 @@ class Batch:
         return Batch(x, eps, t, u, self.cond.to(device))
 
 
+def denoiser(cfg: UNetConfig | UNet3DConfig) -> torch.nn.Module:
+    """A new network of that architecture."""
+    return UNet3D(cfg) if isinstance(cfg, UNet3DConfig) else VideoUNet(cfg)
+
+
 class Stage:
     """One diffusion model of a cascade. `net` may be any module with `VideoUNet`'s signature."""
 
     def __init__(self, cfg: StageConfig, rule: Rule, net: torch.nn.Module | None = None) -> None:
+        check_told(cfg, rule)
         self.cfg, self.rule = cfg, rule
-        self.net = VideoUNet(cfg.net) if net is None else net
+        self.net = denoiser(cfg.net) if net is None else net
 
     @property
     def device(self) -> torch.device:
@@ -251,13 +301,15 @@ class Stage:
         """What the denoiser is told: `low` at size `shape`, encoded, noised to `level` (B,) with `eps` of its size."""
         batch, c = len(text.mask), self.cfg.net.channels
         rate = torch.full((batch,), fps, device=level.device)
-        if low is None:
+        if low is None or not self.cfg.told:
             blank = torch.zeros(batch, c, *self.cfg.codec.inside(shape), device=level.device)
             return Cond(blank, blank[:, :1, :, :1, :1], torch.zeros_like(level), rate, text)
         concat, mask = self.rule.condition(low, self.cfg, shape)
         concat, mask = self.encode(concat), self.cfg.codec.mask(mask)
         if bool((level > 0).any()):
-            concat = torch.where(level.view(-1, 1, 1, 1, 1) > 0, AUGMENTATION.noised(concat, eps, level), concat)
+            noised = (self.cfg.noising or AUGMENTATION).noised(concat, eps, level)
+            clean = level.view(-1, 1, 1, 1, 1) == 0
+            concat = torch.where(clean if self.cfg.augment_known else clean | (mask > 0), concat, noised)
         return Cond(concat, mask, level, rate, text)
 
     def example(
@@ -305,14 +357,48 @@ class Stage:
         return (out - diffusion.target(batch.x, batch.eps, batch.t)).square().mean((1, 2, 3, 4))
 
     def denoise(self, z: Tensor, t: Tensor, cond: Cond, w: float | None = None) -> Tensor:
-        """x_hat of shape (B, C, F, H, W); `w` is for a guidance-distilled network. Long clips go in windows."""
+        """x_hat of shape (B, C, F, H, W); `w` is for a guidance-distilled network. Long clips go in windows.
+
+        Where the sampler takes a learned variance the network's word on it follows on the channels.
+        """
         weight = None if w is None else torch.full_like(t, w)
+        diffusion, level = self.cfg.diffusion, self.cfg.diffusion.level(t)
 
         def whole(z: Tensor, cond: Cond) -> Tensor:
-            out = self.net(z, self.cfg.diffusion.level(t), cond, weight)
-            return self.cfg.diffusion.split(z, out, t)[0]
+            if not self.cfg.sampler.learned:
+                return diffusion.split(z, self.net(z, level, cond, weight), t)[0]
+            out, variance = self.net.predict(z, level, cond).chunk(2, 1)  # type: ignore[operator]
+            return torch.cat([diffusion.split(z, out, t)[0], variance], 1)
 
         return windowed(whole, z, cond, self.cfg.windows, self.rule.rate(self.cfg))
+
+    def made(self, low: Video | None) -> Shape:
+        """Size of the output. A clip that says which of its frames are known is as long as the output already."""
+        if low is not None and low.known is not None and self.rule.rate(self.cfg) > 1:
+            return low.shape
+        return self.rule.output(None if low is None else low.shape, self.cfg)
+
+    def towards(self, low: Video, shape: Shape) -> Callable[[Denoise], Denoise]:
+        """What adds reconstruction guidance towards `low` to a denoiser, where the sampler asks for it.
+
+        What is compared is known frames that the network is not told of, or where the kind has none, what `degrade`
+        makes of x_hat (Ho et al. 2022, Video Diffusion Models, sec. 3.1).
+        """
+        cfg, weight = self.cfg, self.cfg.sampler.reconstruction
+        if weight and not self.rule.KEEPS_KNOWN:
+
+            def observe(x: Tensor) -> Tensor:
+                made = self.rule.degrade(Video(x, cfg.fps), cfg, generator("observe"))
+                assert made is not None, f"a stage of kind {cfg.kind} is given a video that it does not keep"
+                return made.frames
+
+            target = low.frames.to(self.device)
+            return lambda denoise: reconstruction(cfg.diffusion, denoise, observe, target, weight)
+        if weight and not cfg.told:
+            known, mask = (part.to(self.device) for part in self.rule.condition(low, cfg, shape))
+            known, mask = self.encode(known), cfg.codec.mask(mask)
+            return lambda denoise: reconstruction(cfg.diffusion, denoise, lambda x: x * mask, known * mask, weight)
+        return lambda denoise: denoise
 
     def sample(
         self,
@@ -328,27 +414,85 @@ class Stage:
         `noise` says what its randomness depends on (see `Noise`). With `start`, a video and a time, sampling goes on
         from that video noised to that time, on as fine a grid.
         """
+        if not self.cfg.windows.in_turn:
+            return self._sample(low, text, negative, noise, progress, start)
+        if low is None:
+            raise ConfigError(
+                f"{self.cfg.name}: windows.rule is {self.cfg.windows.rule.value}, which needs an incoming video",
+                fix=f"{self.cfg.name}.windows.rule=blend",
+            )
+        return self._in_turn(low, text, negative, noise, progress)
+
+    def _in_turn(
+        self,
+        low: Video,
+        text: Text,
+        negative: Text | None,
+        noise: Draw,
+        progress: Callable[[int], None] | None,
+    ) -> Video:
+        """Windows that are clips of their own, one after the other."""
+        cfg, rate, steps = self.cfg, self.rule.rate(self.cfg), self.cfg.sampler.steps
+        shape = self.rule.output(low.shape, cfg)
+        out = self.rule.condition(low, cfg, shape)[0].cpu().clone()
+        spans = cfg.windows.spans(shape.frames, rate)
+        for number, (first, end) in enumerate(spans):
+            given = low.frames[:, :, first // rate : -(-end // rate)].clone()
+            if cfg.windows.rule is Join.CHAINED and first > 0:
+                given[:, :, 0] = out[:, :, first]
+
+            def draw(size: Sequence[int], step: int, purpose: str, first: int = first, end: int = end) -> Tensor:
+                if cfg.windows.same_noise:
+                    return noise(size, step, purpose)
+                return noise((*size[:2], shape.frames, *size[3:]), step, purpose)[:, :, first:end]
+
+            def tick(done: int, number: int = number) -> None:
+                if progress is not None:
+                    progress((number * steps + done) // len(spans))
+
+            out[:, :, first:end] = self._sample(Video(given, low.fps), text, negative, draw, tick, None).frames
+        return Video(out, low.fps * rate)
+
+    def _sample(
+        self,
+        low: Video | None,
+        text: Text,
+        negative: Text | None,
+        noise: Draw,
+        progress: Callable[[int], None] | None,
+        start: tuple[Video, float] | None,
+    ) -> Video:
+        """One run of the sampler."""
         cfg, sampler = self.cfg, self.cfg.sampler
-        shape = self.rule.output(None if low is None else low.shape, cfg)
+        shape = self.made(low)
         full = (len(text.mask), cfg.net.channels, *cfg.codec.inside(shape))
         if start is not None:
             sampler = replace(sampler, strength=start[1], steps=max(1, round(sampler.steps * start[1])))
         here = torch.device("cpu") if low is None else low.frames.device
         level = torch.full((full[0],), cfg.augment, device=here)
+        noise = shared(noise) if sampler.shared_noise else noise
         augmentation = noise(full, 0, "augment") if cfg.augment > 0 else torch.zeros(full)
         # The network is told the rate it was trained at; the video keeps its own.
         cond = self.condition(low, shape, text.to(here), cfg.fps, level, augmentation.to(here)).to(self.device)
         dropped = cond.without_text() if negative is None else cond.with_text(negative.to(self.device))
 
-        def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
-            w = sampler.weight(step)
+        def guided(z: Tensor, t: Tensor, w: float) -> Tensor:
             if cfg.w_range is not None:
                 return self.denoise(z, t, cond, w)
             x = self.denoise(z, t, cond)
-            return x if w == 0 else (1 + w) * x - w * self.denoise(z, t, dropped)
+            if w == 0:
+                return x
+            c, other = z.shape[1], self.denoise(z, t, dropped)
+            guided = (1 + w) * x[:, :c] - w * other[:, :c]
+            return torch.cat([guided, x[:, c:]], 1) if sampler.learned else guided  # the variance is that of the text
+
+        drawn_on = self.towards(low, shape) if low is not None else lambda denoise: denoise
+
+        def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
+            return drawn_on(partial(guided, w=sampler.weight(step)))(z, t)
 
         hooks: list[Hook] = []
-        keeps = self.rule.KEEPS_KNOWN and low is not None
+        keeps = self.rule.KEEPS_KNOWN and cfg.keep_known and low is not None
         if keeps:
             known, mask = self.rule.condition(low, cfg, shape)  # type: ignore[arg-type]
             known, mask = known.to(self.device), mask.to(self.device)
@@ -358,14 +502,19 @@ class Stage:
             drawn = noise(shape, step, purpose)
             return self.far(cond, drawn) if purpose == "start" else drawn
 
-        first = None if start is None else self.encode(start[0].frames.to(self.device))
+        if start is not None:
+            first: Tensor | None = self.encode(start[0].frames.to(self.device))
+        elif low is not None and sampler.strength < 1:
+            first = self.encode(self.rule.condition(low, cfg, shape)[0].to(self.device))
+        else:
+            first = None
         x = sample(
             cfg.diffusion, denoise, sampler, draw, full,
             start=first, hooks=hooks, progress=progress, device=self.device,
         )  # fmt: skip
         x = self.coder.to(self.device).decode(x).clamp(-1, 1)
-        fps = cfg.fps if low is None else low.fps * self.rule.rate(cfg)
+        fps = cfg.fps if low is None else low.fps if shape == low.shape else low.fps * self.rule.rate(cfg)
         return Video((torch.where(mask > 0, known, x) if keeps else x).cpu(), fps)
 
 
-AUGMENTATION = Diffusion()  # noise levels are times of the plain cosine schedule, whatever the stage's own
+AUGMENTATION = Diffusion()  # noise levels are times of the plain cosine schedule unless a stage says otherwise

@@ -19,6 +19,7 @@ from cascade.request import Prompts, bars, jobs_of, take
 from cascade.stage import Rule, Stage, StageConfig, TrainConfig
 from cascade.text import TextConfig, text_source
 from cascade.train import fit
+from cascade.unet import completed
 from cascade.video import Video
 
 
@@ -60,7 +61,8 @@ def request(kind: str, tree: dict[str, Any]) -> Request:
     data = parse(tree.pop("data", {}), DataConfig, "data")
     own = {name: tree.pop(name) for name in ("distill", "evaluate") if name in tree}
     command = str(tree.pop("command", None) or "")
-    return Request(parse(tree, rule.Config), rule, run, on, text, data, own, command)  # type: ignore[arg-type]
+    cfg: StageConfig = parse(tree, rule.Config)
+    return Request(cfg, rule, run, on, cfg.reads or text, data, own, command)  # type: ignore[arg-type]
 
 
 def sample(ask: Request) -> None:
@@ -69,8 +71,9 @@ def sample(ask: Request) -> None:
     out = Path(ask.run.out) if ask.run.out else ask.out("sample") / "video.safetensors"
     given = incoming(ask)
     ask.rule.output(None if given is None else given.shape, ask.cfg)
-    stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
     chain = Chain([ask.cfg], [ask.rule], ask.text)
+    chain.check()
+    stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
     jobs = jobs_of(texts, ask.run.samples, out)
     suffix = out.suffix if len(jobs) == 1 else ".safetensors"
     with bars() as progress:
@@ -135,7 +138,7 @@ def new_stage(cfg: StageConfig, rule: Rule, train: TrainConfig) -> Stage:
         stage = Stage(cfg, rule)
     if train.init is not None:
         weights = checkpoint.load(locate(train.init))
-        checkpoint.compatible(weights.config["net"], plain(cfg.net), f"{cfg.name}.net in {train.init}")
+        checkpoint.compatible(completed(weights.config["net"]), plain(cfg.net), f"{cfg.name}.net in {train.init}")
         checkpoint.apply(stage.net, weights.state, train.init)
     return stage
 

@@ -1,4 +1,4 @@
-"""Prompts become vectors: a frozen T5 encoder, and a store of embeddings that needs no T5 to be read.
+"""Prompts become vectors: a frozen encoder, T5 (here) or CLIP, and a store of embeddings that needs none to be read.
 
 Whatever makes them, embeddings are float32 and depend on the prompt and the encoder alone: a stored prompt, a prompt
 encoded alone and the same prompt in a batch are equal bit for bit.
@@ -7,29 +7,28 @@ encoded alone and the same prompt in a batch are equal bit for bit.
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
-import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from cascade import store
-from cascade.config import package_root
+from cascade import encoders, store
+from cascade.encoders import CONFIG, TOKENIZER, find_encoder, local_file
 from cascade.errors import ConfigError, InputError, NumericError
+from cascade.prior import PriorConfig
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
-    from transformers import T5EncoderModel
+
+__all__ = ["find_encoder", "local_file"]
 
 MAX_PROMPT = 10_000  # characters
-CONFIG, TOKENIZER, WEIGHTS, SHARDS = "config.json", "spiece.model", "model.safetensors", "model.safetensors.index.json"
 INDEX = "index.json"
 log = logging.getLogger("cascade")
 
@@ -95,14 +94,26 @@ class TextConfig:
     """Which encoder reads the prompts.
 
     `encoder` is a folder (absolute, below the checkpoints of this package, or from here with a leading "."), or a
-    name on the Hugging Face hub with an optional "@revision". `max_tokens` counts the end mark. `store` is a directory
-    written by `cascade embed`: with it, no encoder is loaded.
+    name on the Hugging Face hub, owner/repository or owner/repository/folder, with an optional "@revision". Its
+    config.json says whether it is T5 or CLIP. `max_tokens` counts the end mark. `store` is a directory written by
+    `cascade embed`: with it, no encoder is loaded. With a `prior` all that a stage hears of a prompt is the embedding
+    of a picture.
+
+    With `pad` every prompt is padded to `max_tokens` before it is encoded, and what comes out for the padding counts as
+    text: networks that attend all positions were trained so. `mask`: real tokens do not see the padding. `lower`:
+    prompts are read in lower case, without space around them. `negative` is what guidance moves away from where no
+    negative_prompt is given; null: no text at all, "": the empty prompt.
     """
 
     encoder: str = "tiny/text"
     max_tokens: int = 64
     store: str | None = None
     precision: Precision = Precision.FLOAT32
+    pad: bool = False
+    mask: bool = True
+    lower: bool = False
+    negative: str | None = None
+    prior: PriorConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.encoder.strip():
@@ -110,9 +121,15 @@ class TextConfig:
         if self.max_tokens < 2:
             raise ValueError(f"max_tokens is {self.max_tokens}, expected at least 2 (a piece and the end mark)")
 
+    @property
+    def reading(self) -> list[str]:
+        """The settings that decide an embedding, beside the encoder and `max_tokens`."""
+        said = [name for name, off in (("pad", False), ("mask", True), ("lower", False)) if getattr(self, name) != off]
+        return [self.precision.value, *said]
+
 
 class TextSource(Protocol):
-    """What makes embeddings: `T5Text` or an `EmbeddingStore`."""
+    """What makes embeddings: an encoder or an `EmbeddingStore`."""
 
     @property
     def width(self) -> int: ...
@@ -123,10 +140,28 @@ class TextSource(Protocol):
     def encode(self, prompts: Sequence[str]) -> Text: ...
 
 
+class Encoder(TextSource, Protocol):
+    """`T5Text`, `CLIPText` or `PriorText`."""
+
+    cfg: TextConfig
+
+
+def encoder_of(cfg: TextConfig, device: str = "cpu") -> Encoder:
+    """What makes the embeddings that stages read: T5 or CLIP, as its config.json says, and a prior if `cfg` has one."""
+    encoder: Encoder
+    if encoders.is_clip(find_encoder(cfg.encoder)):
+        from cascade.clip import CLIPText
+
+        encoder = CLIPText(cfg, device)
+    else:
+        encoder = T5Text(cfg, device)
+    return encoder if cfg.prior is None else PriorText(encoder, cfg.prior, device)
+
+
 def text_source(cfg: TextConfig, device: str = "cpu") -> TextSource:
     """The store if `cfg` names one, else the encoder on `device`; embeddings are on the CPU either way."""
     if cfg.store is None:
-        return T5Text(cfg, device)
+        return encoder_of(cfg, device)
     opened = EmbeddingStore(Path(cfg.store))
     if opened.max_tokens != cfg.max_tokens:
         raise ConfigError(
@@ -152,6 +187,12 @@ def check_prompt(prompt: str) -> str:
     return unicodedata.normalize("NFC", prompt)
 
 
+def as_read(prompt: str, cfg: TextConfig) -> str:
+    """`prompt`, checked, as an encoder reads it. The empty one is read too: guidance may move away from it."""
+    checked = check_prompt(prompt) if prompt else ""
+    return checked.lower().strip() if cfg.lower else checked
+
+
 class T5Text:
     """A frozen T5 encoder (Raffel et al. 2020) with its SentencePiece tokenizer.
 
@@ -162,9 +203,11 @@ class T5Text:
         self.cfg, self.device = cfg, device
         self.folder = find_encoder(cfg.encoder)
         verified = store.read(self.folder).files if (self.folder / store.MANIFEST).is_file() else {}
-        self.tokenizer = _tokenizer(self.folder / TOKENIZER, verified)
-        self.model = _encoder(self.folder, verified, cfg.precision, device)
-        self.fingerprint = _fingerprint(self.folder, verified, cfg.precision)
+        file = encoders.near(self.folder, TOKENIZER)
+        self.tokenizer = _tokenizer(file, encoders.data(file, verified))
+        dtype = getattr(torch, cfg.precision.value)
+        self.model = encoders.built(self.folder, verified, _make, _weights, dtype, device)
+        self.fingerprint = encoders.fingerprint(self.folder, verified, cfg.reading)
         self._told: set[str] = set()
         pieces, rows = len(self.tokenizer), self.model.config.vocab_size
         if pieces > rows:
@@ -180,15 +223,16 @@ class T5Text:
     def encode(self, prompts: Sequence[str]) -> Text:
         """Embeds `prompts`, padded with zeros to `max_tokens`.
 
-        One prompt at a time and without padding: kernels sum in another order for another shape, so a prompt in a
-        padded batch would differ in its last bits from the same prompt alone.
+        One prompt at a time and, but for `pad`, without padding: kernels sum in another order for another shape, so a
+        prompt in a padded batch would differ in its last bits from the same prompt alone.
         """
-        return _padded([self._tokens(prompt) for prompt in prompts], self.cfg.max_tokens, self.width)
+        return padded([self._tokens(prompt) for prompt in prompts], self.cfg.max_tokens, self.width)
 
     def pieces(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Piece ids (N, L) int32 of many prompts, 0 where their mask (N, L) is False; nothing is warned about."""
         room, end = self.cfg.max_tokens - 1, self.tokenizer.eos_id()
-        rows = [[*ids[:room], end] for ids in self.tokenizer.encode([check_prompt(prompt) for prompt in prompts])]
+        texts = [as_read(prompt, self.cfg) for prompt in prompts]
+        rows = [[*ids[:room], end] for ids in self.tokenizer.encode(texts)]
         ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int32)
         mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
         ids[mask] = torch.tensor([piece for row in rows for piece in row], dtype=torch.int32)
@@ -206,16 +250,22 @@ class T5Text:
         return Text(tokens * mask[:, :, None], mask)
 
     def _tokens(self, prompt: str) -> Tensor:
-        ids = torch.tensor([self.ids(prompt)], device=self.model.device)
+        pieces = self.ids(prompt)
+        real, told = len(pieces), {}
+        if self.cfg.pad:
+            pieces += [max(0, self.tokenizer.pad_id())] * (self.cfg.max_tokens - real)
+            if self.cfg.mask:
+                told["attention_mask"] = (torch.arange(len(pieces)) < real)[None].long().to(self.model.device)
+        ids = torch.tensor([pieces], device=self.model.device)
         with torch.no_grad():
-            tokens: Tensor = self.model(input_ids=ids).last_hidden_state[0].float().cpu()
+            tokens: Tensor = self.model(input_ids=ids, **told).last_hidden_state[0].float().cpu()
         if not tokens.isfinite().all():
             raise NumericError(f"text encoder {self.folder}: not finite for {prompt!r}", fix="text.precision=float32")
         return tokens
 
     def ids(self, prompt: str) -> list[int]:
         """Piece ids of `prompt` and the end mark; warns about what is cut off and about words without a piece."""
-        prompt = check_prompt(prompt)
+        prompt = as_read(prompt, self.cfg)
         ids: list[int] = self.tokenizer.encode(prompt)
         room = self.cfg.max_tokens - 1
         if prompt not in self._told:
@@ -236,91 +286,55 @@ class T5Text:
             log.warning("prompt: words the text encoder does not know: %s", _printable(", ".join(unknown)))
 
 
+class PriorText:
+    """Prompts as one token each, the embedding of a picture that a prior makes of what `encoder` reads."""
+
+    def __init__(self, encoder: Encoder, cfg: PriorConfig, device: str = "cpu") -> None:
+        self.cfg, self.encoder = encoder.cfg, encoder
+        self.prior = cfg.open(encoder.cfg.max_tokens, device)
+        self.fingerprint = hashlib.sha256(f"{encoder.fingerprint} {self.prior.hash}".encode()).hexdigest()
+
+    @property
+    def width(self) -> int:
+        return self.prior.cfg.width
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """(B, 1, width), each prompt by itself."""
+        read = self.encoder.encode(prompts)
+        rows = [
+            self.prior(read.tokens[i : i + 1], read.mask[i : i + 1], check_prompt(prompt))
+            for i, prompt in enumerate(prompts)
+        ]
+        return Text(torch.stack(rows), torch.ones(len(rows), 1, dtype=torch.bool))
+
+
+def told_tokens(cfg: TextConfig) -> int:
+    """The most tokens that a stage is told of a prompt."""
+    return cfg.max_tokens if cfg.prior is None else 1
+
+
 def known_width(cfg: TextConfig) -> int | None:
-    """Width of the embeddings, without loading an encoder or fetching one: None if it is not on this machine."""
+    """Width of the embeddings that stages read, see `read_width`."""
+    return cfg.prior.width if cfg.prior is not None and cfg.store is None else read_width(cfg)
+
+
+def read_width(cfg: TextConfig) -> int | None:
+    """Width of the encoder's embeddings, without loading or fetching it: None if it is not on this machine."""
     if cfg.store is not None:
         return EmbeddingStore(Path(cfg.store)).width if (Path(cfg.store) / INDEX).is_file() else None
     path = local_file(cfg.encoder, CONFIG)
     if path is None:
         return None
-    width = store.from_json(path.read_bytes(), path).get("d_model")
-    if type(width) is not int:
-        raise InputError(f"text encoder {path}: has no d_model, so it is not T5's", fix="copy it again")
-    return width
+    return encoders.width(store.from_json(path.read_bytes(), path), path)
 
 
-def local_file(name: str, file: str) -> Path | None:
-    """A file of the encoder `name` (see TextConfig) if it is on this machine; nothing is fetched."""
-    folder = _folder(name)
-    if folder is not None:
-        return folder / file if (folder / file).is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    repository, _, revision = name.partition("@")
-    try:
-        found = try_to_load_from_cache(repository, file, revision=revision or None)
-    except HFValidationError:
-        return None
-    return Path(found) if isinstance(found, str) else None
-
-
-def _folder(name: str) -> Path | None:
-    """The folder that the encoder `name` is in or should be in, None for a name on the hub."""
-    ours, given = package_root() / "checkpoints" / name, Path(name).expanduser()
-    if given.is_absolute() or name.startswith("."):
-        return given
-    if ours.is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", name):
-        return ours
-    return None
-
-
-def find_encoder(name: str) -> Path:
-    """The folder of the encoder `name` (see TextConfig), fetched from the hub when it is a name there."""
-    folder = _folder(name) or _fetched(name)
-    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    absent = [file for file in (CONFIG, TOKENIZER) if file not in there]
-    if WEIGHTS not in there and SHARDS not in there:
-        absent.append(WEIGHTS)
-    if absent:
-        has = f"has {', '.join(there[:12]) or 'no files'}" if folder.is_dir() else "is not a folder"
-        fix = f"name a T5 folder with {CONFIG}, {TOKENIZER} and {WEIGHTS}"
-        if "pytorch_model.bin" in there:
-            fix += "; T5EncoderModel.from_pretrained(...).save_pretrained(...) of transformers writes the last"
-        raise InputError(f"text encoder {folder}: {', '.join(absent)} missing, it {has}", fix=fix)
-    return folder
-
-
-def _fetched(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    repository, _, revision = name.partition("@")
-    files = [CONFIG, TOKENIZER, SHARDS, "*.safetensors"]
-    try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=files))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise InputError(
-            f"text encoder {name}: there is no such folder in {package_root() / 'checkpoints'}, and it cannot be"
-            f" fetched from the Hugging Face hub ({type(error).__name__})",
-            fix="set encoder to a folder, or fetch it once where huggingface.co answers",
-        ) from error
-
-
-def _data(path: Path, verified: Mapping[str, bytes]) -> bytes:
-    """A file of an encoder; from the verified ones if there is a manifest, which then has to list it."""
-    if verified and path.name not in verified:
-        raise InputError(f"text encoder {path}: is not in {store.MANIFEST}", fix="copy the folder again")
-    return verified[path.name] if verified else path.read_bytes()
-
-
-def _tokenizer(path: Path, verified: Mapping[str, bytes]) -> SentencePieceProcessor:
+def _tokenizer(path: Path, proto: bytes) -> SentencePieceProcessor:
     # Not T5Tokenizer: given a vocab_file it ignores the file without a word, and every word becomes <unk>.
     from sentencepiece import SentencePieceProcessor
 
     tokenizer = SentencePieceProcessor()
     try:
-        tokenizer.load_from_serialized_proto(_data(path, verified))
+        tokenizer.load_from_serialized_proto(proto)
     except RuntimeError as error:
         raise InputError(f"tokenizer {path}: is not a SentencePiece model", fix="copy it again") from error
     if tokenizer.eos_id() < 0:
@@ -328,86 +342,20 @@ def _tokenizer(path: Path, verified: Mapping[str, bytes]) -> SentencePieceProces
     return tokenizer
 
 
-def _encoder(folder: Path, verified: Mapping[str, bytes], precision: Precision, device: str) -> T5EncoderModel:
-    """The encoder, strictly: `from_pretrained` would fill what is missing with random numbers."""
-    from huggingface_hub.errors import StrictDataclassError
+def _make(settings: dict[str, Any]) -> torch.nn.Module:
     from transformers import T5Config, T5EncoderModel
 
-    settings = store.from_json(_data(folder / CONFIG, verified), folder / CONFIG)
-    try:
-        with torch.device("meta"):  # spends neither time nor the global generator on weights that are replaced
-            model = T5EncoderModel(T5Config(**settings))
-    except (TypeError, ValueError, KeyError, RuntimeError, StrictDataclassError) as error:
-        raise InputError(f"text encoder {folder}: {CONFIG} is not T5's: {error}", fix="copy it again") from error
-    want, state = model.state_dict(), _weights(folder, verified)
-    wrong = [f"{key} missing" for key in want.keys() - state.keys()]
-    wrong += [f"{key} unknown" for key in state.keys() - want.keys()]
-    for key in want.keys() & state.keys():
-        if state[key].shape != want[key].shape:
-            wrong.append(f"{key} {list(state[key].shape)} instead of {list(want[key].shape)}")
-    if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise InputError(
-            f"text encoder {folder}: the weights do not fit {CONFIG}: {', '.join(sorted(wrong)[:8])}{more}",
-            fix="take both files from one model",
-        )
-    dtype = getattr(torch, precision.value)
-    model.load_state_dict({key: value.to(device, dtype) for key, value in state.items()}, assign=True)
-    model.requires_grad_(False)
-    model.train(False)
+    model: torch.nn.Module = T5EncoderModel(T5Config(**settings))
     return model
 
 
-def _weights(folder: Path, verified: Mapping[str, bytes]) -> dict[str, Tensor]:
+def _weights(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
     """The encoder's half of the weights; token embeddings under both names that transformers has for them."""
-    state: dict[str, Tensor] = {}
-    for path in _weight_files(folder):
-        for key, value in _tensors(path, verified).items():
-            if not key.startswith(("decoder.", "lm_head.")):
-                state[key] = value
-                if not value.isfinite().all():
-                    raise NumericError(f"text encoder {path}: {key} is not finite", fix="copy it again")
+    state = {name: tensor for name, tensor in tensors if not name.startswith(("decoder.", "lm_head."))}
     if "shared.weight" in state:
+        state.pop("encoder.embed_tokens.weight", None)
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
     return state
-
-
-def _tensors(path: Path, verified: Mapping[str, bytes]) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if verified:
-        return store.bytes_to_tensors(_data(path, verified), f"text encoder {path}")
-    try:
-        return load_file(path)  # maps the file: a large T5 should not be in memory twice
-    except SafetensorError as error:
-        raise InputError(f"text encoder {path}: is not a safetensors file: {error}", fix="copy it again") from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / WEIGHTS).is_file():
-        return [folder / WEIGHTS]
-    shards = store.from_json((folder / SHARDS).read_bytes(), folder / SHARDS).get("weight_map")
-    names = sorted({str(name) for name in shards.values()}) if isinstance(shards, dict) else []
-    lost = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
-    if lost or not names:
-        raise InputError(
-            f"text encoder {folder}: {SHARDS} names {', '.join(lost) or 'no file'}, which is not here",
-            fix="copy the folder again",
-        )
-    return [folder / name for name in names]
-
-
-def _fingerprint(folder: Path, verified: Mapping[str, bytes], precision: Precision) -> str:
-    """SHA-256 over the files of the encoder and the precision they are used in."""
-    digest = hashlib.sha256(precision.value.encode())
-    for path in (folder / CONFIG, folder / TOKENIZER, *_weight_files(folder)):
-        with io.BytesIO(_data(path, verified)) if verified else path.open("rb") as file:
-            content = hashlib.sha256()
-            while chunk := file.read(1 << 20):
-                content.update(chunk)
-        digest.update(f"\n{path.name} {content.hexdigest()}".encode())
-    return digest.hexdigest()
 
 
 class EmbeddingStore:
@@ -430,7 +378,7 @@ class EmbeddingStore:
         self.max_tokens: int = index["max_tokens"]
 
     @classmethod
-    def create(cls, folder: Path, encoder: T5Text) -> EmbeddingStore:
+    def create(cls, folder: Path, encoder: Encoder) -> EmbeddingStore:
         """Opens the store for writing by `encoder`; ConfigError where another encoder has written."""
         index = {"encoder": encoder.fingerprint, "width": encoder.width, "max_tokens": encoder.cfg.max_tokens}
         if not (folder / INDEX).exists():
@@ -442,13 +390,13 @@ class EmbeddingStore:
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Reads `prompts`, padded with zeros to `max_tokens`; equal to what the encoder gave, bit for bit."""
-        return _padded([self._read(check_prompt(prompt)) for prompt in prompts], self.max_tokens, self.width)
+        return padded([self._read(_name(prompt)) for prompt in prompts], self.max_tokens, self.width)
 
-    def put(self, prompts: Iterable[str], encoder: T5Text) -> int:
+    def put(self, prompts: Iterable[str], encoder: Encoder) -> int:
         """Writes the prompts that are not there yet, each file whole or not at all; returns how many."""
         assert encoder.fingerprint == self.fingerprint, "open the store with `create`"
         written = 0
-        for prompt in map(check_prompt, prompts):
+        for prompt in map(_name, prompts):
             path = self.path(prompt)
             if not path.exists():
                 text = encoder.encode([prompt])
@@ -472,7 +420,12 @@ class EmbeddingStore:
         return tokens
 
 
-def _padded(rows: Sequence[Tensor], length: int, width: int) -> Text:
+def _name(prompt: str) -> str:
+    """What a prompt is stored under."""
+    return check_prompt(prompt) if prompt else ""
+
+
+def padded(rows: Sequence[Tensor], length: int, width: int) -> Text:
     """`rows` (n, D) of different n as a Text of `length` tokens."""
     out = Text.empty(len(rows), length, width)
     for b, row in enumerate(rows):

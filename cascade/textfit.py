@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from cascade import store
 from cascade.data.shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, Spec, draw_spec, say
-from cascade.text import CONFIG, TOKENIZER, WEIGHTS
+from cascade.encoders import CONFIG, TOKENIZER, WEIGHTS
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

@@ -28,6 +28,7 @@ from cascade.examples import Examples, Pooled, batches
 from cascade.stage import Batch, Stage, TrainConfig
 from cascade.text import Text
 from cascade.unet import VideoUNet
+from cascade.unet3d import UNet3D
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -235,7 +236,7 @@ def accelerator_of(cfg: TrainConfig, device: torch.device) -> Accelerator:
 
 
 def recompute(net: nn.Module, on: bool) -> None:
-    if isinstance(net, VideoUNet):
+    if isinstance(net, VideoUNet | UNet3D):
         net.checkpointing = on
     elif on:
         raise ConfigError(f"{type(net).__name__} cannot recompute its activations", fix="train.checkpointing=false")

@@ -7,10 +7,12 @@ model equals its image model frame by frame.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextvars import copy_context
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from cascade.layers import (
     Clip,
     FiLM,
     Norm,
+    PseudoConv,
     SpatialAttention,
     TemporalAttention,
     TemporalConv,
@@ -38,14 +41,25 @@ class Mixer(Enum):
     CONV = "conv"
     ATTN = "attn"
     BOTH = "conv+attn"
+    PSEUDO = "pseudo"  # a convolution along time behind every spatial one: together pseudo-3D (Make-A-Video)
+    PSEUDO_ATTN = "pseudo+attn"
+
+    def has(self, part: Mixer) -> bool:
+        """Whether `part` is one of the things that mix."""
+        return part.value in self.value.split("+")
 
 
 @dataclass(kw_only=True)
 class LevelSpec:
-    """One resolution of the U-Net; each level below the first halves height and width."""
+    """One resolution of the U-Net; each level below the first halves height and width.
+
+    It is made smaller before the blocks of the way down and larger after those of the way up, so that they cost least
+    (Saharia et al. 2022, Efficient U-Net).
+    """
 
     channels: int
-    blocks: int = 1
+    blocks: int = 1  # on the way down; each leaves a skip connection for one on the way up
+    blocks_up: int | None = None  # on the way up; None: as many
     mixer: Mixer = Mixer.CONV
     spatial_attention: bool = False
     text_attention: bool = False
@@ -55,6 +69,13 @@ class LevelSpec:
             raise ValueError(f"channels is {self.channels}, expected a multiple of 8")
         if self.blocks < 1:
             raise ValueError(f"blocks is {self.blocks}, expected at least 1")
+        if self.ups < 1:
+            raise ValueError(f"blocks_up is {self.blocks_up}, expected at least 1")
+
+    @property
+    def ups(self) -> int:
+        """Blocks on the way up."""
+        return self.blocks if self.blocks_up is None else self.blocks_up
 
 
 @dataclass(kw_only=True)
@@ -64,20 +85,25 @@ class UNetConfig:
     levels: list[LevelSpec]
     patch: int = 1  # side of the square of pixels that is one position inside
     embedding: int = 256  # width of the embedding of time, scalars and pooled text
-    text: int = 128  # width of the text encoder's embeddings
+    text: int = 128  # width of the text encoder's embeddings; 0: the network is told no text
     head: int = 64  # channels per attention head
     frame_position: bool = False  # tells every block which frame it sees: fixed-length stages only
     residual: bool = False  # the output starts from the incoming video: for x-prediction
     channels: int = 3
+    skip_scale: float = 1.0  # of skip connections: 1 / sqrt(2) in the Efficient U-Net
 
     def __post_init__(self) -> None:
         if not self.levels:
             raise ValueError("levels is empty, expected at least one level")
-        for name, least in (("patch", 1), ("embedding", 2), ("text", 1), ("head", 1), ("channels", 1)):
+        for name, least in (("patch", 1), ("embedding", 2), ("text", 0), ("head", 1), ("channels", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
         if self.embedding % 2:
             raise ValueError(f"embedding is {self.embedding}, expected an even number: sines and cosines")
+        if not 0 < self.skip_scale <= 1:
+            raise ValueError(f"skip_scale is {self.skip_scale}, expected a number above 0, at most 1")
+        if not self.text and any(level.text_attention for level in self.levels):
+            raise ValueError(f"text is {self.text}, expected the width of the embeddings: a level has text_attention")
         for level in self.levels:
             if level.channels % max(1, level.channels // self.head):
                 raise ValueError(
@@ -93,6 +119,17 @@ class UNetConfig:
     def fully_convolutional(self) -> bool:
         """Without spatial attention it can be trained on crops and run at any size."""
         return not any(level.spatial_attention for level in self.levels)
+
+
+# Fields that are younger than weights which exist, and the values those were made with.
+YOUNG = {"skip_scale": 1.0}
+YOUNG_IN_LEVELS = {"blocks_up": None}
+
+
+def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """An architecture as it stands beside weights, with the fields that came after them."""
+    levels = [{**YOUNG_IN_LEVELS, **level} for level in saved.get("levels", [])]
+    return {**YOUNG, **saved, "levels": levels}
 
 
 @dataclass
@@ -169,20 +206,26 @@ class Block(nn.Module):
 
     def __init__(self, cin: int, level: LevelSpec, cfg: UNetConfig) -> None:
         super().__init__()
-        c = level.channels
+        c, mixer = level.channels, level.mixer
         self.norm = Norm(cin)
         self.conv1 = nn.Conv2d(cin, c, 3, padding=1)
         self.film = FiLM(c, cfg.embedding)
         self.conv2 = zero(nn.Conv2d(c, c, 3, padding=1))
         self.skip = nn.Conv2d(cin, c, 1) if cin != c else nn.Identity()
-        self.time_conv = TemporalConv(c) if level.mixer in (Mixer.CONV, Mixer.BOTH) else None
+        self.time_conv1 = PseudoConv(c) if mixer.has(Mixer.PSEUDO) else None
+        self.time_conv2 = PseudoConv(c) if mixer.has(Mixer.PSEUDO) else None
+        self.time_conv = TemporalConv(c) if mixer.has(Mixer.CONV) else None
         self.space = SpatialAttention(c, cfg.head) if level.spatial_attention else None
         self.text = TextAttention(c, cfg.head, cfg.text) if level.text_attention else None
-        self.time_attention = TemporalAttention(c, cfg.head) if level.mixer in (Mixer.ATTN, Mixer.BOTH) else None
+        self.time_attention = TemporalAttention(c, cfg.head) if mixer.has(Mixer.ATTN) else None
 
     def forward(self, h: Tensor, clip: Clip, text: Text) -> Tensor:
         out = self.conv1(self.norm(h, silu=True))
+        if self.time_conv1 is not None:
+            out = self.time_conv1(out, clip)
         out = self.conv2(self.film(out, clip, silu=True))
+        if self.time_conv2 is not None:
+            out = self.time_conv2(out, clip)
         h = self.skip(h) + out
         if self.time_conv is not None:
             h = self.time_conv(h, clip)
@@ -213,10 +256,15 @@ class VideoUNet(nn.Module):
         self.up = nn.ModuleList()
         self.shrink = nn.ModuleList()
         self.grow = nn.ModuleList()
+        self.time_after = nn.ModuleDict()  # pseudo-3D parts of the three kinds of convolution here
+        if cfg.levels[0].mixer.has(Mixer.PSEUDO):
+            self.time_after["in"] = PseudoConv(c)
         for i, level in enumerate(cfg.levels):
             if i:
                 self.shrink.append(nn.Conv2d(c, level.channels, 3, stride=2, padding=1))
                 c = level.channels
+                if level.mixer.has(Mixer.PSEUDO):
+                    self.time_after[f"shrink{i}"] = PseudoConv(c)
             stack = nn.ModuleList()
             for _ in range(level.blocks):
                 stack.append(Block(c, level, cfg))
@@ -225,12 +273,14 @@ class VideoUNet(nn.Module):
         self.middle = Block(c, cfg.levels[-1], cfg)
         for i, level in reversed(list(enumerate(cfg.levels))):
             stack = nn.ModuleList()
-            for _ in range(level.blocks):
-                stack.append(Block(2 * c, level, cfg))
+            for number in range(level.ups):
+                stack.append(Block(2 * c if number < level.blocks else c, level, cfg))
             self.up.append(stack)
             if i:
                 self.grow.append(nn.Conv2d(c, cfg.levels[i - 1].channels, 3, padding=1))
                 c = cfg.levels[i - 1].channels
+                if cfg.levels[i - 1].mixer.has(Mixer.PSEUDO):
+                    self.time_after[f"grow{i}"] = PseudoConv(c)
         self.norm_out = FiLM(c, e)
         self.conv_out = zero(nn.Conv2d(c, cfg.channels * pixels, 3, padding=1))
         self.through = zero(nn.Linear(e, 2 * cfg.channels))
@@ -244,19 +294,23 @@ class VideoUNet(nn.Module):
         seen = torch.cat([z, cond.concat, cond.mask.expand(-1, -1, -1, height, width)], 1)
         seen = seen.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         h = self.conv_in(F.pixel_unshuffle(seen, self.cfg.patch).contiguous(memory_format=torch.channels_last))
-        skips = []
+        h = self._after("in", h, clip)
+        skips: list[list[Tensor]] = []  # of each level
         for i, stack in enumerate(self.down):
             if i:
-                h = self.shrink[i - 1](h)
+                h = self._after(f"shrink{i}", self.shrink[i - 1](h), clip)
+            skips.append([])
             for block in stack:  # type: ignore[attr-defined]
                 h = self._block(block, h, clip, cond.text)
-                skips.append(h)
+                skips[-1].append(h)
         h = self._block(self.middle, h, clip, cond.text)
         for i, stack in enumerate(self.up):
+            own = skips.pop()
             for block in stack:  # type: ignore[attr-defined]
-                h = self._block(block, torch.cat([h, skips.pop()], 1), clip, cond.text)
+                h = self._block(block, torch.cat([h, self._scaled(own.pop())], 1) if own else h, clip, cond.text)
             if i < len(self.grow):
                 h = self.grow[i](F.interpolate(h, scale_factor=2, mode="nearest"))
+                h = self._after(f"grow{len(self.grow) - i}", h, clip)
         out = self.conv_out(self.norm_out(h, clip, silu=True))
         out = F.pixel_shuffle(out, self.cfg.patch)
         # Pixels also pass straight through, weighted by the embedding: noise need not squeeze through the patches.
@@ -265,12 +319,23 @@ class VideoUNet(nn.Module):
         out = out + gain_z * seen[:, :c] + (gain_low + self.cfg.residual) * seen[:, c : 2 * c]
         return torch.unflatten(out, 0, (batch, frames)).transpose(1, 2)
 
+    def _after(self, name: str, h: Tensor, clip: Clip) -> Tensor:
+        return self.time_after[name](h, clip) if name in self.time_after else h
+
+    def _scaled(self, skip: Tensor) -> Tensor:
+        return skip if self.cfg.skip_scale == 1 else skip * self.cfg.skip_scale
+
     def _block(self, block: nn.Module, h: Tensor, clip: Clip, text: Text) -> Tensor:
-        if not (self.checkpointing and torch.is_grad_enabled()):
-            return block(h, clip, text)  # type: ignore[no-any-return]
-        # On CUDA the backward pass has threads of its own, which do not see this one's choice of attention kernel.
-        again = partial(copy_context().run, block)
-        return checkpoint(again, h, clip, text, use_reentrant=False, preserve_rng_state=False)  # type: ignore[no-any-return]
+        return recomputed(block, h, clip, text) if self.checkpointing else block(h, clip, text)  # type: ignore[no-any-return]
+
+
+def recomputed(block: Callable[..., Any], *args: Any) -> Any:
+    """`block(*args)`, computed again in the backward pass instead of kept."""
+    if not torch.is_grad_enabled():
+        return block(*args)
+    # On CUDA the backward pass has threads of its own, which do not see this one's choice of attention kernel.
+    again = partial(copy_context().run, block)
+    return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 class Embedding(nn.Module):
@@ -284,7 +349,7 @@ class Embedding(nn.Module):
         self.level = nn.Linear(e, e)
         self.fps = zero(nn.Linear(e, e))
         self.guidance = zero(nn.Linear(e, e))
-        self.text = nn.Linear(cfg.text, e)
+        self.text = nn.Linear(cfg.text, e) if cfg.text else None
         self.frame = zero(nn.Linear(e, e)) if cfg.frame_position else None
         self.out = nn.Sequential(nn.SiLU(), nn.Linear(e, e), nn.SiLU())
 
@@ -297,7 +362,9 @@ class Embedding(nn.Module):
 
         dtype = self.time.weight.dtype
         out = self.time(waves(1000 * t).to(dtype)) + self.level(waves(1000 * cond.level).to(dtype))
-        out = out + self.fps(waves(10 * cond.fps).to(dtype)) + self.text(cond.text.pooled().to(dtype))
+        out = out + self.fps(waves(10 * cond.fps).to(dtype))
+        if self.text is not None:
+            out = out + self.text(cond.text.pooled().to(dtype))
         if w is not None:
             out = out + self.guidance(waves(10 * w).to(dtype))
         out = out[:, None].expand(-1, frames, -1)  # (B, F, E)

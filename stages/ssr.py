@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cascade.errors import ConfigError
 from cascade.stage import StageConfig
-from cascade.video import Shape, Video
+from cascade.video import Filter, Shape, Video
 
 KEEPS_KNOWN = False
 METRICS = ("fidelity", "consistency")
@@ -18,6 +18,7 @@ METRICS = ("fidelity", "consistency")
 @dataclass(kw_only=True)
 class Config(StageConfig):
     scale: int  # output height / input height
+    filter: Filter = Filter.BICUBIC  # that brings the input to the output's size
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -56,7 +57,7 @@ def degrade(video: Video, cfg: Config, rng: torch.Generator) -> Video | None:
 
 def condition(low: Video, cfg: Config, shape: Shape) -> tuple[Tensor, Tensor]:
     """The incoming video at output size; the mask says that all of it counts."""
-    concat = low.resize(shape.height, shape.width).frames
+    concat = low.resize(shape.height, shape.width, cfg.filter).frames
     return concat, torch.ones_like(concat[:, :1, :, :1, :1])
 
 

@@ -22,11 +22,14 @@ if TYPE_CHECKING:
 WIDTH = 6  # of the tiny text encoder
 CAPTIONS = ("a red circle", "a blue square moves", "two white stars stand still on a black background")
 SHAPES = {"base": (4, 8, 8), "tsr": (4, 8, 8), "ssr": (4, 8, 8), "interp": (5, 8, 8)}
+SHAPES |= {"relay": (4, 8, 8), "refine": (4, 8, 8)}
 OWN: dict[str, dict[str, Any]] = {
     "base": {"known": 0.5},
     "tsr": {"factor": 2},
     "ssr": {"scale": 2},
     "interp": {"factor": 2},
+    "relay": {"scale": 2},
+    "refine": {"from_height": 4, "from_width": 6},
 }
 
 

@@ -18,20 +18,22 @@ LIBRARY = [path for path in FILES if path.is_relative_to(ROOT / "cascade")]
 KINDS = [path for path in FILES if path.parent == ROOT / "stages" and path.stem != "__init__"]
 # Imports go to the left or stay within a group.
 ORDER = """
-errors config compose store noise video diffusion | kernels | attention layers text media codec pickled | request |
-unet sampler windows | stage temporal checkpoint | assets | pipeline data metrics plan textfit | examples |
+errors config compose store noise video diffusion | kernels |
+foreign grid sampler encoders prior attention layers text clip media codec pickled | request |
+unet unet3d_config unet3d_blocks unet3d windows | stage temporal checkpoint | assets |
+pipeline data metrics plan textfit | examples |
 train preview exam marks evaluate importers | distill export tasks series gates plots results report recipe merge | cli
 """
 RANK = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}
 HOMES = {  # the files that may import a package
-    "transformers": {"cascade/text.py", "cascade/textfit.py"},
+    "transformers": {"cascade/text.py", "cascade/clip.py", "cascade/textfit.py"},
     "xformers": {"cascade/attention/xformers.py"},
     "av": {"cascade/media.py"},
     "imageio": {"cascade/media.py"},
     "imageio_ffmpeg": {"cascade/media.py"},
     "ffmpeg": {"cascade/media.py"},
     "accelerate": {"cascade/train.py", "cascade/distill.py", "cascade/tasks.py"},
-    "diffusers": {"cascade/codec.py", "cascade/export.py"},
+    "diffusers": {"cascade/foreign.py", "cascade/export.py"},
     "triton": {"cascade/kernels/__init__.py"},  # and LATE
 }
 # Triton's language is written at the top of a module: these import it as they load, and load inside functions alone.

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from cascade import store
-from cascade.codec import CONFIG, WEIGHTS, Autoencoder, Codec, Kind, Pixels
+from cascade.codec import Autoencoder, Codec, Kind, Pixels
 from cascade.config import parse, plain
 from cascade.errors import ConfigError, InputError, NumericError
+from cascade.foreign import CONFIG, WEIGHTS
 from cascade.noise import Noise, generator, sample_id
 from cascade.sampler import Sampler, Threshold, keep_known, sample
 from cascade.stage import Batch, Stage

@@ -105,6 +105,36 @@ def test_parse_reads_every_kind_of_field() -> None:
     assert stage.betas == (0.5, 1.0, 0.25) and stage.either == "text" and stage.extra["deep"][2] == {"x": 2.5}
 
 
+@dataclass(kw_only=True)
+class Square:
+    side: int
+
+
+@dataclass(kw_only=True)
+class Circle:
+    shape: Literal["circle"]
+    radius: int
+
+
+@dataclass(kw_only=True)
+class Drawing:
+    what: Square | Circle
+
+
+def test_one_field_tells_dataclasses_apart() -> None:
+    assert parse({"what": {"side": 2}}, Drawing).what == Square(side=2)
+    circle = {"what": {"shape": "circle", "radius": 2}}
+    assert plain(parse(circle, Drawing)) == circle
+    for tree, message in (
+        ({"sides": 2}, "what.sides: there is no such setting"),
+        ({"shape": "circel", "radius": 2}, "what.shape: 'circel' is not one of circle"),
+        ({"shape": "circle", "side": 2}, "what.side: there is no such setting"),
+        (3, "what"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            parse({"what": tree}, Drawing)
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [

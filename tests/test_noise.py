@@ -40,12 +40,6 @@ def test_a_window_sees_the_noise_of_the_whole_video() -> None:
     assert torch.equal(NOISE.window(1).window(2)((3, 2, 1, 5, 6), 3, "step"), WHOLE[:, :, 3:4])
 
 
-def test_shared_noise_is_the_first_frame_everywhere() -> None:
-    shared = Noise(seed=7, stage="base", samples=NAMES, shared=True)
-    assert torch.equal(shared(SHAPE, 3, "step"), WHOLE[:, :, :1].expand(SHAPE))
-    assert torch.equal(shared.window(2)((3, 2, 1, 5, 6), 3, "step"), WHOLE[:, :, :1])
-
-
 @pytest.mark.parametrize(
     "other",
     [

@@ -52,6 +52,21 @@ def test_plain_data_is_read_as_it_is(protocol: int) -> None:
     assert pickled.read(pickle.dumps(data, protocol), "it") == data
 
 
+def test_the_state_dict_of_a_module_is_read(tmp_path: Path) -> None:
+    """torch.save writes it as an OrderedDict with attributes, and parameters by a function of their own."""
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Conv2d(3, 4, 1).bfloat16())
+    saved = {"ema": module.state_dict(), "step": 3, "own": {"weight": module[0].weight}}
+    torch.save(saved, tmp_path / "it.pt")
+    found = pickled.torch_tensors((tmp_path / "it.pt").read_bytes(), "it")
+    expected = {f"ema.{name}": tensor for name, tensor in module.state_dict().items()} | {
+        "own.weight": module[0].weight
+    }
+    assert found.keys() == expected.keys()
+    assert all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype for name, tensor in expected.items()
+    )
+
+
 class Trap:
     """Unpickled, it makes a file."""
 

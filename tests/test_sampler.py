@@ -617,6 +617,7 @@ def test_the_noise_decides_the_dtype(dtype: torch.dtype) -> None:
         ({"guidance_low": 1.0}, "guidance_low is 1.0, expected a number from 0 to guidance, which is 0.0"),
         ({"guidance_constant": -1}, "guidance_constant is -1, expected at least 0"),
         ({"percentile": 0.0}, "percentile is 0.0, expected a number above 0, at most 1"),
+        ({"reconstruction": -1.0}, "reconstruction is -1.0, expected a number of at least 0"),
         ({"strength": 0.0}, "strength is 0.0, expected a number above 0, at most 1"),
         ({"strength": 1.1}, "strength is 1.1, expected a number above 0, at most 1"),
     ],

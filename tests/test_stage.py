@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cascade.codec import Codec, Kind
 from cascade.config import plugin
 from cascade.diffusion import Diffusion, Path, Prediction
+from cascade.errors import ConfigError
 from cascade.noise import Noise, generator, sample_id
 from cascade.pipeline import untrained
+from cascade.sampler import Rule as StepRule
 from cascade.sampler import Sampler
 from cascade.stage import AUGMENTATION, Batch, Stage
 from cascade.text import Text
@@ -77,6 +80,137 @@ def batch_of(stage: Stage, encode: Make, size: int = 2) -> Batch:
         x, cond = stage.example(video(stage), encode([PROMPTS[i % 2]]), rng)
         parts.append(Batch(x, torch.randn(x.shape, generator=rng), torch.rand(1, generator=rng), torch.zeros(1), cond))
     return Batch.cat(parts)
+
+
+# what is given -------------------------------------------------------------------------------------------------------
+
+STRAIGHT = Diffusion(prediction=Prediction.X, path=Path.STRAIGHT)
+RHO, SPREAD = 0.9, 0.3  # of the Gaussian world below: correlation of neighbouring frames, standard deviation
+
+
+def autoregressive(frames: int) -> Tensor:
+    distance = torch.arange(frames)[:, None] - torch.arange(frames)
+    return SPREAD**2 * RHO ** distance.abs().double()
+
+
+def exact(z: Tensor, t: Tensor) -> Tensor:
+    """E[x | z] where every pixel's frames are a Gaussian process of first order, all pixels independent."""
+    alpha, sigma = (level.flatten()[0] for level in Diffusion().alpha_sigma(t, torch.float64))
+    frames = z.shape[2]
+    covariance = autoregressive(frames)
+    gain = alpha * covariance @ torch.linalg.inv(alpha**2 * covariance + sigma**2 * torch.eye(frames))
+    return torch.einsum("fg,bcghw->bcfhw", gain.to(z), z)
+
+
+class Gaussian(Spy):
+    """The exact denoiser of that world, which cannot be told anything."""
+
+    def forward(self, z: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
+        super().forward(z, t, cond, w)
+        return exact(z, t)
+
+
+def extended(make_stage: Make, encode: Make, weight: float) -> Tensor:
+    """Means (F,) of eight frames, the first four known to be 0.45, after 128 ancestral steps."""
+    settings = Sampler(steps=128, rule=StepRule.ANCESTRAL, reconstruction=weight)
+    cfg = replace(make_stage("base").cfg, shape=Shape(frames=8, height=32, width=32), sampler=settings, told=False)
+    stage = Stage(replace(cfg, diffusion=Diffusion(prediction=Prediction.X)), plugin("base"), Gaussian())  # type: ignore[arg-type]
+    known = torch.arange(8)[None] < 4
+    low = Video(torch.full((1, 3, 8, 32, 32), 1.5 * SPREAD), 8.0, known)
+    made = stage.sample(low, encode(PROMPTS[:1]), None, noise()).frames
+    assert torch.equal(made[:, :, :4], low.frames[:, :, :4])
+    assert not any(bool(cond.mask.any()) for cond in stage.net.conds)  # type: ignore[union-attr]
+    return made.mean((0, 1, 3, 4))
+
+
+def test_reconstruction_guidance_extends_a_clip_and_replacement_does_not(make_stage: Make, encode: Make) -> None:
+    """Of an exact denoiser the truth is the conditional mean RHO^k x (Ho et al. 2022, VDM, sec. 3.1)."""
+    replaced = extended(make_stage, encode, 0.0)
+    guided = extended(make_stage, encode, 2.0)
+    truth = 1.5 * SPREAD * RHO ** torch.arange(1, 5)
+    assert (guided[4:] - truth).abs().max() < 0.05
+    assert (replaced[4:] - truth).abs().max() > 0.12
+    jump = 1.5 * SPREAD - torch.stack([replaced[4], guided[4], truth[0]])
+    assert (jump[1] - jump[2]).abs() < 0.5 * (jump[0] - jump[2])
+
+
+def test_replaced_frames_follow_the_forward_process(make_stage: Make, encode: Make) -> None:
+    """Known frames in x_hat make their z the one of the forward process: with DDIM for the very noise of the start."""
+    stage, spy = spied(make_stage("base"), sampler=Sampler(steps=4), told=False)
+    seen: list[Tensor] = []
+    spy.answer = lambda z, cond: seen.append(z) or torch.tanh(z)  # type: ignore[func-returns-value]
+    low = given(stage)
+    stage.sample(low, encode(PROMPTS[:1]), None, noise())
+    eps = noise()((1, 3, 4, 8, 8), 0, "start")
+    for z, t in zip(seen, spy.times, strict=True):
+        assert (z - Diffusion().noised(low.frames, eps, t))[:, :, 0].abs().max() < 1e-5
+
+
+def test_reconstruction_guidance_makes_what_would_be_the_given_video_made_small(make_stage: Make, encode: Make) -> None:
+    """Super-resolution with a network that was never told of the small video."""
+    errors = []
+    for weight in (0.01, 2.0, 20.0):
+        sampler = Sampler(steps=64, reconstruction=weight)
+        stage = make_stage("ssr", told=False, sampler=sampler, diffusion=Diffusion(prediction=Prediction.X))
+        stage = Stage(stage.cfg, stage.rule, Gaussian())
+        low = Video(0.3 * given(stage).frames, 8.0)
+        made = stage.rule.degrade(stage.sample(low, encode(PROMPTS[:1]), None, noise()), stage.cfg, generator())
+        assert made is not None
+        errors.append(float((made.frames - low.frames).square().mean().sqrt()))
+    assert errors[1] < 0.5 * errors[0] and errors[2] < 0.2 * errors[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_that_is_not_told_is_not_told_in_training_either(kind: str, make_stage: Make, encode: Make) -> None:
+    sampler = Sampler(steps=2, reconstruction=1.0)
+    stage, spy = spied(make_stage(kind), lambda z, cond: torch.tanh(z), sampler=sampler, told=False, augment=0.1)
+    _, trained = stage.example(video(stage), encode(PROMPTS[:1]), generator())
+    stage.sample(given(stage), encode(PROMPTS[:1]), None, noise())
+    for cond in (trained, *spy.conds):
+        assert not cond.concat.any() and not cond.mask.any() and not cond.level.any()
+        assert cond.concat.shape == (1, 3, *video(stage).frames.shape[2:])
+
+
+def test_noise_may_be_shared_by_all_frames(make_stage: Make, encode: Make) -> None:
+    """A network that treats frames alike then makes equal frames of equal frames; else it does not."""
+    net = make_stage("ssr").cfg.net
+    alone = replace(net, levels=[LevelSpec(channels=8, mixer=Mixer.NONE)])
+    low = Video(video(make_stage("ssr")).frames[:, :, :1, ::2, ::2].expand(-1, -1, 4, -1, -1), 8.0)
+    frames = []
+    for shared in (True, False):
+        sampler = Sampler(steps=3, rule=StepRule.ANCESTRAL, shared_noise=shared)
+        stage = make_stage("ssr", 0.2, net=alone, sampler=sampler, augment=0.2)
+        frames.append(stage.sample(low, encode(PROMPTS[:1]), None, noise()).frames)
+    assert (frames[0] - frames[0][:, :, :1]).abs().max() < 1e-5
+    assert (frames[1] - frames[1][:, :, :1]).abs().max() > 1e-2
+    assert (frames[0] - frames[1])[:, :, 0].abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("ssr", {"told": False}, "the incoming video would go unheard"),
+        ("ssr", {"told": False, "diffusion": STRAIGHT}, "told is False, expected true: the path starts"),
+        (
+            "ssr",
+            {
+                "sampler": Sampler(steps=2, reconstruction=1),
+                "codec": Codec(kind=Kind.LATENT, weights="/nowhere", channels=3, stride=2),
+            },
+            "no gradient passes the codec",
+        ),
+    ],
+)
+def test_a_stage_that_could_not_heed_what_it_is_given_is_refused(
+    kind: str, changes: dict[str, Any], words: str, make_stage: Make
+) -> None:
+    with pytest.raises((ConfigError, ValueError), match=words):
+        make_stage(kind, **changes)
+
+
+def test_guidance_needs_text(stage_config: Make, net_config: Make) -> None:
+    with pytest.raises(ValueError, match="guidance is 2, expected 0"):
+        stage_config("base", net=net_config(text=0), sampler=Sampler(steps=2, guidance=2))
 
 
 # conditioning --------------------------------------------------------------------------------------------------------

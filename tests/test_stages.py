@@ -11,11 +11,11 @@ import torch
 from cascade.compose import compose
 from cascade.config import package_root, parse, plain, plugin
 from cascade.errors import ConfigError
-from cascade.noise import generator
+from cascade.noise import Noise, generator
 from cascade.stage import StageConfig
 from cascade.text import Text
 from cascade.unet import Cond, VideoUNet
-from cascade.video import Shape, Video
+from cascade.video import Fill, Shape, Video
 
 KINDS = ("base", "tsr", "ssr", "interp")
 SHIPPED = sorted(
@@ -99,9 +99,48 @@ def test_a_base_stage_trains_with_some_known_frames(stage_config: Make) -> None:
     assert rule.degrade(video(Shape(frames=1, height=8, width=8)), stage_config("base", known=1.0), generator()) is None
 
 
+@pytest.mark.parametrize("kind", ["tsr", "interp"])
+def test_blank_gaps_are_frames_that_are_not_known(kind: str, stage_config: Make) -> None:
+    """Interpolation is one choice of known frames; others are animating a picture and going on from a clip."""
+    cfg, rule = stage_config(kind, fill=Fill.BLANK), plugin(kind)
+    whole = video(cfg.shape, 2)
+    every = (torch.arange(cfg.shape.frames) % 2 == 0).expand(2, -1)
+    told = rule.condition(rule.degrade(whole, cfg, generator()), cfg, cfg.shape)
+    same = rule.condition(Video(whole.frames, whole.fps, every), cfg, cfg.shape)
+    assert torch.equal(told[0], same[0]) and torch.equal(told[1], same[1])
+    with pytest.raises(ConfigError, match="but fill is blend: known can be 0, 2, 4, "):
+        rule.condition(Video(whole.frames, whole.fps, every), stage_config(kind), cfg.shape)
+
+
+def test_an_interpolator_also_trains_to_go_on(stage_config: Make) -> None:
+    cfg = stage_config("interp", fill=Fill.BLANK, known=0.5, shape=Shape(frames=9, height=8, width=8))
+    rule = plugin("interp")
+    low = rule.degrade(video(cfg.shape, 400), cfg, generator("known"))
+    every = torch.arange(9) % 2 == 0
+    interpolates = (low.known == every).all(1)
+    assert 0.4 < interpolates.float().mean() < 0.6
+    beginnings = low.known[~interpolates]
+    counts = beginnings.sum(1)
+    assert counts.unique().tolist() == [1, 2, 3, 4]
+    assert torch.equal(beginnings, torch.arange(9) < counts[:, None])
+
+
+@pytest.mark.parametrize("given", [1, 3])
+def test_an_interpolator_animates_a_picture_and_goes_on_from_a_clip(given: int, make_stage: Make, encode: Make) -> None:
+    stage = make_stage("interp", 0.2, fill=Fill.BLANK)
+    low = video(stage.cfg.shape, fps=6.0)
+    low.known = torch.arange(5)[None] < given
+    made = stage.sample(low, encode(["a"]), None, Noise(0, "interp", ("a",)))
+    assert made.fps == 6.0 and made.shape == stage.cfg.shape
+    assert torch.equal(made.frames[:, :, :given], low.frames[:, :, :given])
+    assert (made.frames - low.frames)[:, :, given:].abs().amax((0, 1, 3, 4)).min() > 0.01
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "words"),
     [
+        ("interp", {"known": 0.5}, "fill is blend, expected blank where known is above 0"),
+        ("tsr", {"known": -0.5}, "known is -0.5, expected 0 to 1"),
         ("base", {"known": 1.5}, "known is 1.5, expected 0 to 1"),
         ("tsr", {"factor": 1}, "factor is 1, expected at least 2"),
         ("tsr", {"factor": 3}, "shape.frames is 4, but factor 3 makes 3 frames of 1 and 6 of 2"),

@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade import attention
+from cascade import attention, checkpoint
+from cascade.config import plain
+from cascade.errors import InputError
+from cascade.layers import Clip, PseudoConv
 from cascade.noise import generator
 from cascade.text import Text
-from cascade.unet import Cond, LevelSpec, Mixer, UNetConfig, VideoUNet
+from cascade.unet import YOUNG, YOUNG_IN_LEVELS, Cond, LevelSpec, Mixer, UNetConfig, VideoUNet, completed
 
 BATCH, FRAMES, SIDE = 2, 4, 8
 TIMED = [mixer for mixer in Mixer if mixer is not Mixer.NONE]
@@ -97,6 +100,25 @@ def test_a_new_video_model_is_its_image_model_frame_by_frame(
     near(torch.cat(alone, 2), exactly(video, z, t, cond), 1e-9)
 
 
+def test_convolutions_behind_spatial_ones_begin_as_the_identity_to_the_last_bit(one_thread: None) -> None:
+    conv = PseudoConv(16)
+    h = draw("h", BATCH * FRAMES, 16, 5, 3).contiguous(memory_format=torch.channels_last)
+    for segments in (None, torch.tensor([[0, 0, 1, 1], [0, 1, 2, 3]])):
+        clip = Clip(BATCH, FRAMES, h, segments)
+        assert torch.equal(conv(h, clip), h)
+    conv.conv.weight.data[:, :, 0] += 0.1  # from the frame before
+    changed = (conv(h, Clip(BATCH, FRAMES, h, torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]]))) - h).abs().amax((1, 2, 3))
+    assert (changed > 0).tolist() == [False, True, False, True, False, False, True, True]
+
+
+def test_every_large_convolution_but_the_last_is_pseudo_3d(net_config: Make) -> None:
+    """Make-A-Video, sec. 3.2.1: a convolution along time follows each spatial one, at levels that ask for it."""
+    spec = level(Mixer.PSEUDO, spatial_attention=False, text_attention=False)
+    net = network(net_config(levels=[spec, replace(spec, channels=16)]))
+    large = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert sum(isinstance(m, PseudoConv) for m in net.modules()) == len(large) - 1
+
+
 def test_new_inputs_begin_without_a_voice(net_config: Make, shaken: Make) -> None:
     net = network(net_config(frame_position=True))
     for name, parameter in net.named_parameters():
@@ -158,6 +180,58 @@ def test_a_condition_can_be_cut_joined_and_moved() -> None:
     assert mixed.segments is not None and mixed.segments.tolist() == [[0] * 4] * 3 + [[0, 0, 1, 1]] * 3
     assert Cond.cat([replace(cond, segments=None)] * 2).segments is None
     assert not cond.without_text().text.mask.any() and cond.text.mask.any()
+
+
+def test_a_network_of_no_text_hears_none(net_config: Make, shaken: Make) -> None:
+    net = shaken(network(net_config(levels=[level(text_attention=False)], text=0)))
+    z, t, cond = inputs()
+    assert torch.equal(net(z, t, cond), net(z, t, cond.without_text())) and net.embed.text is None
+
+
+def test_blocks_of_both_ways_work_at_the_size_of_their_level(net_config: Make) -> None:
+    """Smaller before the blocks of the way down, larger after those of the way up (Efficient U-Net)."""
+    spec = level(Mixer.NONE, spatial_attention=False, text_attention=False)
+    net, sides = network(net_config(levels=[spec, replace(spec, blocks=2), spec])), []
+    for stack in (*net.down, *net.up):
+        for block in stack:
+            block.register_forward_hook(lambda module, args, out: sides.append((args[0].shape[-1], out.shape[-1])))
+    net(*inputs())
+    assert sides == [(side, side) for side in (8, 4, 4, 2, 2, 4, 4, 8)]
+
+
+@pytest.mark.parametrize("ups", [1, 2, 3])
+def test_the_ways_down_and_up_may_have_other_numbers_of_blocks(ups: int, net_config: Make, shaken: Make) -> None:
+    spec = level(Mixer.CONV, spatial_attention=False, text_attention=False, blocks=2, blocks_up=ups)
+    net = shaken(network(net_config(levels=[spec, spec])))
+    assert [len(stack) for stack in net.down] == [2, 2] and [len(stack) for stack in net.up] == [ups, ups]
+    assert [block.conv1.in_channels for block in net.up[0]] == [16, 16, 8][:ups]
+    assert net(*inputs()).abs().max() > 0
+    if ups == 2:
+        assert network(net_config(levels=[replace(spec, blocks_up=None)])).up[0][1].conv1.in_channels == 16
+
+
+def test_the_scale_of_skips_is_that_of_the_weights_that_read_them(net_config: Make, shaken: Make) -> None:
+    """Halved skips, read by doubled weights behind no norm, are what they were: the scale acts on skips alone."""
+    spec = level(Mixer.NONE, spatial_attention=False, text_attention=False)
+    whole, half = (shaken(network(net_config(levels=[spec], skip_scale=scale))) for scale in (1.0, 0.5))
+    for net in (whole, half):
+        net.up[0][0].conv1.weight.data.zero_()  # the branch behind the norm; `skip` reads the sum of both
+    half.up[0][0].skip.weight.data[:, 8:] *= 2
+    near(half(*inputs()), whole(*inputs()), 1e-5)
+    whole.up[0][0].skip.weight.data[:, 8:] *= 2
+    assert (half(*inputs()) - whole(*inputs())).abs().max() > 1e-3
+
+
+def test_weights_that_are_older_than_a_setting_fit_where_it_is_off(net_config: Make) -> None:
+    cfg = net_config(levels=[level()])
+    old = plain(cfg)
+    for name in YOUNG:
+        del old[name]
+    for name in YOUNG_IN_LEVELS:
+        del old["levels"][0][name]
+    checkpoint.compatible(completed(old), plain(cfg), "w")
+    with pytest.raises(InputError, match=r"skip_scale is 1\.0 in the weights"):
+        checkpoint.compatible(completed(old), plain(replace(cfg, skip_scale=0.5)), "w")
 
 
 # segments ------------------------------------------------------------------------------------------------------------
@@ -291,7 +365,9 @@ def test_without_a_gradient_nothing_is_computed_twice(net_config: Make, shaken: 
         ({"embedding": 7}, "embedding is 7, expected an even number"),
         ({"embedding": 0}, "embedding is 0, expected at least 2"),
         ({"head": 0}, "head is 0"),
-        ({"text": 0}, "text is 0"),
+        ({"text": -1}, "text is -1, expected at least 0"),
+        ({"text": 0, "levels": [level()]}, "text is 0, expected the width"),
+        ({"skip_scale": 0.0}, "skip_scale is 0.0"),
         ({"channels": 0}, "channels is 0"),
         ({"levels": [LevelSpec(channels=40)], "head": 12}, "head is 12, which does not divide 40 channels"),
     ],
@@ -301,7 +377,10 @@ def test_impossible_networks_are_refused(changes: dict[str, Any], words: str, ne
         net_config(**changes)
 
 
-@pytest.mark.parametrize(("changes", "words"), [({"channels": 12}, "multiple of 8"), ({"blocks": 0}, "at least 1")])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"channels": 12}, "multiple of 8"), ({"blocks": 0}, "at least 1"), ({"blocks_up": 0}, "blocks_up is 0")],
+)
 def test_impossible_levels_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         level(**changes)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cascade.errors import ConfigError
 from cascade.noise import generator
-from cascade.video import Shape, Video, resize, spread
+from cascade.video import Fill, Shape, Video, resize, spread
 
 
 def draw(frames: int, height: int = 4, width: int = 6) -> Tensor:
@@ -43,6 +43,16 @@ def test_between_known_frames_stands_their_blend_and_after_the_last_its_copy(giv
     x = torch.arange(float(given_frames)).view(1, 1, -1, 1, 1).expand(1, 3, -1, 2, 2)
     line = spread(x, k, given_frames * k)[0][0, 0, :, 0, 0]
     assert torch.allclose(line, (torch.arange(given_frames * k) / k).clamp(max=given_frames - 1))
+
+
+@pytest.mark.parametrize("frames", [7, 9])
+def test_gaps_are_filled_as_asked(frames: int) -> None:
+    x = draw(3)
+    (blend, mask), (repeat, _), (blank, _) = (spread(x, 3, frames, fill) for fill in Fill)
+    assert mask[0, 0, :, 0, 0].tolist() == [1, 0, 0, 1, 0, 0, 1, 0, 0][:frames]
+    for filled in (blend, repeat, blank):
+        assert torch.equal(filled[:, :, ::3], x)
+    assert torch.equal(repeat, x.repeat_interleave(3, 2)[:, :, :frames]) and torch.equal(blank, repeat * mask)
 
 
 @pytest.mark.parametrize("frames", [5, 6, 10, 16])

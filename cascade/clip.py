@@ -1,0 +1,104 @@
+"""CLIP's text encoder (Radford et al. 2021), which Stable Diffusion and the video models made from it read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cascade import encoders, store
+from cascade.errors import ConfigError, InputError, NumericError
+from cascade.text import Text, TextConfig, as_read, padded
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+log = logging.getLogger("cascade")
+
+
+class CLIPText:
+    """The encoder with its byte-pair tokenizer, from a folder with vocab.json, merges.txt, config.json and weights.
+
+    Which token pads differs between the tokenizers of published models and, where padding is attended, changes every
+    video: it is read from special_tokens_map.json or tokenizer_config.json. Raises InputError for files that are
+    missing, damaged or do not fit, NumericError for weights that are not finite.
+    """
+
+    def __init__(self, cfg: TextConfig, device: str = "cpu") -> None:
+        self.cfg, self.device = cfg, device
+        self.folder = encoders.find_encoder(cfg.encoder)
+        verified = store.read(self.folder).files if (self.folder / store.MANIFEST).is_file() else {}
+        self.tokenizer = _tokenizer(self.folder)
+        dtype = getattr(torch, cfg.precision.value)
+        self.model = encoders.built(self.folder, verified, _make, _weights, dtype, device)
+        self.fingerprint = encoders.fingerprint(self.folder, verified, cfg.reading)
+        places = int(self.model.config.max_position_embeddings)
+        # Not part of the weights, so that it was left without data.
+        self.model.embeddings.position_ids = torch.arange(places, device=device)[None]
+        if cfg.max_tokens > places:
+            raise ConfigError(
+                f"text encoder {self.folder}: knows {places} positions, max_tokens is {cfg.max_tokens}",
+                fix=f"text.max_tokens={places}",
+            )
+
+    @property
+    def width(self) -> int:
+        return int(self.model.config.hidden_size)
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """Embeds `prompts` one at a time, so that a prompt does not depend on its batch; padded to `max_tokens`."""
+        return padded([self._tokens(prompt) for prompt in prompts], self.cfg.max_tokens, self.width)
+
+    def ids(self, prompt: str) -> list[int]:
+        """Token ids from the start mark to the end mark, without padding; warns about what is cut off."""
+        ids: list[int] = self.tokenizer(as_read(prompt, self.cfg))["input_ids"]
+        if len(ids) > self.cfg.max_tokens:
+            lost = self.tokenizer.decode(ids[self.cfg.max_tokens - 1 : -1])
+            log.warning("prompt: longer than %d tokens, this is ignored: %s", self.cfg.max_tokens, lost)
+            ids = [*ids[: self.cfg.max_tokens - 1], ids[-1]]
+        return ids
+
+    def _tokens(self, prompt: str) -> Tensor:
+        ids = self.ids(prompt)
+        real = len(ids)
+        if self.cfg.pad:
+            ids += [int(self.tokenizer.pad_token_id)] * (self.cfg.max_tokens - real)
+        told = {"attention_mask": (torch.arange(len(ids)) < real)[None].long().to(self.device)} if self.cfg.mask else {}
+        with torch.no_grad():
+            out = self.model(input_ids=torch.tensor([ids], device=self.device), **told)
+        tokens: Tensor = out.last_hidden_state[0].float().cpu()
+        if not tokens.isfinite().all():
+            raise NumericError(f"text encoder {self.folder}: not finite for {prompt!r}", fix="text.precision=float32")
+        return tokens
+
+
+def _make(settings: dict[str, Any]) -> torch.nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    model: torch.nn.Module = CLIPTextModel(CLIPTextConfig(**settings.get("text_config", settings)))
+    return model
+
+
+def _weights(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The half for text under the names of today's transformers; older files say `text_model.`, and count positions."""
+    others = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
+    state = {name.removeprefix("text_model."): tensor for name, tensor in tensors if not name.startswith(others)}
+    state.pop("embeddings.position_ids", None)
+    return state
+
+
+def _tokenizer(folder: Path) -> CLIPTokenizer:
+    from transformers import CLIPTokenizer
+
+    vocabulary = encoders.near(folder, encoders.VOCABULARY[0])
+    store.from_json(vocabulary.read_bytes(), vocabulary)  # tokenizers raises a bare Exception
+    where = vocabulary.parent
+    try:
+        return CLIPTokenizer.from_pretrained(str(where), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"tokenizer {where}: is not CLIP's: {reason}", fix="copy the folder again") from error

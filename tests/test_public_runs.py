@@ -1,0 +1,77 @@
+"""Every public system from prompt to mp4, from its YAML alone, with random weights in smaller networks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cascade import cli, media
+from cascade.compose import compose
+from cascade.pipeline import Chain
+
+LATENTS = {"show1": ["sr2"], "modelscope": ["base"], "zeroscope": ["base", "xl"], "lavie": ["base", "interp"]}
+SIZES = {  # about an eighth of the height and width
+    "show1": {"base": (8, 8), "interp": (8, 8), "first": (32, 32), "sr1": (32, 32), "sr2": (48, 80)},
+    "if_image": {"base": (8, 8), "sr": (32, 32)},
+    "modelscope": {"base": (32, 32)},
+    "zeroscope": {"base": (48, 80), "xl": (80, 128)},
+    "lavie": {"base": (48, 64), "interp": (48, 64)},
+}
+OWN = {
+    "show1": ["sr2.from_height=32", "sr2.from_width=32", "sr2.reads.encoder=tiny/text", "sr2.reads.max_tokens=8"],
+    "zeroscope": ["xl.from_height=48", "xl.from_width=80"],
+}
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four channels at an eighth of the size."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("vae")
+    blocks = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+    AutoencoderKL(3, 3, *blocks, block_out_channels=(8,) * 4, latent_channels=4, norm_num_groups=4).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def overrides(name: str, autoencoder: Path) -> list[str]:
+    """Weights, widths, sizes and steps; everything else as the YAML says."""
+    words = [f"chain={name}", "text.encoder=tiny/text", "text.max_tokens=8", *OWN.get(name, [])]
+    tree = compose("plan", words)
+    for stage, (height, width) in SIZES[name].items():
+        net = tree[stage]["net"]
+        small = {
+            "levels": "[{channels: 64, blocks: 1, attention: false},{channels: 64, blocks: 1}]",
+            "embedding": 32,
+            "text": 128,
+        }
+        small |= {"heads": "{size: 32}"} if net.get("space") == "added_kv" else {}  # type: ignore[dict-item]
+        small |= {"rotary": 4} if net.get("rotary") else {}
+        small |= {key: size for key, size in (("context", 32), ("pool", 4), ("transformer_in", 8)) if net.get(key)}
+        words += [f"{stage}.net.{key}={value}" for key, value in small.items()]
+        words += [f"{stage}.shape.height={height}", f"{stage}.shape.width={width}", f"{stage}.train=null"]
+        words += [f"{stage}.sampler.steps=2", f"{stage}.weights=random"]
+    for stage in LATENTS.get(name, []):
+        words += [f"{stage}.codec.weights={autoencoder}"]
+    return words
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_from_a_prompt_to_an_mp4(name: str, autoencoder: Path, tmp_path: Path) -> None:
+    words = overrides(name, autoencoder)
+    tree = compose("plan", words)
+    tree.pop("format")
+    chain = Chain.read(tree)
+    cli.command(["generate", *words, "prompt=a dog runs", f"out={tmp_path / 'out'}"])
+    last = chain.stages[-1]
+    video = media.read_video(tmp_path / "out" / "video.mp4")
+    assert video.shape == last.shape and video.fps == pytest.approx(last.fps)
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["stages"] == [cfg.name for cfg in chain.stages]
+    assert sorted(path.name for path in (tmp_path / "out" / "stages").iterdir()) == sorted(manifest["stages"])
