@@ -159,6 +159,28 @@ def test_every_network_can_be_built_by_someone() -> None:
     assert next(iter(SETTINGS["networks"])) == SETTINGS["ours"]
 
 
+def test_our_cascade_makes_a_clip_by_all_of_its_steps() -> None:
+    settings = SETTINGS["chains"]["cascade-chain"]["10M"] | {"net": MINIATURE["networks"]["cascade"]["10M"]}
+    work = peer_models.Work(2, 8, 8, 3, 8)
+    nets, call = peer_models.build("cascade-chain", settings, work)
+    calls = [0, 0]
+    for i, net in enumerate(nets.children()):
+        net.register_forward_hook(lambda *_, i=i: calls.__setitem__(i, calls[i] + 1))
+    assert call(work.clip()).shape == (1, 3, 2, 8, 8)
+    assert calls == [8, 8]
+
+
+@pytest.mark.slow
+def test_two_codes_of_one_architecture_agree() -> None:
+    work = peer_models.Work(2, 8, 8, 3, 8)
+    ours, theirs = (SETTINGS["equal"][name]["10M"] for name in ("cascade-unet3d", "diffusers-unet3d"))
+    out = [
+        peer_models.build(name, settings, work, named=True)[1](work.clip())
+        for name, settings in (("cascade-unet3d", ours), ("diffusers-unet3d", theirs))
+    ]
+    assert (out[0] - out[1]).abs().max() < 1e-4 * out[0].abs().max()
+
+
 # conclusions ---------------------------------------------------------------------------------------------------------
 
 
