@@ -44,7 +44,29 @@ pathlib.Path(".venv/pip.conf").write_text(f"[install]\nconstraint = {pin.as_uri(
 endef
 export PIN_TORCH
 
-.PHONY: help setup generate train-tiny assets report test test-fast lint types format lock clean FORCE
+# The first fit interpreter, in $found, or why there is none.
+define FIND_PYTHON
+found=; for p in $(PYTHON); do \
+	if "$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null; then found=$$p; break; fi; done; \
+if [ -z "$$found" ]; then \
+	echo 'error: python: none of "$(PYTHON)" is Python 3.10 to 3.14. Fix: install one, or make PYTHON=/path/to/python3' >&2; exit 4; fi; \
+if ! "$$found" -c 'import ensurepip, venv' 2>/dev/null; then \
+	echo "error: python: $$found has no venv or ensurepip. Fix: apt install python3-venv, or make PYTHON=/path/to/python3" >&2; exit 4; fi
+endef
+
+# The peers of the benchmark want packages of their own, so they have an environment of their own, with .venv's build of torch.
+BENCH := benchmarks/.venv
+BENCH_PIP := $(BENCH)/bin/python -m pip --disable-pip-version-check --no-input
+ifeq ($(origin TORCH),file)
+export BENCH_TORCH := $(or $(shell cat .venv/.torch 2>/dev/null),$(TORCH))
+else
+export BENCH_TORCH := $(TORCH)
+endif
+ifneq ($(BENCH_TORCH),$(shell cat $(BENCH)/.torch 2>/dev/null))
+$(BENCH)/.ready: FORCE
+endif
+
+.PHONY: help setup generate train-tiny assets report test test-fast bench lint types format lock clean FORCE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -69,6 +91,9 @@ test: $(READY)  ## the whole suite, in JOBS=2 processes
 test-fast: $(READY)  ## the suite without the slow tests
 	$(PYTEST) -m "not slow" $(value ARGS)
 
+bench: $(BENCH)/.ready  ## our denoiser and cascade beside the peers' (90 minutes; fewer with ARGS="--quick --json FILE")
+	@$(BENCH)/bin/python benchmarks/peers.py $(value ARGS)
+
 lint: $(READY)  ## ruff: rules and format
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -90,7 +115,7 @@ lock: $(READY)  ## rebuild requirements.lock from pyproject.toml with the newest
 
 clean:  ## remove the caches, keep .venv and runs
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
-	find . -path ./.venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
+	find . -name .venv -prune -o -type d -name __pycache__ -prune -exec rm -rf {} +
 
 $(READY): $(LOCKED) pyproject.toml
 	@$(PIP) install -qq --no-deps --no-build-isolation --editable .
@@ -100,12 +125,7 @@ $(READY): $(LOCKED) pyproject.toml
 # from replacing it, and pip.conf does the same for whatever is installed into .venv by hand.
 # Bytecode is compiled at the end, by all cores and without what is not used: a third of the time pip takes for it.
 $(LOCKED): requirements.lock
-	@found=; for p in $(PYTHON); do \
-		if "$$p" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 15))' 2>/dev/null; then found=$$p; break; fi; done; \
-	if [ -z "$$found" ]; then \
-		echo 'error: python: none of "$(PYTHON)" is Python 3.10 to 3.14. Fix: install one, or make PYTHON=/path/to/python3' >&2; exit 4; fi; \
-	if ! "$$found" -c 'import ensurepip, venv' 2>/dev/null; then \
-		echo "error: python: $$found has no venv or ensurepip. Fix: apt install python3-venv, or make PYTHON=/path/to/python3" >&2; exit 4; fi; \
+	@$(FIND_PYTHON); \
 	"$$found" -m venv $(CLEAR) .venv
 	@rm -f .venv/pip.conf
 	@$(PIP) install -qq --no-compile $(PIP_TOOL)
@@ -117,4 +137,15 @@ $(LOCKED): requirements.lock
 	@echo 'set-up 3/3: bytecode' >&2
 	@.venv/bin/python -m compileall -qq -j 0 -x '/tests/|/transformers/models/(?!auto/|t5/)|/diffusers/pipelines/' .venv/lib || :
 	@printf '%s' "$$TORCH_SPEC" > .venv/.torch
+	@touch $@
+
+$(BENCH)/.ready: benchmarks/requirements.txt
+	@$(FIND_PYTHON); \
+	"$$found" -m venv --clear $(BENCH)
+	@$(BENCH_PIP) install -qq $(PIP_TOOL)
+	@echo "set-up of the benchmark 1/2: $$BENCH_TORCH" >&2
+	@set -f; $(BENCH_PIP) install -qq $$BENCH_TORCH
+	@echo 'set-up of the benchmark 2/2: the peers' >&2
+	@$(BENCH_PIP) install -qq -r benchmarks/requirements.txt
+	@printf '%s' "$$BENCH_TORCH" > $(BENCH)/.torch
 	@touch $@
