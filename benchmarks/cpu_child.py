@@ -58,9 +58,9 @@ def generate() -> dict[str, float]:
             started = time.thread_time()
             __import__(name)
             lap(f"import {name}", started)
-        from cascade import pipeline, text
+        from cascade import encoders, pipeline, text
 
-        timed(text, "_encoder", lambda args: "text: load")
+        timed(encoders, "built", lambda args: "text: load")
         timed(text.T5Text, "_tokens", lambda args: "text: encode, the load included")
         timed(pipeline, "load_stage", lambda args: f"{args[0].name}: load (beside the stage before)")
         timed(pipeline.Runner, "sample", lambda args: f"{args[1].cfg.name}: run")
@@ -76,13 +76,15 @@ def stages() -> list[tuple[Any, Any, Any]]:
     """The shipped chain's stages with their weights: config, rule, stage."""
     import torch
 
-    from cascade import cli, pipeline
+    from cascade import cli, loading
+    from cascade.chain import Device
+    from cascade.request import take
 
     (tree,) = cli.settings("generate", [f"prompt={PROMPT}"])
-    cli.take(tree, cli.Generate), cli.take(tree, pipeline.Device)
+    take(tree, cli.Generate), take(tree, Device)
     chain = cli.chain_of(tree)
     here = torch.device("cpu")
-    return [(cfg, rule, pipeline.load_stage(cfg, rule, here)[0]) for cfg, rule in zip(chain.stages, chain.rules)]  # noqa: B905
+    return [(cfg, rule, loading.load_stage(cfg, rule, here)[0]) for cfg, rule in zip(chain.stages, chain.rules)]  # noqa: B905
 
 
 def given(cfg: Any, rule: Any) -> Any:

@@ -44,8 +44,8 @@ class Case:
 
     def read(self) -> tuple[Any, Any]:
         """Its config and rule."""
+        from cascade.chain import Chain
         from cascade.compose import compose
-        from cascade.pipeline import Chain
 
         tree = compose("plan", ["chain=tiny", f"stages=[{self.stage}]", *self.settings])
         chain = Chain.read({key: tree[key] for key in ("stages", "text", self.stage)})
@@ -94,9 +94,11 @@ def sample(cfg: Any, rule: Any, case: Case) -> None:
     """One clip from noise, by random weights."""
     import torch
 
+    from cascade.chain import Device
     from cascade.errors import ConfigError
+    from cascade.loading import untrained
     from cascade.noise import Noise, sample_id
-    from cascade.pipeline import Device, precision, untrained
+    from cascade.pipeline import precision
     from cascade.text import Text
     from cascade.video import Video
 

@@ -23,14 +23,17 @@ import torch
 from torch import Tensor
 
 from cascade import checkpoint, export, media
+from cascade.chain import Chain, Device
 from cascade.compose import compose
 from cascade.config import package_root
 from cascade.errors import ConfigError
 from cascade.frames import OUTPUTS, Frames, of_clips, of_images, to_frames
 from cascade.given import known_first, read_input
-from cascade.pipeline import Chain, Device, Load, Runner, load_stage
+from cascade.loading import Load, load_stage
+from cascade.pipeline import Runner
 from cascade.request import Job, bars, jobs_of, take
-from cascade.stage import Rule, Stage, StageConfig
+from cascade.settings import Rule, StageConfig
+from cascade.stage import Stage
 from cascade.text import TextSource, check_prompt, text_source
 from cascade.video import Video
 

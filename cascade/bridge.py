@@ -20,12 +20,13 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
 from cascade import encoders, export, foreign, store
 from cascade.api import Cascade, Parts
+from cascade.chain import Chain, Device
 from cascade.codec import Autoencoder
 from cascade.config import parse, plugin
 from cascade.encoders import TOKENIZER
 from cascade.foreign import aligned
-from cascade.pipeline import Chain, Device
-from cascade.stage import Rule, Stage, StageConfig
+from cascade.settings import Rule, StageConfig
+from cascade.stage import Stage
 from cascade.text import Precision, T5Text, TextConfig
 
 

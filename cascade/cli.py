@@ -25,7 +25,8 @@ from cascade.errors import CascadeError, ConfigError, HostError, MemoryLimitErro
 from cascade.request import Given, Prompts, bars, jobs_of, take
 
 if TYPE_CHECKING:
-    from cascade.pipeline import Chain, Runner
+    from cascade.chain import Chain
+    from cascade.pipeline import Runner
 
 HELP = """\
 cascade: cascaded text-to-video, stage by stage.
@@ -79,9 +80,10 @@ class Generate(Given):
 
 def generate(tree: dict[str, Any]) -> None:
     """Prompt to video through a chain."""
+    from cascade.chain import Device
     from cascade.given import given
     from cascade.memory import Memory, within
-    from cascade.pipeline import Device, finish
+    from cascade.pipeline import finish
 
     run, on, memory = take(tree, Generate), take(tree, Device), take(tree, Memory)
     chain = chain_of(tree).since(run.start)
@@ -107,7 +109,7 @@ def generate(tree: dict[str, Any]) -> None:
 
 def chain_of(tree: dict[str, Any]) -> Chain:
     """The chain that the remaining settings describe; anything left over is unknown."""
-    from cascade.pipeline import Chain
+    from cascade.chain import Chain
 
     return Chain.read(tree, [f.name for f in fields(Generate)])
 
@@ -199,7 +201,7 @@ def info(tree: dict[str, Any]) -> None:
 
 def list_(tree: dict[str, Any]) -> None:
     """Chains, what they are and whether their weights are here; stages."""
-    from cascade.pipeline import Chain
+    from cascade.chain import Chain
 
     conf = package_root() / "conf"
     for path in sorted((conf / "chain").rglob("*.yaml")):

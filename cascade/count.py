@@ -23,12 +23,13 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from cascade import checkpoint, store
+from cascade.chain import Device
 from cascade.codec import COLOURS, Codec
 from cascade.encoders import WEIGHTS
 from cascade.errors import ConfigError, InputError
 from cascade.kernels import norm
-from cascade.pipeline import Device
-from cascade.stage import Rule, Stage, StageConfig
+from cascade.settings import Rule, StageConfig
+from cascade.stage import Stage
 from cascade.text import Text, TextConfig, local_file
 from cascade.unet import Cond
 from cascade.video import Shape, Video

@@ -27,10 +27,11 @@ from cascade.data.source import Source, open_source
 from cascade.diffusion import Diffusion, Prediction
 from cascade.errors import ConfigError
 from cascade.examples import Pooled, pool_of
-from cascade.pipeline import load_stage, save_stage
+from cascade.loading import load_stage, save_stage
 from cascade.preview import Preview as Sheet
 from cascade.sampler import Denoise, Rule, ddim, keep_known
-from cascade.stage import Batch, Stage, StageConfig, TrainConfig
+from cascade.settings import StageConfig, TrainConfig
+from cascade.stage import Batch, Stage
 from cascade.text import Text, text_source
 from cascade.train import Preview, fit, settings
 from cascade.unet import Cond

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cascade import attention, checkpoint, store
+from cascade.chain import Chain, Device
 from cascade.config import fingerprint, parse, plain
 from cascade.data.source import DataConfig, Source, open_source
 from cascade.errors import ConfigError
@@ -34,11 +35,13 @@ from cascade.exam import (
     lacking,
     measure,
 )
+from cascade.loading import load_stage
 from cascade.marks import Report, clips_of, described, rows_of, sheet_of, strips_of, table, write
 from cascade.noise import Noise, generator, sample_id
-from cascade.pipeline import VIDEO, Chain, Device, Progress, Runner, load_stage, precision, read_clip
+from cascade.pipeline import VIDEO, Progress, Runner, precision, read_clip
 from cascade.request import bars, jobs_of, take
-from cascade.stage import Rule, Stage, StageConfig
+from cascade.settings import Rule, StageConfig
+from cascade.stage import Stage
 from cascade.text import Text, text_source
 from cascade.video import Video
 

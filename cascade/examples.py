@@ -18,9 +18,10 @@ from cascade.config import fingerprint, parse, plain, plugin
 from cascade.data.pool import Pool
 from cascade.data.source import Source, World
 from cascade.errors import ConfigError
+from cascade.loading import load_stage
 from cascade.noise import generator
-from cascade.pipeline import load_stage
-from cascade.stage import Batch, Gap, Rule, Stage, TrainConfig
+from cascade.settings import Gap, Rule, TrainConfig
+from cascade.stage import Batch, Stage
 from cascade.text import T5Text, Text, TextSource
 from cascade.video import Shape, Video
 

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from cascade import checkpoint, encoders, foreign, store
+from cascade.chain import Chain
 from cascade.config import locate, parse, plain
 from cascade.encoders import TOKENIZER, encoder_files, find_encoder
 from cascade.errors import ConfigError, InputError
-from cascade.pipeline import Chain, Load, load_stage
+from cascade.loading import Load, load_stage
 from cascade.request import take
 from cascade.text import TextConfig
 

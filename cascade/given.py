@@ -18,7 +18,7 @@ from cascade import media
 from cascade.errors import ConfigError, InputError
 from cascade.pipeline import read_clip
 from cascade.request import Given
-from cascade.stage import Rule, StageConfig, from_text
+from cascade.settings import Rule, StageConfig, from_text
 from cascade.video import Video
 
 if TYPE_CHECKING:

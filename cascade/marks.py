@@ -19,7 +19,7 @@ import torch
 from cascade import media, store
 from cascade.config import fingerprint, plain
 from cascade.exam import MADE, SHOWN, Answers, EvaluateConfig, Question, measure
-from cascade.stage import StageConfig
+from cascade.settings import StageConfig
 
 JSON, PICTURE, TIMING = "report.json", "report.png", "timing.json"
 STRIPS = "strips"  # pictures of the first clips alone, a file for each label of the contact sheet

@@ -15,11 +15,11 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 
+from cascade.chain import Chain, Device
 from cascade.config import fingerprint
 from cascade.count import Host, encoder, held, on_meta, takes, work
 from cascade.errors import MemoryLimitError
-from cascade.pipeline import Chain, Device
-from cascade.stage import Rule, StageConfig
+from cascade.settings import Rule, StageConfig
 from cascade.text import Precision, TextConfig, told_tokens
 from cascade.video import Shape
 from cascade.windows import Windows

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from cascade import foreign
+from cascade.chain import Chain, Device
 from cascade.config import locate, plain
 from cascade.count import Host, encoder, held, stored, told, work
 from cascade.errors import ConfigError
 from cascade.memory import Memory, fitting
-from cascade.pipeline import Chain, Device
 from cascade.request import take
-from cascade.stage import Rule, StageConfig
+from cascade.settings import Rule, StageConfig
 from cascade.text import TextConfig, known_width, told_tokens
 from cascade.windows import Join
 

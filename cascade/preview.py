@@ -12,7 +12,8 @@ from torch import Tensor
 from cascade import checkpoint, media
 from cascade.data.source import Source
 from cascade.noise import Noise, generator, sample_id
-from cascade.stage import Stage, TrainConfig
+from cascade.settings import TrainConfig
+from cascade.stage import Stage
 from cascade.text import Text
 from cascade.video import Video
 

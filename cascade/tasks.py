@@ -9,16 +9,19 @@ from typing import Any
 import torch
 
 from cascade import attention, checkpoint, media, store
+from cascade.chain import Chain, Device
 from cascade.config import fingerprint, locate, parse, plain, plugin, suggest
 from cascade.data.source import DataConfig, open_source
 from cascade.errors import ConfigError
 from cascade.examples import pool_of
 from cascade.given import given
+from cascade.loading import known, launched, load_stage, save_stage
 from cascade.memory import Memory, within
-from cascade.pipeline import Chain, Device, Runner, digest, known, launched, load_stage, save_stage, video_bytes
+from cascade.pipeline import Runner, digest, video_bytes
 from cascade.preview import Preview
 from cascade.request import Given, bars, jobs_of, take
-from cascade.stage import Rule, Stage, StageConfig, TrainConfig
+from cascade.settings import Rule, StageConfig, TrainConfig
+from cascade.stage import Stage
 from cascade.text import TextConfig, text_source
 from cascade.train import fit
 from cascade.unet import completed

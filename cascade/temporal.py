@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from cascade.errors import ConfigError
-from cascade.stage import StageConfig
+from cascade.settings import StageConfig
 from cascade.video import Fill, Shape, Video, spread
 
 KEEPS_KNOWN = True

@@ -25,7 +25,8 @@ from cascade.config import fingerprint, plain
 from cascade.data.source import Source
 from cascade.errors import ConfigError, NumericError
 from cascade.examples import Examples, Pooled, batches
-from cascade.stage import Batch, Stage, TrainConfig
+from cascade.settings import TrainConfig
+from cascade.stage import Batch, Stage
 from cascade.text import Text
 from cascade.unet import VideoUNet
 from cascade.unet3d import UNet3D

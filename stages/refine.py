@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cascade.errors import ConfigError
-from cascade.stage import StageConfig
+from cascade.settings import StageConfig
 from cascade.video import Filter, Shape, Video
 
 KEEPS_KNOWN = False

@@ -15,7 +15,8 @@ import pytest
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cascade.stage import Stage, TrainConfig
+    from cascade.settings import TrainConfig
+    from cascade.stage import Stage
     from cascade.text import Text
     from cascade.unet import UNetConfig
     from cascade.video import Shape
@@ -59,7 +60,7 @@ def deep_net() -> UNetConfig:
 
 def tiny_train(**changes: Any) -> TrainConfig:
     """Four steps of two clips."""
-    from cascade.stage import TrainConfig
+    from cascade.settings import TrainConfig
 
     return TrainConfig(**({"steps": 4, "batch": 2, "lr": 1e-2, "ema": 0.5, "checkpoint_every": 2} | changes))
 
@@ -199,7 +200,7 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     import yaml
 
-    from cascade import pipeline
+    from cascade import loading
     from cascade.config import parse, plugin
     from cascade.stage import Stage
 
@@ -225,7 +226,7 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
             net = Stage(cfg, plugin(own["kind"])).net
             for parameter in net.parameters():
                 torch.nn.init.normal_(parameter, std=0.1)
-        pipeline.save_stage(conf / "weights" / name, cfg, net.state_dict(), "Random.")
+        loading.save_stage(conf / "weights" / name, cfg, net.state_dict(), "Random.")
     defaults = [{f"/stage@{name}": f"mini_{name}"} for name in STAGES]
     chain = {"defaults": [*defaults, "_self_"], "stages": list(STAGES), "text": {"max_tokens": 48}}
     (conf / "chain" / "mini.yaml").write_text(f"# @package _global_\n{yaml.safe_dump(chain, sort_keys=False)}")

@@ -15,7 +15,7 @@ import torch
 from conftest import STAGES
 from PIL import Image
 
-from cascade import Cascade, api, cli, media, pipeline
+from cascade import Cascade, api, cli, loading, media, pipeline
 from cascade.config import package_root
 from cascade.errors import CascadeError, ConfigError, HostError
 from cascade.frames import of_clips, of_images, to_frames
@@ -286,7 +286,7 @@ def test_what_cannot_be_loaded_is_refused_at_once(mini: Path, tmp_path: Path, pi
 
 def test_weights_are_read_once_and_shared(mini: Path, pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    load = pipeline.load_stage
+    load = loading.load_stage
 
     def spy(cfg: Any, *rest: Any) -> Any:
         read.append(cfg.name)

@@ -19,10 +19,12 @@ import torch
 import yaml
 from conftest import STAGES
 
-from cascade import cli, pipeline, store
+from cascade import cli, loading, pipeline, store
+from cascade.chain import Chain
 from cascade.config import parse, plugin
 from cascade.errors import CascadeError, ConfigError, InputError
-from cascade.stage import Stage, StageConfig
+from cascade.settings import StageConfig
+from cascade.stage import Stage
 from cascade.text import T5Text, TextConfig
 
 PROMPT = "a large red circle moves left on a black background"
@@ -82,7 +84,7 @@ def test_the_same_command_names_the_same_directory_and_does_nothing_twice(
 
 def test_while_a_stage_runs_the_next_one_loads_and_no_other(cascade: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     names, loaded = list(STAGES), queue.Queue[str]()
-    sample, load = Stage.sample, pipeline.load_stage
+    sample, load = Stage.sample, loading.load_stage
 
     def spy(self: Stage, *args: Any, **kwargs: Any) -> Any:
         for name in names[names.index(self.cfg.name) + 1 :][:1]:
@@ -347,7 +349,7 @@ def test_damaged_weights_are_refused_before_anything_runs(mini: Path, tmp_path: 
     settings = yaml.safe_load((mini / "stage" / "mini_tsr.yaml").read_text())
     cfg = parse({**settings, "weights": str(weights)}, plugin("tsr").Config)
     with pytest.raises(CascadeError, match="SHA-256") as error:
-        pipeline.load_stage(cfg, plugin("tsr"), torch.device("cpu"))
+        loading.load_stage(cfg, plugin("tsr"), torch.device("cpu"))
     assert error.value.code == 3
 
 
@@ -384,7 +386,7 @@ def test_the_shipped_encoder_fits_the_shipped_chain() -> None:
     from cascade.text import known_width
 
     tree = compose("generate")
-    chain = pipeline.Chain.build(tree["stages"], tree, parse(tree["text"], TextConfig))
+    chain = Chain.build(tree["stages"], tree, parse(tree["text"], TextConfig))
     assert {cfg.net.text for cfg in chain.stages} == {known_width(chain.text)}
 
 
@@ -402,4 +404,4 @@ def test_the_list_says_what_chains_are_and_whether_their_weights_are_here(
     assert "stage=" in said and "tiny/base" in said
     tree = cli.settings("plan", ["chain=mini", "tsr.weights=null", "ssr.weights=none", "--config-dir", str(mini)])[0]
     tree.pop("format")
-    assert list(pipeline.Chain.read(tree).absent()) == ["tsr", "ssr"]
+    assert list(Chain.read(tree).absent()) == ["tsr", "ssr"]

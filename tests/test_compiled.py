@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cascade.chain import Chain, Device
 from cascade.compiled import Compile, Graphed, Replay, compiled, regions
 from cascade.errors import ConfigError
+from cascade.loading import launched
 from cascade.noise import generator
-from cascade.pipeline import Chain, Device, launched
 from cascade.text import Text, TextConfig
 from cascade.unet import Block, Cond, LevelSpec, Mixer, VideoUNet
 from cascade.windows import Windows

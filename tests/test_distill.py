@@ -15,17 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from cascade import checkpoint, distill
+from cascade.chain import Device
 from cascade.config import parse
 from cascade.data.source import DataConfig
 from cascade.diffusion import Diffusion, Prediction
 from cascade.distill import DistillConfig, Lesson, halved, ladder, predict, rounds, told
 from cascade.errors import ConfigError
+from cascade.loading import load_stage
+from cascade.loading import save_stage as save_weights
 from cascade.noise import Key, Noise, generator
-from cascade.pipeline import Device, load_stage
-from cascade.pipeline import save_stage as save_weights
 from cascade.request import Prompts
 from cascade.sampler import Rule, Sampler, Threshold, ddim, sample
-from cascade.stage import Batch, Stage, StageConfig, TrainConfig
+from cascade.settings import StageConfig, TrainConfig
+from cascade.stage import Batch, Stage
 from cascade.tasks import Request
 from cascade.text import Text, TextConfig
 from cascade.train import fit

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from cascade import assets, checkpoint, evaluate, store
+from cascade.chain import Chain, Device
 from cascade.compose import compose
 from cascade.config import kinds, parse, plain, plugin
 from cascade.data.captions import held_out
@@ -22,7 +23,7 @@ from cascade.exam import Case, EvaluateConfig, Exam, measure, measures
 from cascade.marks import table, write
 from cascade.metrics import lpips
 from cascade.noise import Noise
-from cascade.pipeline import Chain, Device, Runner
+from cascade.pipeline import Runner
 from cascade.request import Prompts
 from cascade.sampler import Sampler
 from cascade.stage import Stage

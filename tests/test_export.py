@@ -15,9 +15,9 @@ import torch
 from conftest import LEVEL, STAGES
 
 from cascade import Cascade, checkpoint, cli, export, store
+from cascade.chain import Chain
 from cascade.config import package_root, plain
 from cascade.errors import CascadeError, ConfigError, InputError, NumericError
-from cascade.pipeline import Chain
 from cascade.text import T5Text, TextConfig
 
 PROMPT = "a large red circle moves left on a black background"

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from cascade import media
+from cascade.chain import Chain
 from cascade.config import parse, plugin
 from cascade.errors import CascadeError, ConfigError
 from cascade.given import covered, given
 from cascade.noise import Noise, generator, sample_id
-from cascade.pipeline import Chain, video_bytes
+from cascade.pipeline import video_bytes
 from cascade.request import Given
 from cascade.sampler import Sampler
 from cascade.stage import Stage

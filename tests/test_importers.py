@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from cascade import checkpoint, cli, importers, pipeline
+from cascade import checkpoint, cli, importers, loading
 from cascade.config import package_root, parse, plain, plugin
 from cascade.errors import CascadeError, ConfigError, InputError
 from cascade.importers import layout_of
@@ -239,7 +239,7 @@ def ready(stage_config: Callable[..., Any], folder: Path, kind: str = "base") ->
 
     net = parse(checkpoint.load(folder).config["net"], UNet3DConfig)
     cfg = stage_config(kind, net=net, weights=str(folder), diffusion=Diffusion(prediction=Prediction.EPS))
-    return pipeline.load_stage(cfg, plugin(kind), torch.device("cpu"))[0]
+    return loading.load_stage(cfg, plugin(kind), torch.device("cpu"))[0]
 
 
 def drawn(name: str, *shape: int) -> Tensor:

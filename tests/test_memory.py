@@ -14,14 +14,14 @@ from typing import Any
 import pytest
 import torch
 
+from cascade.chain import Chain, Device
 from cascade.cli import command, run_main
 from cascade.config import plugin
 from cascade.count import Host, held
 from cascade.errors import ConfigError, MemoryLimitError
 from cascade.memory import Memory, fitting, largest, short, size, within
 from cascade.noise import Noise, sample_id
-from cascade.pipeline import Chain, Device
-from cascade.stage import StageConfig, TrainConfig
+from cascade.settings import StageConfig, TrainConfig
 from cascade.text import TextConfig
 from cascade.unet import LevelSpec, Mixer
 from cascade.video import Shape, Video

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from cascade.chain import Chain
 from cascade.compose import compose
 from cascade.diffusion import Diffusion, Prediction
 from cascade.errors import CascadeError
 from cascade.noise import generator
-from cascade.pipeline import Chain
 from cascade.plan import Plan, plan
 from cascade.sampler import Rule, Threshold
-from cascade.stage import StageConfig
+from cascade.settings import StageConfig
 from cascade.text import Text
 from cascade.unet import Cond, Mixer, UNetConfig, VideoUNet
 

@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from cascade.chain import Chain
 from cascade.cli import command, stage_command
 from cascade.compose import compose
 from cascade.errors import ConfigError
 from cascade.media import png, read_image, read_video
-from cascade.pipeline import VIDEO, Chain, read_clip
-from cascade.stage import StageConfig
+from cascade.pipeline import VIDEO, read_clip
+from cascade.settings import StageConfig
 from cascade.unet import LevelSpec
 
 

@@ -9,9 +9,10 @@ import torch
 from test_papers_run import shrunk, tree
 
 from cascade import checkpoint
+from cascade.chain import Chain
 from cascade.cli import stage_command
 from cascade.compose import compose
-from cascade.pipeline import Chain, load_stage
+from cascade.loading import load_stage
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cascade import stage as staging
+from cascade.chain import Chain
 from cascade.config import plugin
 from cascade.count import Host, held
 from cascade.errors import ConfigError
 from cascade.noise import Noise, generator, sample_id
-from cascade.pipeline import Chain
 from cascade.text import Text, TextConfig
 from cascade.unet import Cond, LevelSpec, Mixer, VideoUNet
 from cascade.video import Shape, Video

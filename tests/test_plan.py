@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cascade import plan as planning
+from cascade.chain import Chain
 from cascade.cli import command
 from cascade.codec import Codec, Kind
 from cascade.compose import compose
@@ -24,7 +25,6 @@ from cascade.config import package_root, parse, plugin
 from cascade.count import Count, Host, held, stored
 from cascade.errors import CascadeError, ConfigError, InputError
 from cascade.noise import Noise, sample_id
-from cascade.pipeline import Chain
 from cascade.plan import Plan, measure, plan, verb
 from cascade.sampler import Rule, Sampler
 from cascade.stage import Stage

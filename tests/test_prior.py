@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from cascade import foreign
+from cascade.chain import Chain
 from cascade.cli import embed
 from cascade.errors import ConfigError, InputError
-from cascade.pipeline import Chain
 from cascade.plan import plan
 from cascade.prior import NAME, Prior, PriorConfig
 from cascade.sampler import Sampler

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cascade import plan as planning
+from cascade.chain import Chain, Device
 from cascade.compose import compose
 from cascade.config import plugin
 from cascade.diffusion import Diffusion
 from cascade.errors import CascadeError, ConfigError
 from cascade.noise import Noise, generator, sample_id
-from cascade.pipeline import Chain, Device, Runner
+from cascade.pipeline import Runner
 from cascade.sampler import Per, Sampler, Threshold, ancestral, dynamic_threshold
 from cascade.stage import Batch, Stage
 from cascade.text import Text

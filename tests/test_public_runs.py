@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from cascade import cli, media
+from cascade.chain import Chain
 from cascade.compose import compose
-from cascade.pipeline import Chain
 
 LATENTS = {"show1": ["sr2"], "modelscope": ["base"], "zeroscope": ["base", "xl"], "lavie": ["base", "interp"]}
 SIZES = {  # about an eighth of the height and width

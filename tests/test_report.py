@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from cascade import checkpoint, cli, evaluate, media, store
+from cascade.chain import Device
 from cascade.compose import compose
 from cascade.config import parse, plain, plugin
 from cascade.data.source import DataConfig
@@ -20,7 +21,6 @@ from cascade.errors import ConfigError, InputError
 from cascade.exam import EvaluateConfig, measures
 from cascade.gates import Gate, outcome
 from cascade.marks import Row, Timing, subject_key
-from cascade.pipeline import Device
 from cascade.plots import Column
 from cascade.report import ReportConfig, write_cards
 from cascade.request import Prompts

@@ -14,8 +14,8 @@ from cascade.codec import Codec, Kind
 from cascade.config import plugin
 from cascade.diffusion import Diffusion, Path, Prediction
 from cascade.errors import ConfigError
+from cascade.loading import untrained
 from cascade.noise import Noise, generator, sample_id
-from cascade.pipeline import untrained
 from cascade.sampler import Rule as StepRule
 from cascade.sampler import Sampler
 from cascade.stage import AUGMENTATION, Batch, Stage

@@ -12,7 +12,7 @@ from cascade.compose import compose
 from cascade.config import package_root, parse, plain, plugin
 from cascade.errors import ConfigError
 from cascade.noise import Noise, generator
-from cascade.stage import StageConfig
+from cascade.settings import StageConfig
 from cascade.text import Text
 from cascade.unet import Cond, VideoUNet
 from cascade.video import Fill, Shape, Video

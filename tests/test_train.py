@@ -26,7 +26,8 @@ from cascade.data.source import World
 from cascade.errors import ConfigError, InputError, LockedError, NumericError
 from cascade.examples import Examples, Pooled, batches, crop, pool_of, pooled
 from cascade.noise import generator
-from cascade.stage import Batch, Gap, Stage, TrainConfig
+from cascade.settings import Gap, TrainConfig
+from cascade.stage import Batch, Stage
 from cascade.tasks import new_stage
 from cascade.text import T5Text, Text, TextConfig
 from cascade.train import Signals, State, fit, learning_rate, settings
@@ -503,7 +504,7 @@ import accelerate, torch._dynamo
 from torch.utils.tensorboard import SummaryWriter
 from pathlib import Path
 from conftest import Clips, deep_net, encode_text, tiny_stage
-from cascade.stage import TrainConfig
+from cascade.settings import TrainConfig
 from cascade.train import fit
 
 def train(out, **changes):

@@ -1,0 +1,111 @@
+"""Stages and their weights: loaded strictly, drawn at random, written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cascade import checkpoint
+from cascade.chain import Device
+from cascade.compiled import compiled
+from cascade.config import fingerprint, plain
+from cascade.diffusion import Schedule
+from cascade.layers import channels_last
+from cascade.settings import Rule, StageConfig
+from cascade.stage import Stage
+from cascade.unet import completed
+
+Load = Callable[[StageConfig, Rule, torch.device], tuple[Stage, str]]  # a stage on the device, hash of its weights
+
+
+def known(cfg: StageConfig) -> tuple[StageConfig, list[str]]:
+    """What decides the results of `load_stage`, before it reads any weights: the settings with what stands beside the
+    weights, and the hashes of weights and codec."""
+    if cfg.weights == checkpoint.RANDOM:
+        return cfg, [_random(cfg), cfg.codec.hash()]
+    saved, name = checkpoint.about(checkpoint.locate(cfg.weights, cfg.name, cfg.sampler.steps))
+    return replace(cfg, w_range=saved.get("w_range")), [name, cfg.codec.hash()]
+
+
+def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
+    """The stage with its verified weights, ready to sample, and the weights' hash."""
+    cfg.codec.folder()
+    if cfg.weights == checkpoint.RANDOM:
+        return untrained(cfg, rule, device)
+    directory = checkpoint.locate(cfg.weights, cfg.name, cfg.sampler.steps)
+    weights = checkpoint.load(directory)
+    saved = weights.config
+    trained = _trained(saved.get("diffusion", {}))
+    wanted = {"kind": cfg.kind, "net": plain(cfg.net), **{name: plain(cfg.diffusion)[name] for name in trained}}
+    found = {"kind": saved.get("kind"), "net": completed(saved.get("net", {})), **trained}
+    checkpoint.compatible(found, wanted, f"{cfg.name} in {directory}")
+    cfg = replace(cfg, w_range=saved.get("w_range"))
+    with torch.device("meta"):
+        stage = Stage(cfg, rule)
+    checkpoint.apply(stage.net, weights.state, f"{cfg.name}: {directory}")
+    return _ready(stage, device), weights.hash
+
+
+def _trained(diffusion: Mapping[str, Any]) -> dict[str, Any]:
+    """What a network cannot do without of the process that its card says it was trained on.
+
+    `shift` is not of it: networks are told the noise level, whatever the schedule that leads there. A table is.
+    """
+    table = {name: diffusion.get(name) for name in ("schedule", "timesteps", "betas")}
+    discrete = table["schedule"] not in (None, Schedule.COSINE.value)
+    return {"prediction": diffusion.get("prediction"), **(table if discrete else {})}
+
+
+def launched(stage: Stage, on: Device) -> Stage:
+    """The stage on its device, its network launched as its settings say."""
+    stage.to(on.torch)
+    stage.net = compiled(stage.net, stage.cfg.compile)
+    return stage
+
+
+def untrained(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
+    """A stage whose weights are drawn at random (`weights=random`), the same ones for equal settings of its network.
+
+    What starts at zero is drawn too: a branch that adds nothing would hide its faults and its cost.
+    """
+    name = _random(cfg)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(name.split()[1][:12], 16))
+        stage = Stage(cfg, rule)
+        for parameter in stage.net.parameters():
+            if not parameter.detach().any():
+                torch.nn.init.uniform_(parameter, -0.035, 0.035)  # standard deviation 0.02
+    return _ready(stage, device), name
+
+
+def _random(cfg: StageConfig) -> str:
+    return f"random {fingerprint(plain(cfg.net))}"
+
+
+def _ready(stage: Stage, device: torch.device) -> Stage:
+    stage.net.to(torch.float32).eval().requires_grad_(False)
+    channels_last(stage.net)
+    return stage.to(device)
+
+
+def save_stage(
+    directory: Path,
+    cfg: StageConfig,
+    state: dict[str, Tensor],
+    recipe: str,
+    dtype: torch.dtype | None = None,
+    **extra: Any,
+) -> None:
+    """Weights (in half precision, if `dtype` says so) with the architecture they belong to and a model card."""
+    config = {"kind": cfg.kind, "net": plain(cfg.net), "diffusion": plain(cfg.diffusion), **extra}
+    millions = sum(value.numel() for value in state.values()) / 1e6
+    card = (
+        f"# {cfg.name}\n\n{cfg.kind} stage of Cascade: {cfg.shape} (frames x height x width) at {cfg.fps:g} fps, "
+        f"{millions:.2f} M parameters.\n\n{recipe}\n\nLicence: Apache-2.0.\n"
+    )
+    checkpoint.save(directory, state, config, card=card, dtype=dtype)

@@ -1,0 +1,211 @@
+"""How a stage makes a video: one run of the sampler, or a run for each of the windows that are clips of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cascade.errors import ConfigError
+from cascade.noise import generator
+from cascade.sampler import (
+    After,
+    Denoise,
+    Draw,
+    Hook,
+    Sampler,
+    StepDenoise,
+    keep_known,
+    reconstruction,
+    sample,
+    shared,
+)
+from cascade.text import Text
+from cascade.unet import Cond
+from cascade.video import Shape, Video
+from cascade.windows import Join, extended
+
+if TYPE_CHECKING:
+    from cascade.stage import Stage
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a stage is asked for beside its input; see `Stage.sample`."""
+
+    text: Text
+    negative: Text | None
+    noise: Draw
+    progress: Callable[[int], None] | None = None
+    start: tuple[Video, float] | None = None
+    after: After | None = None
+
+
+def make(stage: Stage, low: Video | None, run: Run) -> Video:
+    """A video from the one before, as the stage's windows say."""
+    windows = stage.cfg.windows
+    if not windows.in_turn:
+        return once(stage, low, run)
+    if windows.rule is Join.EXTEND:
+        return extend(stage, low, run)
+    if low is None:
+        raise ConfigError(
+            f"{stage.cfg.name}: windows.rule is {windows.rule.value}, which needs an incoming video",
+            fix=f"{stage.cfg.name}.windows.rule=blend",
+        )
+    return in_turn(stage, low, run)
+
+
+def in_turn(stage: Stage, low: Video, run: Run) -> Video:
+    """Windows that are clips of their own, one after the other."""
+    cfg, rate, steps = stage.cfg, stage.rule.rate(stage.cfg), stage.cfg.sampler.steps
+    shape = stage.rule.output(low.shape, cfg)
+    out = stage.rule.condition(low, cfg, shape)[0].cpu().clone()
+    spans = cfg.windows.spans(shape.frames, rate)
+    for number, (first, end) in enumerate(spans):
+        given = low.frames[:, :, first // rate : -(-end // rate)].clone()
+        if cfg.windows.rule is Join.CHAINED and first > 0:
+            given[:, :, 0] = out[:, :, first]
+
+        def draw(size: Sequence[int], step: int, purpose: str, first: int = first, end: int = end) -> Tensor:
+            if cfg.windows.same_noise:
+                return run.noise(size, step, purpose)
+            return run.noise((*size[:2], shape.frames, *size[3:]), step, purpose)[:, :, first:end]
+
+        def tick(done: int, number: int = number) -> None:
+            if run.progress is not None:
+                run.progress((number * steps + done) // len(spans))
+
+        window = replace(run, noise=draw, progress=tick, start=None)
+        out[:, :, first:end] = once(stage, Video(given, low.fps), window).frames
+    return Video(out, low.fps * rate)
+
+
+def extend(stage: Stage, low: Video | None, run: Run) -> Video:
+    """Windows each of which knows what is given and what the ones before have made."""
+    cfg, shape, steps = stage.cfg, stage.made(low), stage.cfg.sampler.steps
+    if shape.frames <= cfg.windows.frames:
+        return once(stage, low, run)
+    whole = Video.unknown(len(run.text.mask), cfg.colours, shape, cfg.fps) if low is None else low
+
+    def made(at: slice, part: Video, noise: Draw, tick: Callable[[float], None]) -> Tensor:
+        start = None if run.start is None else (Video(run.start[0].frames[:, :, at], run.start[0].fps), run.start[1])
+        window = replace(run, noise=noise, progress=lambda done: tick(done / steps), start=start)
+        return once(stage, part, window).frames
+
+    def told(share: float) -> None:
+        if run.progress is not None:
+            run.progress(int(share * steps))
+
+    return Video(extended(made, whole, cfg.windows, run.noise, told), whole.fps)
+
+
+def once(stage: Stage, low: Video | None, run: Run) -> Video:
+    """One run of the sampler."""
+    cfg, sampler = stage.cfg, stage.cfg.sampler
+    shape = stage.made(low)
+    full = (len(run.text.mask), cfg.net.channels, *cfg.codec.inside(shape))
+    if run.start is not None:
+        strength = run.start[1]
+        sampler = replace(sampler, strength=strength, steps=max(1, round(sampler.steps * strength)))
+    noise = shared(run.noise) if sampler.shared_noise else run.noise
+    cond = told(stage, low, run.text, shape, noise)
+    dropped = cond.without_text() if run.negative is None else cond.with_text(run.negative.to(stage.device))
+    guided = steps(stage, cond, dropped, sampler)
+    drawn_on = towards(stage, low, shape) if low is not None else lambda denoise: denoise
+
+    def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
+        return drawn_on(lambda z, t: guided(z, t, step))(z, t)
+
+    hooks: list[Hook] = []
+    keeps = stage.rule.KEEPS_KNOWN and cfg.keep_known and low is not None
+    if low is not None and keeps:
+        known, mask = (part.to(stage.device) for part in given(stage, low, shape))
+        hooks.append(keep_known(stage.encode(known), cfg.codec.mask(mask)))
+
+    def draw(shape: Sequence[int], step: int, purpose: str) -> Tensor:
+        drawn = noise(shape, step, purpose)
+        return stage.far(cond, drawn) if purpose == "start" else drawn
+
+    x = sample(
+        cfg.diffusion, denoise, sampler, draw, full,
+        start=begun(stage, low, shape, run), hooks=hooks, progress=run.progress, after=run.after, device=stage.device,
+    )  # fmt: skip
+    x = stage.coder.to(stage.device).decode(x).clamp(-1, 1)
+    fps = cfg.fps if low is None else low.fps if shape == low.shape else low.fps * stage.rule.rate(cfg)
+    return Video((torch.where(mask > 0, known, x) if keeps else x).cpu(), fps)
+
+
+def told(stage: Stage, low: Video | None, text: Text, shape: Shape, noise: Draw) -> Cond:
+    """What the network hears in a run, with the noise of conditioning augmentation."""
+    cfg, here = stage.cfg, stage.device if low is None else low.frames.device
+    full = (len(text.mask), cfg.net.channels, *cfg.codec.inside(shape))
+    level = torch.full((full[0],), cfg.augment, device=here)
+    eps = noise(full, 0, "augment").to(here) if cfg.augment > 0 else None
+    # The network is told the rate it was trained at; the video keeps its own.
+    return stage.condition(low, shape, text.to(here), cfg.fps, level, eps).to(stage.device)
+
+
+def begun(stage: Stage, low: Video | None, shape: Shape, run: Run) -> Tensor | None:
+    """The video that sampling goes on from, encoded; None: it starts from noise."""
+    if run.start is not None:
+        return stage.encode(run.start[0].frames.to(stage.device))
+    if low is not None and stage.cfg.sampler.strength < 1:
+        return stage.encode(stage.rule.condition(low, stage.cfg, shape)[0].to(stage.device))
+    return None
+
+
+def steps(stage: Stage, cond: Cond, dropped: Cond, sampler: Sampler) -> StepDenoise:
+    """x_hat of every step of a run, guided away from `dropped`. No weight may change in between: what the network
+    makes of the prompts is made once."""
+    cond, dropped = cond.remembering(), dropped.remembering()
+    both = Cond.cat([cond, dropped]).remembering() if sampler.joint else None
+
+    def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
+        w = sampler.weight(step)
+        if stage.cfg.w_range is not None:
+            return stage.denoise(z, t, cond, w)
+        if w == 0:
+            return stage.denoise(z, t, cond)
+        if both is None:
+            x, without = stage.denoise(z, t, cond), stage.denoise(z, t, dropped)
+        else:
+            x, without = stage.denoise(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
+        c = z.shape[1]
+        guided = (1 + w) * x[:, :c] - w * without[:, :c]
+        return torch.cat([guided, x[:, c:]], 1) if sampler.learned else guided  # the variance is that of the text
+
+    return denoise
+
+
+def towards(stage: Stage, low: Video, shape: Shape) -> Callable[[Denoise], Denoise]:
+    """What adds reconstruction guidance towards `low` to a denoiser, where the sampler asks for it.
+
+    What is compared is known frames that the network is not told of, or where the kind has none, what `degrade`
+    makes of x_hat (Ho et al. 2022, Video Diffusion Models, sec. 3.1).
+    """
+    cfg, weight = stage.cfg, stage.cfg.sampler.reconstruction
+    if weight and not stage.rule.KEEPS_KNOWN:
+
+        def observe(x: Tensor) -> Tensor:
+            made = stage.rule.degrade(Video(x, cfg.fps), cfg, generator("observe"))
+            assert made is not None, f"a stage of kind {cfg.kind} is given a video that it does not keep"
+            return made.frames
+
+        target = low.frames.to(stage.device)
+        return lambda denoise: reconstruction(cfg.diffusion, denoise, observe, target, weight)
+    if weight:
+        known, mask = given(stage, low, shape)
+        untold = mask * (1 - stage.rule.condition(low, cfg, shape)[1]) if cfg.told else mask
+        if bool(untold.any()):
+            known, mask = stage.encode(known.to(stage.device)), cfg.codec.mask(untold.to(stage.device))
+            return lambda denoise: reconstruction(cfg.diffusion, denoise, lambda x: x * mask, known * mask, weight)
+    return lambda denoise: denoise
+
+
+def given(stage: Stage, low: Video, shape: Shape) -> tuple[Tensor, Tensor]:
+    """What comes out as it comes in, and its mask: parts of frames too, of which the network may not be told."""
+    return (low.frames, low.mask) if low.known is not None else stage.rule.condition(low, stage.cfg, shape)
