@@ -76,13 +76,10 @@ def stages() -> list[tuple[Any, Any, Any]]:
     """The shipped chain's stages with their weights: config, rule, stage."""
     import torch
 
-    from cascade import cli, loading
-    from cascade.chain import Device
-    from cascade.request import take
+    from cascade import loading
+    from cascade.chain import Chain, chain_settings
 
-    (tree,) = cli.settings("generate", [f"prompt={PROMPT}"])
-    take(tree, cli.Generate), take(tree, Device)
-    chain = cli.chain_of(tree)
+    chain = Chain.read(chain_settings("tiny"))
     here = torch.device("cpu")
     return [(cfg, rule, loading.load_stage(cfg, rule, here)[0]) for cfg, rule in zip(chain.stages, chain.rules)]  # noqa: B905
 

@@ -23,15 +23,14 @@ import torch
 from torch import Tensor
 
 from cascade import checkpoint, export, media
-from cascade.chain import Chain, Device
-from cascade.compose import compose
+from cascade.chain import Chain, Device, chain_settings
 from cascade.config import package_root
 from cascade.errors import ConfigError
 from cascade.frames import OUTPUTS, Frames, of_clips, of_images, to_frames
 from cascade.given import known_first, read_input
 from cascade.loading import Load, load_stage
 from cascade.pipeline import Runner
-from cascade.request import Job, bars, jobs_of, take
+from cascade.request import Job, bars, jobs_of
 from cascade.settings import Rule, StageConfig
 from cascade.stage import Stage
 from cascade.text import TextSource, check_prompt, text_source
@@ -109,9 +108,7 @@ class Cascade:
         roots = [package_root() / "conf", *([config_dir] if config_dir is not None else [])]
         plain = isinstance(name, str) and re.fullmatch(r"[\w-]+", name)
         if plain and any((root / "chain" / f"{name}.yaml").is_file() for root in roots):
-            tree = compose("export", [f"chain={name}", *settings], config_dir)
-            take(tree, export.ExportConfig)
-            chain = Chain.read(tree)
+            chain = Chain.read(chain_settings(str(name), settings, config_dir))
         elif settings:
             raise ConfigError(f"{name}: settings are for a chain of conf/chain", fix="the folder alone, or a chain")
         elif Path(name).is_dir():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from cascade import checkpoint
+from cascade.compose import compose
 from cascade.config import fingerprint, parse, plugin, suggest
 from cascade.errors import CascadeError, ConfigError, HostError, InputError
 from cascade.request import take
@@ -54,6 +56,13 @@ class Device:
 @dataclass(kw_only=True)
 class _Names:
     stages: list[str] = field(default_factory=list)
+
+
+def chain_settings(name: str, words: Sequence[str] = (), config_dir: Path | None = None) -> dict[str, Any]:
+    """The settings of a chain alone, as conf/chain/<name>.yaml and `words` ("base.sampler.steps=16") say."""
+    tree = compose("export", [f"chain={name}", *words], config_dir)
+    del tree["format"], tree["out"]
+    return tree
 
 
 @dataclass

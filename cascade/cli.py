@@ -201,14 +201,12 @@ def info(tree: dict[str, Any]) -> None:
 
 def list_(tree: dict[str, Any]) -> None:
     """Chains, what they are and whether their weights are here; stages."""
-    from cascade.chain import Chain
+    from cascade.chain import Chain, chain_settings
 
     conf = package_root() / "conf"
     for path in sorted((conf / "chain").rglob("*.yaml")):
         name = path.relative_to(conf / "chain").with_suffix("").as_posix()
-        settings = compose("plan", [f"chain={name}"])
-        settings.pop("format")
-        chain = Chain.read(settings)
+        chain = Chain.read(chain_settings(name))
         absent = ", ".join(chain.absent())
         weights = f"weights of {absent} are not here" if absent else "weights are here"
         print(f"chain={name}: {', '.join(stage.name for stage in chain.stages)}; {weights}")

@@ -38,8 +38,11 @@ def given(run: Given, cfg: StageConfig, rule: Rule) -> Video | None:
         takes = rule.takes(cfg)
         video: Video | None = read_input(Path(run.input), (takes.height, takes.width))
     else:
-        rule.output(None, cfg)  # a stage that needs a whole video says so
         video = with_hole(run, cfg) if run.mask is not None else with_ends(run, cfg)
+        if video is not None and rule.rate(cfg) > 1:
+            rule.condition(video, cfg, video.shape)  # one that adds frames says whether it can be told of any
+            return video
+        rule.output(None, cfg)  # one that needs a whole video says so
     rule.output(None if video is None else video.shape, cfg)
     return video
 

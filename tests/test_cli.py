@@ -20,7 +20,7 @@ import yaml
 from conftest import STAGES
 
 from cascade import cli, loading, pipeline, store
-from cascade.chain import Chain
+from cascade.chain import Chain, chain_settings
 from cascade.config import parse, plugin
 from cascade.errors import CascadeError, ConfigError, InputError
 from cascade.settings import StageConfig
@@ -273,7 +273,7 @@ def test_a_command_is_told_as_it_was_typed_without_its_out() -> None:
     assert tree["command"] == "cascade evaluate n=2 'metrics=[fvd]' label.gap=with" and tree["out"] == "x/y"
     several = cli.settings("evaluate", ["-m", "seed=0,1", "n=2"], "cascade evaluate")
     assert [tree["command"] for tree in several] == [f"cascade evaluate seed={k} n=2" for k in (0, 1)]
-    assert "command" not in cli.settings("plan", [], "cascade plan")[0]
+    assert "command" not in cli.settings("embed", [], "cascade embed")[0]
 
 
 def test_settings_are_shown_and_swept(cascade: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -402,6 +402,5 @@ def test_the_list_says_what_chains_are_and_whether_their_weights_are_here(
     said = capsys.readouterr().out
     assert "chain=tiny: base, tsr, ssr1, interp, ssr2; weights are here\n    The shipped chain: text -> 31" in said
     assert "stage=" in said and "tiny/base" in said
-    tree = cli.settings("plan", ["chain=mini", "tsr.weights=null", "ssr.weights=none", "--config-dir", str(mini)])[0]
-    tree.pop("format")
+    tree = chain_settings("mini", ["tsr.weights=null", "ssr.weights=none"], mini)
     assert list(Chain.read(tree).absent()) == ["tsr", "ssr"]

@@ -208,7 +208,7 @@ def test_plan_says_what_it_chose_and_refuses_in_one_line(capsys: pytest.CaptureF
     shown = json.loads(capsys.readouterr().out)
     assert list(shown) == ["stages", "others", "memory"] and "as it is set" in shown["memory"][0]
     command(["plan", stage, "memory=1GB"])
-    assert "memory=1GB: base holds 19.4 MB as it is set" in capsys.readouterr().out
+    assert "memory=1GB: base holds 19.6 MB as it is set" in capsys.readouterr().out
     out = tmp_path / "out"
     for words in (["plan", stage], ["generate", stage, "prompt=a red circle", f"out={out}"]):
         with pytest.raises(SystemExit) as exit:

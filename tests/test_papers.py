@@ -13,8 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.chain import Chain
-from cascade.compose import compose
+from cascade.chain import Chain, chain_settings
 from cascade.diffusion import Diffusion, Prediction
 from cascade.errors import CascadeError
 from cascade.noise import generator
@@ -30,13 +29,12 @@ Make = Callable[..., Any]
 
 @cache
 def composed(name: str) -> dict[str, Any]:
-    return compose("plan", [f"chain={name}"])
+    return chain_settings(name)
 
 
 def chain(name: str, **changes: Any) -> Chain:
     """The chain with settings changed at dotted paths ("/" for ".")."""
     settings = copy.deepcopy(composed(name))
-    del settings["format"]
     for path, value in changes.items():
         *folders, key = path.split("/")
         part = settings

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from cascade.chain import Chain
+from cascade.chain import Chain, chain_settings
 from cascade.cli import command, stage_command
-from cascade.compose import compose
 from cascade.errors import ConfigError
 from cascade.media import png, read_image, read_video
 from cascade.pipeline import VIDEO, read_clip
@@ -19,9 +18,7 @@ from cascade.unet import LevelSpec
 
 
 def tree(name: str) -> dict[str, Any]:
-    settings = compose("plan", [f"chain={name}"])
-    del settings["format"]
-    return settings
+    return chain_settings(name)
 
 
 def level_words(cfg: StageConfig) -> tuple[list[LevelSpec], int]:
@@ -75,7 +72,7 @@ def test_an_interpolator_animates_a_picture_by_itself(tmp_path: Path) -> None:
     (tmp_path / "first.png").write_bytes(png(torch.linspace(-1, 1, 3 * 8 * 8).view(3, 8, 8)))
     (cfg,) = (cfg for cfg in Chain.read(tree("make_a_video")).stages if cfg.name == "interp")
     words = [word.removeprefix("interp.") for word in shrunk(cfg)]
-    words += ["stage=make_a_video/interp", "reads=null", "prompt=a red circle", f"input={tmp_path / 'first.png'}"]
+    words += ["stage=make_a_video/interp", "reads=null", "prompt=a red circle", f"image={tmp_path / 'first.png'}"]
     stage_command("interp", [*words, f"out={tmp_path / 'made.safetensors'}", "device=cpu"])
     made = read_clip((tmp_path / "made.safetensors").read_bytes(), "made")
     first = read_image(tmp_path / "first.png")

@@ -9,9 +9,8 @@ import torch
 from test_papers_run import shrunk, tree
 
 from cascade import checkpoint
-from cascade.chain import Chain
+from cascade.chain import Chain, chain_settings
 from cascade.cli import stage_command
-from cascade.compose import compose
 from cascade.loading import load_stage
 
 
@@ -50,8 +49,7 @@ def small(paper: str, name: str, weights: Path) -> dict[str, object]:
     chain = Chain.read(tree(paper))
     (cfg,) = (cfg for cfg in chain.stages if cfg.name == name)
     words = [word for word in shrunk(cfg) if not word.startswith(f"{name}.weights=")]
-    settings = compose("plan", [f"chain={paper}", *words, f"{name}.weights={weights}", "text.encoder=tiny/text"])
+    settings = chain_settings(paper, [*words, f"{name}.weights={weights}", "text.encoder=tiny/text"])
     if "prior" in settings["text"]:
         settings["text"]["prior"] = None
-    del settings["format"]
     return {key: value for key, value in settings.items() if key in (name, "text")} | {"stages": [name]}

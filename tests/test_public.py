@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cascade import plan as planning
-from cascade.chain import Chain, Device
+from cascade.chain import Chain, Device, chain_settings
 from cascade.compose import compose
 from cascade.config import plugin
 from cascade.diffusion import Diffusion
@@ -56,11 +56,8 @@ def chain(name: str) -> Chain:
         "show1": ["sr2.from_height=32", "sr2.from_width=64"],
         "zeroscope": ["xl.from_height=64", "xl.from_width=128"],
     }
-    tree = compose(
-        "plan", [f"chain={name}", *sizes, *(f"{stage}.train=null" for stage in SMALL[name]), *entry.get(name, [])]
-    )
-    del tree["format"]
-    return Chain.read(tree)
+    words = [*sizes, *(f"{stage}.train=null" for stage in SMALL[name]), *entry.get(name, [])]
+    return Chain.read(chain_settings(name, words))
 
 
 class Stub(UNet3D):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cascade import cli, media
-from cascade.chain import Chain
+from cascade.chain import Chain, chain_settings
 from cascade.compose import compose
 
 LATENTS = {"show1": ["sr2"], "modelscope": ["base"], "zeroscope": ["base", "xl"], "lavie": ["base", "interp"]}
@@ -66,9 +66,7 @@ def overrides(name: str, autoencoder: Path) -> list[str]:
 @pytest.mark.parametrize("name", SIZES)
 def test_from_a_prompt_to_an_mp4(name: str, autoencoder: Path, tmp_path: Path) -> None:
     words = overrides(name, autoencoder)
-    tree = compose("plan", words)
-    tree.pop("format")
-    chain = Chain.read(tree)
+    chain = Chain.read(chain_settings(name, words[1:]))
     cli.command(["generate", *words, "prompt=a dog runs", f"out={tmp_path / 'out'}"])
     last = chain.stages[-1]
     video = media.read_video(tmp_path / "out" / "video.mp4")

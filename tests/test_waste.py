@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cascade.diffusion import Diffusion
 from cascade.layers import TextAttention
+from cascade.making import steps
 from cascade.noise import Noise, sample_id
 from cascade.sampler import Rule, Sampler, Threshold, Watch, sample
 from cascade.text import Text
@@ -153,7 +154,7 @@ def test_guided_windows_of_the_network_read_no_value_and_are_sent_nothing(
     cond = Cond(blank, blank[:, :1], one, one, encode([PROMPT]).to("meta"))
     settings = replace(GUIDED, steps=2, joint=joint)
     dropped = cond.with_text(Text(cond.text.tokens, cond.text.mask))
-    assert copies_of(monkeypatch, settings, stage.steps(cond, dropped, settings)) == [SHAPE]
+    assert copies_of(monkeypatch, settings, steps(stage, cond, dropped, settings)) == [SHAPE]
 
 
 def test_what_is_not_finite_is_found_when_it_is_read() -> None:
