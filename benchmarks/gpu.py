@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --predict             writes what is expected into gpu.yaml: before the first run
     python benchmarks/gpu.py --prepare FILE        settings, plan and predictions as JSON, on any machine
     python benchmarks/gpu.py FILE --out DIR        on the GPU: DIR/gpu.json and DIR/gpu.md, written after every row
-    python benchmarks/gpu.py --dry [FILE]          in miniature on the CPU
+    python benchmarks/gpu.py --dry [FILE]          in miniature on the CPU; what compiles only if --parts names it
 
 The run needs torch, triton, numpy, safetensors, this tree and FILE. Every way to run a stage takes its turn in each
 round, and so does the product of two large matrices: the ceiling. A peer or a way that is not there says why. Frames
@@ -254,6 +254,7 @@ def regional(run: Run, results: Results) -> None:
 
 def beside(run: Run, prepared: Prepared, stage: Entry, frames: int) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Times of a stage compiled and not, and why there are none."""
+    torch.compiler.reset()  # the limit on what one function compiles to counts all stages together
     shipped = on_gpu.build(*stage.read(frames), run.device)
     good, refused = on_gpu.works(on_gpu.ways(shipped, prepared.tokens, run.device, ["ours", "regional"]))
     return on_gpu.summary(on_gpu.rounds(run, good, prepared.rounds)), refused
@@ -261,6 +262,7 @@ def beside(run: Run, prepared: Prepared, stage: Entry, frames: int) -> tuple[dic
 
 def peers(run: Run, results: Results, ways: tuple[str, ...]) -> None:
     """Ours and others' networks at equal size and work, weights in float32 under autocast to bfloat16."""
+    torch.compiler.reset()
     prepared, calls, refused = results.prepared, {}, {}
     work = peer_models.Work(**prepared.work)
     x = work.clip().to(run.device)
@@ -388,7 +390,7 @@ def stage_table(results: Results) -> str:
             continue
         ms, way = fastest(row)
         beside = row.get("beside_regional", {})
-        pair = f"{cell(beside.get('regional'))} ({cell(beside.get('ours'))})" if "regional" in beside else ""
+        pair = f"{beside['regional'][0]:.3g} ({beside['ours'][0]:.3g})" if {"ours", "regional"} <= set(beside) else ""
         ran, speed = row.get("sampled", {}), row["flops"] / row["ceiling"]
         allocated = f"{ran['peak_bytes'] / 1e9:.3g}" if "peak_bytes" in ran else ""
         frames = f"{row['frames']}" if row["frames"] == row["whole"] else f"{row['frames']} of {row['whole']}"
@@ -466,7 +468,7 @@ def main() -> int:
     ask.add_argument("--predict", action="store_true")
     ask.add_argument("--dry", action="store_true", help="in miniature on the CPU")
     ask.add_argument("--budget", type=float, default=540.0, help="seconds in all")
-    ask.add_argument("--parts", default=",".join(PARTS))
+    ask.add_argument("--parts", help=f"of {','.join(PARTS)}")
     ask.add_argument("--out", type=Path, metavar="DIR")
     given = ask.parse_args()
     if given.predict:
@@ -475,7 +477,8 @@ def main() -> int:
     if given.prepare is not None:
         given.prepare.write_text(json.dumps(plain(prepare(given.dry)), indent=1) + "\n", encoding="utf-8")
         return 0
-    if unknown := set(given.parts.split(",")) - set(PARTS):
+    parts = given.parts.split(",") if given.parts else list(PARTS[:2] if given.dry else PARTS)
+    if unknown := set(parts) - set(PARTS):
         ask.error(f"--parts: {', '.join(sorted(unknown))} is not one of {', '.join(PARTS)}")
     if not given.dry and not torch.cuda.is_available():
         ask.error("there is no CUDA device: --dry runs in miniature on the CPU")
@@ -486,7 +489,7 @@ def main() -> int:
     run = Run(given.dry, given.budget, began, None, None)
     device = "CPU" if given.dry else torch.cuda.get_device_name()
     results = Results(prepared, given.out, {"device": device, "torch": torch.__version__})
-    measure(run, results, given.parts.split(","))
+    measure(run, results, parts)
     results.save()
     print(tables(results))
     return 0

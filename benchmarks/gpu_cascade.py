@@ -259,7 +259,8 @@ def works(calls: Calls) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
                 good[name] = call
             else:
                 refused[name] = "an answer that is not finite"
-        free()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the next way may need it in other pieces
     return good, refused
 
 

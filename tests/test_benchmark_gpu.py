@@ -174,6 +174,13 @@ def test_it_runs_in_miniature_without_hydra_and_peers(tmp_path: Path, small: gpu
     assert "s a clip" in table and all(f"| {name} |" in table for name in found["stages"])
 
 
+@pytest.mark.slow
+def test_what_compiles_stands_beside_what_does_not(tmp_path: Path, small: gpu.Prepared) -> None:
+    found, table = ran(tmp_path, replace(small, stages=small.stages[:1]), "--parts", "stages,compiled,regional")
+    assert set(found["stages"]["base"]["beside_regional"]) == {"ours", "regional"}
+    assert found["peers"]["cascade"]["ms"]["compiled"][0] > 0 and "| base |" in table
+
+
 def test_time_that_is_up_is_said(tmp_path: Path, small: gpu.Prepared) -> None:
     found, table = ran(tmp_path, small, "--budget", "0", "--parts", "stages,peers")
     assert {row["skipped"] for row in found["stages"].values()} == {"out of time"}
