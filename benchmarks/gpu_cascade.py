@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from math import ceil
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from gpu_unet import configured
@@ -37,6 +37,7 @@ from cascade.video import Video
 # Of a way to launch or of a peer: a result, not an end. The last two are what packages that do not fit together raise.
 REFUSALS = (RuntimeError, ValueError, ImportError, CascadeError, AttributeError, TypeError)
 
+Out = TypeVar("Out")
 Calls = Mapping[str, Callable[[], Any]]
 
 # what it should take -------------------------------------------------------------------------------------------------
@@ -130,8 +131,8 @@ def roofline(cfg: StageConfig, rule: Rule, tokens: int, rates: Rates) -> Rooflin
     """One evaluation of one clip, with our kernels and weights in bfloat16."""
     stage = on_meta(cfg, rule)
     stage.net.to(torch.bfloat16)
-    call = evaluation(stage, tokens, META)
-    with torch.no_grad(), norm.assumed(torch.bfloat16), Roofline(rates) as found, Attended(found):
+    call, found = evaluation(stage, tokens, META), Roofline(rates)
+    with torch.no_grad(), norm.assumed(torch.bfloat16), found, Attended(found):
         call()
     return found
 
@@ -228,12 +229,10 @@ def deferred(make: Callable[[], Callable[[], Tensor]]) -> Callable[[], Tensor]:
     return call
 
 
-def within(
-    call: Callable[[], Tensor], device: torch.device, kernels: str, name: str | None = None
-) -> Callable[[], Tensor]:
+def within(call: Callable[[], Out], device: torch.device, kernels: str, name: str | None = None) -> Callable[[], Out]:
     """`call` in bfloat16 with kernels as `gpu_unet.configured` names them; `name`: for all attention."""
 
-    def inside() -> Tensor:
+    def inside() -> Out:
         with ExitStack() as stack:
             chosen: AbstractContextManager[None] = configured(kernels, True, device.type)
             stack.enter_context(torch.no_grad())
@@ -286,7 +285,7 @@ def clock(device: torch.device, call: Callable[[], Any]) -> float:
         before = time.perf_counter()
         call()
         return 1e3 * (time.perf_counter() - before)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     call()
     end.record()
