@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -40,6 +40,12 @@ class Work:
     def clip(self) -> Tensor:
         size = (1, 3, self.frames, self.height, self.width)
         return torch.randn(size, generator=torch.Generator().manual_seed(0))
+
+    def on(self, device: torch.device) -> Work:
+        """The same with its text on `device`."""
+        there = replace(self)
+        object.__setattr__(there, "embedded", self.embedded.to(device))
+        return there
 
 
 def build(package: str, settings: Settings, work: Work, named: bool = False) -> tuple[nn.Module, Call]:
@@ -80,7 +86,7 @@ def cascade(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
     text = Text(work.embedded, torch.ones(1, work.tokens, dtype=torch.bool))
     blank = torch.zeros(1, 3, work.frames, work.height, work.width)
     cond = Cond(blank, blank[:, :1, :, :1, :1], torch.zeros(1), torch.full((1,), 8.0), text)
-    return net, lambda x: net(x, torch.full((1,), 0.5), cond)
+    return net, lambda x: net(x, x.new_full((1,), 0.5), cond)
 
 
 def imagen(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
@@ -89,7 +95,7 @@ def imagen(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
 
     net = Unet3D(**settings, text_embed_dim=work.text, max_text_len=work.tokens)
     real = torch.ones(1, work.tokens, dtype=torch.bool)
-    return net, lambda x: net(x, torch.full((1,), 0.5), text_embeds=work.embedded, text_mask=real)
+    return net, lambda x: net(x, x.new_full((1,), 0.5), text_embeds=work.embedded, text_mask=real)
 
 
 def make_a_video(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
@@ -97,7 +103,7 @@ def make_a_video(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
     from make_a_video_pytorch import SpaceTimeUnet
 
     net = SpaceTimeUnet(**settings)
-    return net, lambda x: net(x, timestep=torch.full((1,), 500.0))
+    return net, lambda x: net(x, timestep=x.new_full((1,), 500.0))
 
 
 def video_diffusion(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
@@ -105,7 +111,7 @@ def video_diffusion(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
     from video_diffusion_pytorch import Unet3D
 
     net = Unet3D(**settings, cond_dim=work.text)
-    return net, lambda x: net(x, torch.full((1,), 500), cond=work.embedded.mean(1))
+    return net, lambda x: net(x, torch.full((1,), 500, device=x.device), cond=work.embedded.mean(1))
 
 
 def diffusers_unet3d(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
@@ -113,7 +119,7 @@ def diffusers_unet3d(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
     from diffusers import UNet3DConditionModel
 
     net = UNet3DConditionModel(in_channels=3, out_channels=3, cross_attention_dim=work.text, **settings)
-    return net, lambda x: net(x, torch.tensor([500]), work.embedded, return_dict=False)[0]
+    return net, lambda x: net(x, torch.tensor([500], device=x.device), work.embedded, return_dict=False)[0]
 
 
 def diffusers_motion(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
@@ -122,7 +128,7 @@ def diffusers_motion(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
 
     net = UNetMotionModel(in_channels=3, out_channels=3, cross_attention_dim=work.text, **settings)
     told = work.embedded.repeat_interleave(work.frames, 0)
-    return net, lambda x: net(x, torch.tensor([500]), told, return_dict=False)[0]
+    return net, lambda x: net(x, torch.tensor([500], device=x.device), told, return_dict=False)[0]
 
 
 def diffusers_latte(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
@@ -133,7 +139,7 @@ def diffusers_latte(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
         in_channels=3, out_channels=3, caption_channels=work.text, sample_size=work.height, video_length=work.frames,
         **settings,
     )  # fmt: skip
-    return net, lambda x: net(x, torch.tensor([500]), work.embedded, return_dict=False)[0]
+    return net, lambda x: net(x, torch.tensor([500], device=x.device), work.embedded, return_dict=False)[0]
 
 
 def diffusers_wan(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
@@ -141,7 +147,7 @@ def diffusers_wan(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
     from diffusers import WanTransformer3DModel
 
     net = WanTransformer3DModel(in_channels=3, out_channels=3, text_dim=work.text, **settings)
-    return net, lambda x: net(x, torch.tensor([500]), work.embedded, return_dict=False)[0]
+    return net, lambda x: net(x, torch.tensor([500], device=x.device), work.embedded, return_dict=False)[0]
 
 
 def cascade_unet3d(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
@@ -149,7 +155,7 @@ def cascade_unet3d(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
     from cascade import config, unet3d
 
     net = unet3d.UNet3D(config.parse({**settings, "text": work.text}, unet3d.UNet3DConfig))
-    return net, lambda x: net.run(x, torch.tensor([500]), work.embedded)
+    return net, lambda x: net.run(x, torch.tensor([500], device=x.device), work.embedded)
 
 
 def cascade_chain(settings: Settings, work: Work) -> tuple[nn.Module, Call]:

@@ -395,3 +395,7 @@ def report(error: CascadeError, debug: bool) -> int:
 
 def _terminated(number: int, frame: FrameType | None) -> None:
     sys.exit(143)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

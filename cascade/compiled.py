@@ -43,8 +43,9 @@ def compiled(net: nn.Module, how: Compile, backend: str = "inductor") -> nn.Modu
     import torch._dynamo.config
 
     found = regions(net)
-    # Blocks share the code of one class, which is compiled again for each shape: past the limit it runs as it is.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 2 * len(found))
+    # Blocks share the code of one class, which is compiled again for each shape and each network of a process: past the
+    # limit it runs as it is.
+    torch._dynamo.config.recompile_limit += 2 * len(found)
     for region in found:
         region.compile(dynamic=False, backend=backend)
     return Plain(net)
