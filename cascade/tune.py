@@ -66,7 +66,7 @@ class By:
 
     measure: str
     better: Better
-    on: Input
+    input: Input
 
 
 @dataclass(kw_only=True)
@@ -172,10 +172,10 @@ def check(stage: StageConfig, rule: Rule, cfg: TuneConfig) -> None:
             f"{stage.name}: tune.levels has {cfg.levels[-1]:g}, never trained: augment_max is {stage.augment_max:g}",
             fix=f"levels of at most {stage.augment_max:g}, or the augment_max that it was trained with",
         )
-    if cfg.by.on not in cfg.inputs:
+    if cfg.by.input not in cfg.inputs:
         raise ConfigError(
-            f"{stage.name}: tune.by.on is {cfg.by.on.value}, but tune.before names no stage",
-            fix="tune.before.stage=tiny/... or tune.by.on=degraded",
+            f"{stage.name}: tune.by.input is {cfg.by.input.value}, but tune.before names no stage",
+            fix="tune.before.stage=tiny/... or tune.by.input=degraded",
         )
     names = cfg.exam(0, rule).metrics or []
     for name in names:
@@ -238,7 +238,7 @@ def add(
             for name, found in left_out(metric, {key: answer[usable] for key, answer in mine.items()}).items():
                 value, spread = float(found[0]), error(found)
                 out.rows.append(Row(stage.name, metric, name, condition(level), of.value, value, spread, n, **size))
-                if of is cfg.by.on and f"{metric}.{name}" == cfg.by.measure:
+                if of is cfg.by.input and f"{metric}.{name}" == cfg.by.measure:
                     out.compared[level] = found
 
 
@@ -311,7 +311,7 @@ def table(found: Sweep, choice: Choice, cfg: TuneConfig, stage: StageConfig) -> 
         lines += ["", titles[of], *pivot(rows, lambda row: row.condition)]
     lines += [f"{name} is left out: {why}" for name, why in found.skipped.items()]
     behind = ", ".join(f"{level:g} by {gap:.3g} ±{spread:.2g}" for level, gap, spread in choice.behind)
-    lines += ["", f"{cfg.by.measure}, {titles[cfg.by.on]}: best at {choice.best:g}; behind it {behind}"]
+    lines += ["", f"{cfg.by.measure}, {titles[cfg.by.input]}: best at {choice.best:g}; behind it {behind}"]
     return "\n".join([*lines, f"augment: {choice.level:g} (was {stage.augment:g})"])
 
 
