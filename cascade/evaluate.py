@@ -145,10 +145,10 @@ def variants_of(stage: Stage) -> dict[str, Stage]:
     """The stage as it is judged, by condition: without and with noise on its input, if it takes a video."""
     if from_text(stage.cfg, stage.rule):
         return {MADE: stage}
-    return {condition(level): augmented(stage, level) for level in sorted({0.0, stage.cfg.augment})}
+    return {at_level(level): augmented(stage, level) for level in sorted({0.0, stage.cfg.augment})}
 
 
-def condition(level: float) -> str:
+def at_level(level: float) -> str:
     """The name of a level of noise conditioning augmentation."""
     return f"augment={level:g}"
 

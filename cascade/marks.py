@@ -113,13 +113,8 @@ def timing(report: Report) -> Timing:
 def rows_of(answers: Answers, questions: Sequence[Question], stage: StageConfig, seed: int) -> list[Row]:
     """The numbers of one stage for each group of questions, and for all of them if there are several groups."""
     groups = sorted({question.group for question in questions}, reverse=True)
-    found: dict[tuple[str, str], Answers] = {}
-    for key, answer in answers.items():
-        if not key.startswith("sheet/"):
-            condition, metric, name = key.split("/")
-            found.setdefault((condition, metric), {})[name] = answer
     rows = []
-    for (condition, metric), values in found.items():
+    for (condition, metric), values in grouped(answers).items():
         for group in groups if len(groups) == 1 else [*groups, "all"]:
             mine = torch.tensor([group in ("all", question.group) for question in questions])
             for name, value, error, n in numbers(metric, {name: answer[mine] for name, answer in values.items()}):
@@ -127,6 +122,16 @@ def rows_of(answers: Answers, questions: Sequence[Question], stage: StageConfig,
                     Row(stage.name, metric, name, condition, group, value, error, n, str(stage.shape), stage.fps, seed)
                 )
     return rows
+
+
+def grouped(answers: Answers) -> dict[tuple[str, str], Answers]:
+    """The values of each measure under each condition, by (condition, measure)."""
+    found: dict[tuple[str, str], Answers] = {}
+    for key, answer in answers.items():
+        if not key.startswith("sheet/"):
+            condition, metric, name = key.split("/")
+            found.setdefault((condition, metric), {})[name] = answer
+    return found
 
 
 def numbers(metric: str, values: Answers) -> Iterator[tuple[str, float, float | None, int]]:

@@ -24,11 +24,11 @@ from cascade import attention, store
 from cascade.config import locate, parse, plain, suggest
 from cascade.data.source import open_source
 from cascade.errors import ConfigError, InputError
-from cascade.evaluate import Comes, answers_of, augmented, condition, kept, read_weights, subject
+from cascade.evaluate import Comes, answers_of, at_level, augmented, kept, read_weights, subject
 from cascade.exam import SPLITS, Answers, EvaluateConfig, Exam, Question, about, measure
 from cascade.examples import stage_before
 from cascade.loading import load_stage
-from cascade.marks import Row, described, numbers, pivot
+from cascade.marks import Row, described, grouped, numbers, pivot
 from cascade.noise import generator
 from cascade.pipeline import Progress, precision
 from cascade.request import bars
@@ -115,8 +115,8 @@ def left_out(metric: str, values: Answers) -> dict[str, Tensor]:
     n = len(next(iter(values.values())))
     subsets = [torch.ones(n, dtype=torch.bool), *~torch.eye(n, dtype=torch.bool)]
     found = [
-        {name: value for name, value, _, _ in numbers(metric, {key: answer[kept] for key, answer in values.items()})}
-        for kept in subsets
+        {name: value for name, value, _, _ in numbers(metric, {key: answer[mask] for key, answer in values.items()})}
+        for mask in subsets
     ]
     return {name: torch.tensor([one[name] for one in found], dtype=torch.float64) for name in found[0]}
 
@@ -208,42 +208,46 @@ def sweep(
         for level in cfg.levels:
             variant = augmented(stage, level)
             found, out.skipped = answers_of(
-                exam, {condition(level): variant}, questions, encode, exam.cfg.metrics or [],
+                exam, {at_level(level): variant}, questions, encode, exam.cfg.metrics or [],
                 work(of, variant.cfg), progress, [], comes if of is Input.BEFORE else None,
             )  # fmt: skip
             answers[level] = found
+            names = [f"{m}.{number[0]}" for (_, m), mine in grouped(found).items() for number in numbers(m, mine)]
+            if cfg.by.measure not in names:  # known as soon as one level is judged
+                raise unanswered(cfg, names, out.skipped)
         add(out, of, answers, stage.cfg, cfg, exam.cfg.seed)
     if not out.compared:
-        names = [f"{row.metric}.{row.name}" for row in out.rows]
-        metric = cfg.by.measure.partition(".")[0]
-        why = out.skipped.get(metric, f"there is no such number of {LEAST} clips or more")
-        raise ConfigError(
-            f"tune.by.measure is {cfg.by.measure!r}: {why}", fix=suggest(cfg.by.measure, names, "tune.by.measure=")
-        )
+        raise unanswered(cfg, names, out.skipped)
     return out
+
+
+def unanswered(cfg: TuneConfig, names: Sequence[str], skipped: Mapping[str, str]) -> ConfigError:
+    """What is said of a rule whose number is not among those `names` that there are."""
+    why = skipped.get(cfg.by.measure.partition(".")[0], f"there is no such number of {LEAST} clips or more")
+    left = [name for name in names if name != cfg.by.measure]
+    return ConfigError(
+        f"tune.by.measure is {cfg.by.measure!r}: {why}", fix=suggest(cfg.by.measure, left, "tune.by.measure=")
+    )
 
 
 def add(
     out: Sweep, of: Input, answers: Mapping[float, Answers], stage: StageConfig, cfg: TuneConfig, seed: int
 ) -> None:
     """The numbers of all levels on one input. A clip that a measure cannot judge at one level counts at none."""
-    size = {"shape": str(stage.shape), "fps": stage.fps, "seed": seed}
-    for metric in dict.fromkeys(key.split("/")[1] for key in answers[cfg.levels[0]] if not key.startswith("sheet/")):
-        values = {level: of_measure(found, f"{condition(level)}/{metric}/") for level, found in answers.items()}
+    size = (str(stage.shape), stage.fps, seed)
+    found = {level: grouped(mine) for level, mine in answers.items()}
+    for _, metric in found[cfg.levels[0]]:
+        values = {level: mine[at_level(level), metric] for level, mine in found.items()}
         usable = ~torch.stack([bad(answer) for mine in values.values() for answer in mine.values()]).any(0)
         n = int(usable.sum())
         if n < LEAST:
             continue
         for level, mine in values.items():
-            for name, found in left_out(metric, {key: answer[usable] for key, answer in mine.items()}).items():
-                value, spread = float(found[0]), error(found)
-                out.rows.append(Row(stage.name, metric, name, condition(level), of.value, value, spread, n, **size))
+            for name, number in left_out(metric, {key: answer[usable] for key, answer in mine.items()}).items():
+                value, spread = float(number[0]), error(number)
+                out.rows.append(Row(stage.name, metric, name, at_level(level), of.value, value, spread, n, *size))
                 if of is cfg.by.input and f"{metric}.{name}" == cfg.by.measure:
-                    out.compared[level] = found
-
-
-def of_measure(answers: Answers, prefix: str) -> Answers:
-    return {key.removeprefix(prefix): answer for key, answer in answers.items() if key.startswith(prefix)}
+                    out.compared[level] = number
 
 
 def bad(answer: Tensor) -> Tensor:

@@ -226,7 +226,8 @@ def test_the_best_level_is_found_and_every_number_is_right(make_stage: Any, enco
 
 
 def test_a_level_is_judged_as_an_evaluation_judges_it(make_stage: Any, encode: Any, one_thread: None) -> None:
-    cfg = settings(levels=[0.0, 0.1], before=None, by={**BY, "input": "degraded"})
+    by, names = {**BY, "input": "degraded"}, ["fidelity", "known", "attributes", "fvd"]
+    cfg = settings(levels=[0.0, 0.1], before=None, by=by, metrics=names)
     stage = make_stage("tsr", std=0.1, augment=0.1, augment_max=0.1)
     exam = cfg.exam(0, stage.rule)
     found = {(row.metric, row.name, row.condition): row for row in sweep(stage, Exam(WORLD, exam), cfg, encode).rows}
@@ -317,7 +318,8 @@ def test_the_task_writes_what_was_found_and_the_level(
     level = tree["choice"]["level"]
     assert file.read_text() == f"name: ssr  # up\naugment: {level}  # of the input\n"
     assert f"augment: {level:g} (was 0)" in printed and "as tiny/tsr makes them" in printed
-    found = {row["condition"]: row["value"] for row in tree["rows"] if (row["group"], row["name"]) == ("before", "psnr")}
+    rows = [row for row in tree["rows"] if (row["group"], row["name"]) == ("before", "psnr")]
+    found = {row["condition"]: row["value"] for row in rows}
     assert found[f"augment={level:g}"] == max(found.values()) and len(found) == 2
     assert (tree["before"], tree["command"], tree["settings"]["n"]) == ("the hash of tiny/tsr", "typed", 3)
     assert sampled.count(("tsr", 0.0)) == 3  # once for each clip, not for each level
