@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cascade import media, store
 from cascade.config import fingerprint, plain
@@ -149,6 +150,27 @@ def numbers(metric: str, values: Answers) -> Iterator[tuple[str, float, float | 
         if len(kept):
             error = float(kept.std() / len(kept) ** 0.5) if len(kept) > 1 else None
             yield name, float(kept.mean()), error, len(kept)
+
+
+def left_out(metric: str, values: Answers) -> dict[str, Tensor]:
+    """Each number of a measure over all n clips, then over all but each one of them, (1 + n,) in float64."""
+    n = len(next(iter(values.values())))
+    subsets = [torch.ones(n, dtype=torch.bool), *~torch.eye(n, dtype=torch.bool)]
+    found = [
+        {name: value for name, value, _, _ in numbers(metric, {key: answer[mask] for key, answer in values.items()})}
+        for mask in subsets
+    ]
+    return {name: torch.tensor([one[name] for one in found], dtype=torch.float64) for name in found[0]}
+
+
+def jackknife(found: Tensor) -> float:
+    """The jackknife's standard error of found[0], from those without each clip (Efron & Stein 1981).
+
+    Of a mean it is the usual one exactly; a PSNR of all clips as one, or a Fréchet distance, has no other.
+    """
+    without = found[1:]
+    n = len(without)
+    return float(((n - 1) / n * (without - without.mean()).square().sum()).sqrt())
 
 
 def clips_of(answers: Answers, questions: Sequence[Question]) -> list[dict[str, Any]]:

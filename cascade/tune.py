@@ -28,7 +28,7 @@ from cascade.evaluate import Comes, answers_of, at_level, augmented, kept, read_
 from cascade.exam import SPLITS, Answers, EvaluateConfig, Exam, Question, about, measure
 from cascade.examples import stage_before
 from cascade.loading import load_stage
-from cascade.marks import Row, described, grouped, numbers, pivot
+from cascade.marks import Row, described, grouped, jackknife, left_out, numbers, pivot
 from cascade.noise import generator
 from cascade.pipeline import Progress, precision
 from cascade.request import bars
@@ -110,27 +110,6 @@ class TuneConfig:
 # the rule ------------------------------------------------------------------------------------------------------------
 
 
-def left_out(metric: str, values: Answers) -> dict[str, Tensor]:
-    """Each number of a measure over all n clips, then over all but each one of them, (1 + n,) in float64."""
-    n = len(next(iter(values.values())))
-    subsets = [torch.ones(n, dtype=torch.bool), *~torch.eye(n, dtype=torch.bool)]
-    found = [
-        {name: value for name, value, _, _ in numbers(metric, {key: answer[mask] for key, answer in values.items()})}
-        for mask in subsets
-    ]
-    return {name: torch.tensor([one[name] for one in found], dtype=torch.float64) for name in found[0]}
-
-
-def error(numbers: Tensor) -> float:
-    """The jackknife's standard error of numbers[0], from those without each clip (Efron & Stein 1981).
-
-    Of a mean it is the usual one exactly; a PSNR of all clips as one, or a Fréchet distance, has no other.
-    """
-    without = numbers[1:]
-    n = len(without)
-    return float(((n - 1) / n * (without - without.mean()).square().sum()).sqrt())
-
-
 @dataclass(frozen=True)
 class Choice:
     """The level that is chosen and the best one; `behind` says of each level by how much, with its error."""
@@ -146,7 +125,7 @@ def choose(found: Mapping[float, Tensor], better: Better, within: float) -> Choi
     levels = sorted(found)
     best = max(levels, key=lambda level: sign * float(found[level][0]))
     apart = {level: sign * (found[best] - found[level]) for level in levels}
-    behind = [(level, float(gap[0]), error(gap)) for level, gap in apart.items()]
+    behind = [(level, float(gap[0]), jackknife(gap)) for level, gap in apart.items()]
     return Choice(next(level for level, gap, spread in behind if gap <= within * spread), best, behind)
 
 
@@ -244,7 +223,7 @@ def add(
             continue
         for level, mine in values.items():
             for name, number in left_out(metric, {key: answer[usable] for key, answer in mine.items()}).items():
-                value, spread = float(number[0]), error(number)
+                value, spread = float(number[0]), jackknife(number)
                 out.rows.append(Row(stage.name, metric, name, at_level(level), of.value, value, spread, n, *size))
                 if of is cfg.by.input and f"{metric}.{name}" == cfg.by.measure:
                     out.compared[level] = number

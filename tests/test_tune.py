@@ -22,6 +22,7 @@ from cascade.data.source import DataConfig, World
 from cascade.errors import ConfigError, InputError
 from cascade.evaluate import judge_stage
 from cascade.exam import Exam, Question
+from cascade.marks import jackknife, left_out
 from cascade.metrics.fidelity import pooled
 from cascade.noise import generator
 from cascade.request import Prompts
@@ -29,7 +30,7 @@ from cascade.settings import Before
 from cascade.stage import Stage
 from cascade.tasks import Request
 from cascade.text import Text, TextConfig
-from cascade.tune import Better, Input, TuneConfig, choose, edited, error, left_out, sweep
+from cascade.tune import Better, Input, TuneConfig, choose, edited, sweep
 from cascade.video import Video
 
 WORLD = World(ShapesConfig())
@@ -58,7 +59,7 @@ def test_the_error_of_a_mean_is_the_standard_error() -> None:
     clips = drawn("mean")
     found = left_out("motion", {"path": clips, "flicker": clips})
     assert torch.allclose(found["path"], means(clips))
-    assert error(found["path"]) == pytest.approx(float(clips.std()) / 12**0.5)
+    assert jackknife(found["path"]) == pytest.approx(float(clips.std()) / 12**0.5)
 
 
 def test_a_number_of_all_clips_is_made_anew_without_each() -> None:
@@ -67,14 +68,14 @@ def test_a_number_of_all_clips_is_made_anew_without_each() -> None:
     expected = [pooled(clips), *(pooled(torch.cat([clips[:i], clips[i + 1 :]])) for i in range(5))]
     assert torch.equal(found, torch.tensor(expected, dtype=torch.float64))
     equal = left_out("consistency", {"psnr": torch.full((5,), 31.0)})["psnr"]
-    assert error(equal) == pytest.approx(0, abs=1e-9)
+    assert jackknife(equal) == pytest.approx(0, abs=1e-9)
 
 
 def test_levels_are_compared_clip_by_clip() -> None:
     """Clips differ by 10 dB, levels by 0.1 dB in every clip: the error of a level is 30 times what tells them apart."""
     clips = 10 * drawn("clips")
     found = choose({0.0: means(clips), 0.1: means(clips + 0.1)}, Better.HIGHER, 1.0)
-    assert error(means(clips)) > 1 and found.level == found.best == 0.1
+    assert jackknife(means(clips)) > 1 and found.level == found.best == 0.1
     (first, gap, spread), best = found.behind
     assert (first, best) == (0.0, (0.1, 0.0, 0.0))
     assert gap == pytest.approx(0.1) and spread == pytest.approx(0, abs=1e-9)
