@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,7 +189,8 @@ def sweep(
             variant = augmented(stage, level)
             found, out.skipped = answers_of(
                 exam, {at_level(level): variant}, questions, encode, exam.cfg.metrics or [],
-                work(of, variant.cfg), progress, [], comes if of is Input.BEFORE else None,
+                work(of, variant.cfg), progress and partial(_named, progress, f"{of.value} {level:g}"), [],
+                comes if of is Input.BEFORE else None,
             )  # fmt: skip
             answers[level] = found
             names = [f"{m}.{number[0]}" for (_, m), mine in grouped(found).items() for number in numbers(m, mine)]
@@ -198,6 +200,10 @@ def sweep(
     if not out.compared:
         raise unanswered(cfg, names, out.skipped)
     return out
+
+
+def _named(progress: Progress, name: str, stage: str, done: int, total: int) -> None:
+    progress(name, done, total)  # a bar for each level, whose stage is always the same
 
 
 def unanswered(cfg: TuneConfig, names: Sequence[str], skipped: Mapping[str, str]) -> ConfigError:
