@@ -48,7 +48,7 @@ cascade: cascaded text-to-video, stage by stage.
   cascade info                                    versions, device, attention kernels
   cascade list                                    chains, whether their weights are here, and stages
 
-  python -m stages.<kind> stage=tiny/base [task=sample|train|distill|evaluate]     one stage alone
+  python -m stages.<kind> stage=tiny/base [task=sample|train|distill|evaluate|tune]     one stage alone
       kinds: base, tsr, ssr, interp
 
 Settings are `key=value` (see conf/). Everywhere: --cfg job (show the settings and stop), --config-dir DIR (your own

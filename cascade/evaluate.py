@@ -40,7 +40,7 @@ from cascade.marks import Report, clips_of, described, rows_of, sheet_of, strips
 from cascade.noise import Noise, generator, sample_id
 from cascade.pipeline import VIDEO, Progress, Runner, precision, read_clip
 from cascade.request import bars, jobs_of, take
-from cascade.settings import Rule, StageConfig
+from cascade.settings import Rule, StageConfig, from_text
 from cascade.stage import Stage
 from cascade.text import Text, text_source
 from cascade.video import Video
@@ -49,6 +49,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cascade.tasks import Request
+
+Comes = Callable[[Video, Sequence[Question], Text], Video]  # what really comes in, in place of degraded clips
 
 # one stage -----------------------------------------------------------------------------------------------------------
 
@@ -75,14 +77,40 @@ def judge_stage(
 
     The networks run on the stage's device. Its sampler gives videos on the CPU, and there the measures run.
     """
-    exam, shape, fps = Exam(source, cfg), stage.cfg.shape, stage.cfg.fps
+    exam = Exam(source, cfg)
     names = cfg.metrics if cfg.metrics is not None else list(stage.rule.METRICS)
-    questions = exam.questions(shape, fps)
-    variants = variants_of(stage)
+    questions = exam.questions(stage.cfg.shape, stage.cfg.fps)
+    laps: list[tuple[int, float]] = []
+    found, skipped = answers_of(exam, variants_of(stage), questions, encode, names, work, progress, laps)
+    rows = rows_of(found, questions, stage.cfg, cfg.seed)
+    stages = {stage.cfg.name: described(stage.cfg, weights, config or {})}
+    return Report(
+        subject("stage", stages, cfg, stage.device, dtype),
+        cfg, rows, skipped, about(names), clips_of(found, questions),
+        sheet=sheet_of(found, questions), strips=strips_of(found),
+        laps={stage.cfg.name: laps}, machine=device_name(stage.device),
+    )  # fmt: skip
+
+
+def answers_of(
+    exam: Exam,
+    variants: dict[str, Stage],
+    questions: Sequence[Question],
+    encode: Callable[[list[str]], Text],
+    names: Sequence[str],
+    work: Path | None,
+    progress: Progress | None,
+    laps: list[tuple[int, float]],
+    comes: Comes | None = None,
+) -> tuple[Answers, dict[str, str]]:
+    """The answers of all conditions on all questions, and which measures could not be asked, and why.
+
+    With `work` they are kept there and read from there; see `answer` for the rest.
+    """
+    stage, cfg = next(iter(variants.values())), exam.cfg
     total = cfg.n * stage.cfg.sampler.steps * len(variants)
     parts: list[Answers] = []
     skipped: dict[str, str] = {}
-    laps: list[tuple[int, float]] = []
     for first in range(0, cfg.n, cfg.batch):
         group = questions[first : first + cfg.batch]
         file = None if work is None else work / f"{first:06d}-{len(group)}.safetensors"
@@ -97,19 +125,11 @@ def judge_stage(
             if progress is not None:
                 progress(stage.cfg.name, done + step * size, total)
 
-        answers, skipped = answer(exam, variants, group, encode, names, tick, laps)
+        answers, skipped = answer(exam, variants, group, encode, names, tick, laps, comes)
         parts.append(answers)
         if file is not None:
             store.commit_file(file, store.tensors_to_bytes(answers), kind="answers", meta={"skipped": skipped})
-    found = joined(parts)
-    rows = rows_of(found, questions, stage.cfg, cfg.seed)
-    stages = {stage.cfg.name: described(stage.cfg, weights, config or {})}
-    return Report(
-        subject("stage", stages, cfg, stage.device, dtype),
-        cfg, rows, skipped, about(names), clips_of(found, questions),
-        sheet=sheet_of(found, questions), strips=strips_of(found),
-        laps={stage.cfg.name: laps}, machine=device_name(stage.device),
-    )  # fmt: skip
+    return joined(parts), skipped
 
 
 def subject(what: str, stages: dict[str, Any], cfg: EvaluateConfig, device: torch.device, dtype: str) -> dict[str, Any]:
@@ -123,15 +143,21 @@ def device_name(device: torch.device) -> str:
 
 def variants_of(stage: Stage) -> dict[str, Stage]:
     """The stage as it is judged, by condition: without and with noise on its input, if it takes a video."""
-    try:
-        stage.rule.output(None, stage.cfg)
-    except ConfigError:
-        levels = sorted({0.0, stage.cfg.augment})
-        variants = {f"augment={level:g}": copy(stage) for level in levels}
-        for variant, level in zip(variants.values(), levels, strict=True):
-            variant.cfg = replace(stage.cfg, augment=level)
-        return variants
-    return {MADE: stage}
+    if from_text(stage.cfg, stage.rule):
+        return {MADE: stage}
+    return {at_level(level): augmented(stage, level) for level in sorted({0.0, stage.cfg.augment})}
+
+
+def at_level(level: float) -> str:
+    """The name of a level of noise conditioning augmentation."""
+    return f"augment={level:g}"
+
+
+def augmented(stage: Stage, level: float) -> Stage:
+    """The stage as it samples with its input noised to `level`; the network is shared."""
+    variant = copy(stage)
+    variant.cfg = replace(stage.cfg, augment=level)
+    return variant
 
 
 def answer(
@@ -142,18 +168,21 @@ def answer(
     names: Sequence[str],
     tick: Callable[[int], None],
     laps: list[tuple[int, float]],
+    comes: Comes | None = None,
 ) -> tuple[Answers, dict[str, str]]:
     """The answers of all conditions on a few questions, and which measures could not be asked, and why.
 
-    Every call of the sampler adds its clips and seconds to `laps`.
+    Every call of the sampler adds its clips and seconds to `laps`. `comes` turns the degraded clips into what comes in.
     """
     stage = next(iter(variants.values()))
     cfg, rule, seed = stage.cfg, stage.rule, exam.cfg.seed
     truth = exam.films(questions, cfg.shape, cfg.fps)
     case = Case(truth, truth, rate=rule.rate(cfg), specs=known_specs(questions), borders=borders(stage.cfg, rule))
+    text = encode([question.prompt for question in questions])
     low = None
     if MADE not in variants or exam.cfg.given:
         low = degraded(stage, truth, questions, seed)
+        low = low if comes is None else comes(low, questions, text)
         case.low = None if MADE in variants else low.frames
     elif exam.cfg.image:
         first = torch.arange(cfg.shape.frames) < 1
@@ -169,7 +198,6 @@ def answer(
     span = slice(None) if case.rate == 1 else slice(0, 8)  # neighbours: of frames far apart all may be given ones
     answers: Answers = {} if case.low is None or case.given is None else {"sheet/input": case.given[shown, :, span]}
     noise = Noise(seed, cfg.name, tuple(sample_id(question.prompt, question.copy) for question in questions))
-    text = encode([question.prompt for question in questions])
     for turn, (condition, variant) in enumerate(variants.items()):
         start = time.perf_counter()
         case.frames = variant.sample(low, text, None, noise, partial(_from, tick, turn * cfg.sampler.steps)).frames
@@ -229,12 +257,7 @@ def stage_task(ask: Request) -> None:
     stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
     config = read_weights(ask.cfg).config
     encoder = text_source(ask.text)
-    parts = [plain(part) for part in (stage.cfg, cfg, ask.on, ask.data)]
-    for part, name in ((parts[0], "train"), (parts[0], "weights"), (parts[1], "n"), (parts[1], "label")):
-        del part[name]  # none of them changes an answer
-    work = None  # the user's own files may change under the same settings
-    if ask.data.clips is None:
-        work = out / "answers" / fingerprint([parts, weights, encoder.fingerprint, about(names)])[:16]
+    work = kept(ask, out, stage.cfg, cfg, [weights, encoder.fingerprint, about(names)])
     with store.lock(out), bars() as progress, attention.use(ask.on.attention), precision(ask.on):
         source = open_source(ask.data, ask.cfg.shape, ask.cfg.fps, out / "clips")
         report = judge_stage(
@@ -245,6 +268,19 @@ def stage_task(ask: Request) -> None:
         write(report, out)
     print(table(report))
     print(out / "report.png")
+
+
+def kept(ask: Request, out: Path, stage: StageConfig, cfg: EvaluateConfig, others: list[Any]) -> Path | None:
+    """Where the answers of a stage lie, by all that decides them; None for the user's own clips.
+
+    Those may change under the same settings.
+    """
+    if ask.data.clips is not None:
+        return None
+    parts = [plain(part) for part in (stage, cfg, ask.on, ask.data)]
+    for part, name in ((parts[0], "train"), (parts[0], "weights"), (parts[1], "n"), (parts[1], "label")):
+        del part[name]  # none of them changes an answer
+    return out / "answers" / fingerprint([parts, *others])[:16]
 
 
 # a chain -------------------------------------------------------------------------------------------------------------

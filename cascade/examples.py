@@ -20,7 +20,7 @@ from cascade.data.source import Source, World
 from cascade.errors import ConfigError
 from cascade.loading import load_stage
 from cascade.noise import generator
-from cascade.settings import Gap, Rule, TrainConfig
+from cascade.settings import Before, Rule, TrainConfig
 from cascade.stage import Batch, Stage
 from cascade.text import T5Text, Text, TextSource
 from cascade.video import Shape, Video
@@ -144,16 +144,16 @@ def pool_of(stage: Stage, source: Source, encoder: TextSource, cfg: TrainConfig)
     return replace(pool, before=before), [key]
 
 
-def stage_before(gap: Gap, device: torch.device) -> tuple[Stage, str]:
+def stage_before(before: Before, device: torch.device) -> tuple[Stage, str]:
     """The stage that makes the input, and what names it: its weights' hash and its sampler."""
-    tree = compose("stage", [f"stage={gap.stage}"])
+    tree = compose("stage", [f"stage={before.stage}"])
     rule = cast(Rule, plugin(str(tree["kind"])))
     known = {f.name for f in fields(rule.Config)}
-    cfg = parse({key: value for key, value in tree.items() if key in known}, rule.Config, gap.stage)
-    if gap.weights is not None:
-        cfg = replace(cfg, weights=gap.weights)
-    if gap.steps is not None:
-        cfg = replace(cfg, sampler=replace(cfg.sampler, steps=gap.steps))
+    cfg = parse({key: value for key, value in tree.items() if key in known}, rule.Config, before.stage)
+    if before.weights is not None:
+        cfg = replace(cfg, weights=before.weights)
+    if before.steps is not None:
+        cfg = replace(cfg, sampler=replace(cfg.sampler, steps=before.steps))
     stage, key = load_stage(cfg, rule, device)
     return stage, fingerprint([key, plain(cfg.sampler)])
 

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cascade import media, store
 from cascade.config import fingerprint, plain
@@ -113,13 +114,8 @@ def timing(report: Report) -> Timing:
 def rows_of(answers: Answers, questions: Sequence[Question], stage: StageConfig, seed: int) -> list[Row]:
     """The numbers of one stage for each group of questions, and for all of them if there are several groups."""
     groups = sorted({question.group for question in questions}, reverse=True)
-    found: dict[tuple[str, str], Answers] = {}
-    for key, answer in answers.items():
-        if not key.startswith("sheet/"):
-            condition, metric, name = key.split("/")
-            found.setdefault((condition, metric), {})[name] = answer
     rows = []
-    for (condition, metric), values in found.items():
+    for (condition, metric), values in grouped(answers).items():
         for group in groups if len(groups) == 1 else [*groups, "all"]:
             mine = torch.tensor([group in ("all", question.group) for question in questions])
             for name, value, error, n in numbers(metric, {name: answer[mine] for name, answer in values.items()}):
@@ -127,6 +123,16 @@ def rows_of(answers: Answers, questions: Sequence[Question], stage: StageConfig,
                     Row(stage.name, metric, name, condition, group, value, error, n, str(stage.shape), stage.fps, seed)
                 )
     return rows
+
+
+def grouped(answers: Answers) -> dict[tuple[str, str], Answers]:
+    """The values of each measure under each condition, by (condition, measure)."""
+    found: dict[tuple[str, str], Answers] = {}
+    for key, answer in answers.items():
+        if not key.startswith("sheet/"):
+            condition, metric, name = key.split("/")
+            found.setdefault((condition, metric), {})[name] = answer
+    return found
 
 
 def numbers(metric: str, values: Answers) -> Iterator[tuple[str, float, float | None, int]]:
@@ -144,6 +150,27 @@ def numbers(metric: str, values: Answers) -> Iterator[tuple[str, float, float | 
         if len(kept):
             error = float(kept.std() / len(kept) ** 0.5) if len(kept) > 1 else None
             yield name, float(kept.mean()), error, len(kept)
+
+
+def left_out(metric: str, values: Answers) -> dict[str, Tensor]:
+    """Each number of a measure over all n clips, then over all but each one of them, (1 + n,) in float64."""
+    n = len(next(iter(values.values())))
+    subsets = [torch.ones(n, dtype=torch.bool), *~torch.eye(n, dtype=torch.bool)]
+    found = [
+        {name: value for name, value, _, _ in numbers(metric, {key: answer[mask] for key, answer in values.items()})}
+        for mask in subsets
+    ]
+    return {name: torch.tensor([one[name] for one in found], dtype=torch.float64) for name in found[0]}
+
+
+def jackknife(found: Tensor) -> float:
+    """The jackknife's standard error of found[0], from those without each clip (Efron & Stein 1981).
+
+    Of a mean it is the usual one exactly; a PSNR of all clips as one, or a Fréchet distance, has no other.
+    """
+    without = found[1:]
+    n = len(without)
+    return float(((n - 1) / n * (without - without.mean()).square().sum()).sqrt())
 
 
 def clips_of(answers: Answers, questions: Sequence[Question]) -> list[dict[str, Any]]:

@@ -27,23 +27,34 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(kw_only=True)
-class Gap:
-    """Cascade-gap training: a `share` of the clips come in as the stage before really makes them.
+class Before:
+    """The stage before, which makes a stage's input as it really comes.
 
-    `stage` names its settings in conf/stage, `weights` its weights if not those. It makes them from a degraded real
-    clip, so that the truth is known; a stage that starts from text alone goes on from the real clip noised to the time
-    `strength` (SDEdit, Meng et al. 2022). Its sampler takes `steps` steps (None: as its settings say).
+    `stage` names its settings in conf/stage, `weights` its weights if not those. It makes the input from a degraded
+    real clip, so that the truth is known; a stage that starts from text alone goes on from the real clip noised to the
+    time `strength` (SDEdit, Meng et al. 2022). Its sampler takes `steps` steps (None: as its settings say).
     """
 
     stage: str
-    share: float = 0.0
     strength: float = 0.5
     weights: str | None = None
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1 or not 0 < self.strength <= 1:
-            raise ValueError(f"share and strength are {self.share} and {self.strength}, expected 0 to 1")
+        if not 0 < self.strength <= 1:
+            raise ValueError(f"strength is {self.strength}, expected more than 0, at most 1")
+
+
+@dataclass(kw_only=True)
+class Gap(Before):
+    """Cascade-gap training: a `share` of the clips come in as the stage before really makes them."""
+
+    share: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"share is {self.share}, expected 0 to 1")
 
 
 @dataclass(kw_only=True)

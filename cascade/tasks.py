@@ -1,4 +1,4 @@
-"""What one stage can do alone: `python -m stages.<kind> task=sample|train|distill|evaluate`."""
+"""What one stage can do alone: `python -m stages.<kind> task=sample|train|distill|evaluate|tune`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from cascade.video import Video
 
 @dataclass
 class Request:
-    """A command on one stage, typed. `own` holds the sections that a single task reads: distill, evaluate.
+    """A command on one stage, typed. `own` holds the sections that a single task reads: distill, evaluate, tune.
 
     `command` is what was typed, without `out`.
     """
@@ -65,7 +65,7 @@ def request(kind: str, tree: dict[str, Any]) -> Request:
     run, on = take(tree, Given), take(tree, Device)
     text = parse(tree.pop("text", {}), TextConfig, "text")
     data = parse(tree.pop("data", {}), DataConfig, "data")
-    own = {name: tree.pop(name) for name in ("distill", "evaluate") if name in tree}
+    own = {name: tree.pop(name) for name in ("distill", "evaluate", "tune") if name in tree}
     ask = take(tree, Memory)
     cfg: StageConfig = parse(tree, rule.Config)
     text = cfg.reads or text
@@ -156,7 +156,14 @@ def evaluate(ask: Request) -> None:
     stage_task(ask)
 
 
-TASKS = {"sample": sample, "train": train, "distill": distill, "evaluate": evaluate}
+def tune(ask: Request) -> None:
+    """Finds the noise that the stage's input is best given when sampling."""
+    from cascade.tune import stage_task
+
+    stage_task(ask)
+
+
+TASKS = {"sample": sample, "train": train, "distill": distill, "evaluate": evaluate, "tune": tune}
 
 
 def run(kind: str, tree: dict[str, Any]) -> None:
