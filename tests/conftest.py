@@ -194,6 +194,25 @@ def clips() -> Clips:
     return Clips()
 
 
+@pytest.fixture(scope="session")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random AutoencoderKL: 4 channels, stride 2, as diffusers saves it."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    path = tmp_path_factory.mktemp("codec") / "vae"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(8, 8),
+            latent_channels=4,
+            norm_num_groups=4,
+        ).save_pretrained(path)
+    return path
+
+
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A configuration directory with the chain `mini` and its stages, with random weights."""

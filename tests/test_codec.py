@@ -30,21 +30,8 @@ Make = Callable[..., Any]
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random AutoencoderKL: 4 channels, stride 2, as diffusers saves it."""
-    from diffusers import AutoencoderKL
-
-    path = tmp_path_factory.mktemp("codec") / "vae"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            latent_channels=4,
-            norm_num_groups=4,
-        ).save_pretrained(path)
-    return path
+def folder(autoencoder: Path) -> Path:
+    return autoencoder
 
 
 @pytest.fixture

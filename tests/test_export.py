@@ -72,21 +72,12 @@ def folder(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def latent(tmp_path_factory: pytest.TempPathFactory) -> Cascade:
+def latent(tmp_path_factory: pytest.TempPathFactory, autoencoder: Path) -> Cascade:
     """A base and a tsr that work on the latents of one autoencoder, with a text encoder in shards; all random."""
-    from diffusers import AutoencoderKL
     from transformers import T5Config, T5EncoderModel
 
-    vae = tmp_path_factory.mktemp("vae")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        AutoencoderKL(
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            block_out_channels=(8, 8),
-            latent_channels=4,
-            norm_num_groups=4,
-        ).save_pretrained(vae)
         settings = T5Config(vocab_size=512, d_model=16, d_kv=4, d_ff=8, num_layers=1, num_heads=4, dropout_rate=0.0)
         encoder = tmp_path_factory.mktemp("t5")
         T5EncoderModel(settings).save_pretrained(encoder, max_shard_size="8KB")
@@ -96,7 +87,7 @@ def latent(tmp_path_factory: pytest.TempPathFactory) -> Cascade:
         "net": net,
         "diffusion": {"prediction": "v"},
         "sampler": {"steps": 2},
-        "codec": {"kind": "latent", "weights": str(vae), "channels": 4, "stride": 2},
+        "codec": {"kind": "latent", "weights": str(autoencoder), "channels": 4, "stride": 2},
         "weights": "random",
     }
     trees = {name: {"name": name, **STAGES[name], **shared} for name in ("base", "tsr")}
