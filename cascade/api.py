@@ -33,7 +33,7 @@ from cascade.pipeline import Runner
 from cascade.request import Job, bars, jobs_of
 from cascade.settings import Rule, StageConfig
 from cascade.stage import Stage
-from cascade.text import TextSource, check_prompt, text_source
+from cascade.text import TextSource, check_negative, check_prompt, text_source
 from cascade.video import Video
 
 Callback = Callable[[Any, int, float, dict[str, Any]], dict[str, Any]]
@@ -289,7 +289,7 @@ def seed_of(generator: torch.Generator | None) -> int:
 def one_text(negative_prompt: str | None) -> str | None:
     if negative_prompt is not None and not isinstance(negative_prompt, str):
         raise ValueError(f"negative_prompt is a {type(negative_prompt).__name__}, expected one text for all prompts")
-    return None if negative_prompt is None else check_prompt(negative_prompt)
+    return None if negative_prompt is None else check_negative(negative_prompt)
 
 
 def given(chain: Chain, jobs: int, copies: int, image: Any, video: Any) -> list[Video | None]:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from cascade import checkpoint
+from cascade import attention, checkpoint
 from cascade.compose import compose
 from cascade.config import fingerprint, parse, plugin, suggest
 from cascade.errors import CascadeError, ConfigError, HostError, InputError
@@ -34,6 +34,11 @@ class Device:
             raise ValueError(f"dtype is {self.dtype!r}, expected float32, bfloat16 or float16")
         if self.micro_batch < 1:
             raise ValueError(f"micro_batch is {self.micro_batch}, expected at least 1")
+        attention.check(self.attention)
+        try:
+            torch.device("cpu" if self.device == "auto" else self.device)
+        except RuntimeError as error:
+            raise HostError(f"device is {self.device!r}, which torch does not know", fix="device=auto") from error
 
     @property
     def type(self) -> str:

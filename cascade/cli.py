@@ -67,15 +67,16 @@ class Generate(Given):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for suffix in self.format:
-            if suffix not in ("mp4", "gif", "webm"):
-                raise ValueError(f"format is {suffix!r}, expected mp4, gif or webm")
+        if not self.format or not set(self.format) <= {"mp4", "gif", "webm"}:
+            raise ConfigError(f"format is [{','.join(self.format)}]", fix="format=[mp4], of mp4, gif and webm")
         if self.fps is not None and not 0 < self.fps <= 1000:
             raise ValueError(f"fps is {self.fps}, expected 0 to 1000")
         if self.start is not None and (self.input is None or self.mask is not None):
-            raise ValueError("start and input belong together: the stage to begin with and the whole video it gets")
+            why = "start and input belong together: the stage to begin with and the whole video it gets"
+            raise ConfigError(why, fix="start=STAGE input=FILE, without mask")
         if self.input is not None and self.start is None and self.mask is None:
-            raise ValueError("input is set, but neither start, the stage it is for, nor mask, the hole in it")
+            why = "input is set, but neither start, the stage it is for, nor mask, the hole in it"
+            raise ConfigError(why, fix="start=STAGE or mask=FILE")
 
 
 def generate(tree: dict[str, Any]) -> None:
@@ -109,17 +110,17 @@ def generate(tree: dict[str, Any]) -> None:
 
 def chain_of(tree: dict[str, Any]) -> Chain:
     """The chain that the remaining settings describe; anything left over is unknown."""
-    from cascade.chain import Chain
+    from cascade.chain import Chain, Device
+    from cascade.memory import Memory
 
-    return Chain.read(tree, [f.name for f in fields(Generate)])
+    return Chain.read(tree, [f.name for cls in (Generate, Device, Memory) for f in fields(cls)])
 
 
 def runner_of(chain: Chain, on: Any, run: Any, progress: Any) -> Runner:
     from cascade.pipeline import Runner
-    from cascade.text import check_prompt, text_source
+    from cascade.text import text_source
 
-    negative = None if run.negative_prompt is None else check_prompt(run.negative_prompt)
-    return Runner(chain, text_source(chain.text), on, run.seed, negative, progress)
+    return Runner(chain, text_source(chain.text), on, run.seed, run.negative, progress)
 
 
 def plan(tree: dict[str, Any]) -> None:
@@ -247,6 +248,9 @@ def stage_main(kind: str) -> None:
 def stage_command(kind: str, argv: Sequence[str]) -> None:
     from cascade import tasks
 
+    if {"-h", "--help"} & set(argv):
+        print(HELP, end="")
+        return
     for tree in settings("stage", argv, f"python -m stages.{kind}"):
         if tree.get("kind") != kind:
             raise ConfigError(
@@ -301,7 +305,9 @@ def settings(primary: str, argv: Sequence[str], program: str = "") -> list[dict[
                 raise ConfigError("--cfg takes `job`", fix="--cfg job")
             show = True
         elif word == "--config-dir":
-            config_dir = Path(next(words, ""))
+            if (folder := next(words, None)) is None:
+                raise ConfigError("--config-dir takes a folder", fix="--config-dir DIR")
+            config_dir = Path(folder)
         elif word in ("-m", "--multirun"):
             many = True
         elif word.startswith("-"):
@@ -337,12 +343,12 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    try:
-        parsed = OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise ConfigError(f"-m: {str(error).splitlines()[0]}", fix="key=a,b,c") from error
-    choices = []
-    for override in parsed:
+    parser, choices = OverridesParser.create(), []
+    for word in overrides:
+        try:
+            override = parser.parse_override(word)
+        except HydraException as error:
+            raise ConfigError(f"-m: {word!r} is not key=value as Hydra reads it", fix="key=a,b,c") from error
         if override.is_sweep_override():
             choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
         else:

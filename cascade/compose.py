@@ -126,9 +126,8 @@ def _check_syntax(overrides: list[str], groups: set[str], roots: list[Path]) -> 
         try:
             parsed = parser.parse_override(override)
         except HydraException as error:
-            raise ConfigError(
-                f"{which}: is not key=value as Hydra reads it", fix="quote the value: \"key='value'\""
-            ) from error
+            fix = "quote the value: \"key='value'\"" if "=" in override else 'key=value, such as prompt="..."'
+            raise ConfigError(f"{which}: is not key=value as Hydra reads it", fix=fix) from error
         key, _, value = override.partition("=")
         group = _is_group(override, groups, roots)
         if len(key) > 200 or (group and len(value) > 200):  # they become file names
@@ -173,6 +172,8 @@ def _refusal(error: Exception, name: str, overrides: list[str], roots: list[Path
     from hydra.errors import MissingConfigException
 
     reason = " ".join(re.split("Config search path|full_key:", str(error))[0].split())
+    if unset := re.match(r"You must specify '(\w+)'", reason):
+        return ConfigError(f"{unset[1]} is missing", fix=f"{unset[1]}=NAME, one that `cascade list` shows")
     guilty = [item for item in overrides if _key(item).lstrip("+~").partition("@")[0] in re.split(r"[^\w.]", reason)]
     which = f"override {', '.join(map(show, guilty or overrides))}" if overrides else f"configuration {name}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:

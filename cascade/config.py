@@ -141,7 +141,7 @@ def _dataclass(tree: Any, cls: type, where: str) -> Any:
 def _mend(message: str, where: str) -> str:
     """The fix in `name is value, expected ...`, as our own checks say it."""
     found = re.match(r"([\w.]+) (?:and .*)?(?:is|are) .*expected (.+)", message, re.DOTALL)
-    return f"{join(where, found[1])}={found[2]}" if found else f"another value in {where or 'the settings'}"
+    return f"set {join(where, found[1])} to {found[2]}" if found else f"another value in {where or 'the settings'}"
 
 
 def _value(value: Any, hint: Any, where: str) -> Any:
@@ -172,7 +172,8 @@ def _scalar(value: Any, hint: type, where: str) -> Any:
     if hint is float and number:
         return float(value)
     if type(value) is not hint:
-        raise _wrong(value, NAMES[hint], where)
+        quoted = f"\"{where}='{value}'\"" if hint is str and number else ""  # out=2024 is a number to YAML
+        raise _wrong(value, NAMES[hint], where, fix=quoted)
     return value
 
 
@@ -233,7 +234,8 @@ def _container(value: Any, kind: type, args: tuple[Any, ...], where: str) -> Any
         hint = args[1] if args else Any
         return {key: _value(item, hint, join(where, key)) for key, item in value.items()}
     if not isinstance(value, list | tuple):
-        raise _wrong(value, "a list", where)
+        word = re.fullmatch(r"[\w.-]{1,40}", str(value))
+        raise _wrong(value, "a list", where, fix=f"{where}=[{value}]" if word else "")
     if kind is tuple and args and args[-1] is not Ellipsis:
         if len(value) != len(args):
             raise ConfigError(f"{_setting(where)}: {len(value)} values, expected {len(args)}", fix=f"set {where}")
@@ -256,9 +258,10 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _wrong(value: Any, expected: str, where: str) -> ConfigError:
+def _wrong(value: Any, expected: str, where: str, fix: str = "") -> ConfigError:
     given = "null" if value is None else f"{show(value)} ({type(value).__name__})"
-    return ConfigError(f"{_setting(where)}: {given}, expected {expected}", fix=f"set {where or 'them'} to {expected}")
+    fix = fix or f"set {where or 'them'} to {expected}"
+    return ConfigError(f"{_setting(where)}: {given}, expected {expected}", fix=fix)
 
 
 def _plain(value: Any) -> Any:

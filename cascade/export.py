@@ -173,6 +173,7 @@ def verb(tree: dict[str, Any]) -> None:
     chain = Chain.read(tree, ["format", "out"])
     if ask.out is None:
         raise ConfigError("out is missing", fix="out=DIRECTORY")
+    store.check_ours(Path(ask.out))
     chain.check_weights()
     find_encoder(chain.text.encoder)
     check(chain)

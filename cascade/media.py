@@ -52,8 +52,9 @@ _ROUNDING = 0.006  # s; gif keeps times in 10 ms, webm in 1 ms
 class Unreadable(InputError):
     """A file that is no intact video or image; `reason` says why without naming the file."""
 
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(f"video {path}: {reason}", fix="an intact video file (mp4, webm, mkv, mov, avi, gif) or image")
+    def __init__(self, path: Path, reason: str, what: str = "video") -> None:
+        legal = "png, jpeg, webp" if what == "image" else "mp4, webm, mkv, mov, avi, gif, or an image"
+        super().__init__(f"{what} {path}: {reason}", fix=f"an intact {what} file ({legal})")
         self.reason = reason
 
 
@@ -436,16 +437,16 @@ def _image(path: Path, max_pixels: int) -> Bytes:
 
     kind = _image_kind(path)
     if not kind:
-        raise Unreadable(path, "not a png, jpeg or webp file" if path.is_file() else "no such file")
+        raise Unreadable(path, "not a png, jpeg or webp file" if path.is_file() else "no such file", "image")
     try:
         found = iio.improps(path, plugin="pillow", extension=kind, index=0)
         if math.prod(found.shape[:2]) > max_pixels:
-            raise Unreadable(path, f"more than {max_pixels} pixels")
+            raise Unreadable(path, f"more than {max_pixels} pixels", "image")
         deep = found.dtype == np.uint16
         mode = None if deep else "RGBA"  # Pillow's own conversion of 16-bit grey clips it
         rgba = iio.imread(path, plugin="pillow", extension=kind, index=0, rotate=True, mode=mode)
     except (OSError, SyntaxError, ValueError, DecompressionBombError, DecompressionBombWarning) as error:
-        raise Unreadable(path, f"unreadable ({error})") from error
+        raise Unreadable(path, f"unreadable ({error})", "image") from error
     if deep:
         return np.ascontiguousarray(np.repeat((rgba / 257).round().astype(np.uint8)[None, :, :, None], 3, axis=3))
     alpha = rgba[..., 3:].astype(np.float32) / 255

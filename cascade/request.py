@@ -29,7 +29,14 @@ class Prompts:
         if self.samples < 1:
             raise ValueError(f"samples is {self.samples}, expected at least 1")
         if self.prompt is not None and self.prompts is not None:
-            raise ValueError("prompt and prompts are both set, expected one of them")
+            raise ConfigError("prompt and prompts are both set", fix="one of them")
+
+    @property
+    def negative(self) -> str | None:
+        """What guidance moves away from, checked."""
+        from cascade.text import check_negative
+
+        return None if self.negative_prompt is None else check_negative(self.negative_prompt)
 
     def texts(self) -> list[str]:
         """The prompts, checked. ConfigError without any, InputError for an unreadable file."""
@@ -66,12 +73,12 @@ class Given(Prompts):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mask is not None and self.input is None:
-            raise ValueError("mask is set, but input, the video that it is for, is not")
+            raise ConfigError("mask is set, but input, the video that it is for, is not", fix="input=FILE")
         if self.image is not None and self.extend is not None:
-            raise ValueError("image and extend are both set, expected one of them: each says how the video begins")
+            raise ConfigError("image and extend are both set, each says how the video begins", fix="one of them")
         also = [name for name in ("image", "last", "extend", "seconds") if getattr(self, name) is not None]
         if self.input is not None and also:
-            raise ValueError(f"input and {also[0]} are both set, expected one of them")
+            raise ConfigError(f"input and {also[0]} are both set", fix="one of them")
         if self.seconds is not None and not 0 < self.seconds <= MOST_SECONDS:
             raise ValueError(f"seconds is {self.seconds:g}, expected more than 0, at most {MOST_SECONDS}")
 
@@ -85,7 +92,8 @@ def read_prompts(path: Path) -> list[str]:
             raise InputError(f"prompts {path}: larger than 64 MB", fix="several smaller files")
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"prompts {path}: {error}", fix="prompts=FILE, UTF-8, one prompt a line") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"prompts {path}: {reason}", fix="prompts=FILE, UTF-8, one prompt a line") from error
     found = []
     for number, line in enumerate(lines, 1):
         if line.strip():

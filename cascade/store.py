@@ -261,7 +261,7 @@ def _place(tmp: Path, final: Path, replace: bool) -> None:
         if _occupied(final):
             if not replace and not problems(final):
                 return
-            _check_ours(final)
+            check_ours(final)
             _exchange(tmp, final)
             return
         try:
@@ -279,8 +279,13 @@ def _occupied(path: Path) -> bool:
     return os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir()))
 
 
-def _check_ours(final: Path) -> None:
-    """A damaged manifest is ours to replace; a folder without one, or with that of another program, is not."""
+def check_ours(final: Path) -> None:
+    """Raises InputError where `commit` would refuse to write.
+
+    A damaged manifest is ours to replace; a folder without one, or with that of another program, is not.
+    """
+    if not _occupied(final):
+        return
     try:
         tree = json.loads((final / MANIFEST).read_bytes()[:MANIFEST_LIMIT])
     except (ValueError, RecursionError):
@@ -516,6 +521,8 @@ def lock(directory: Path) -> Iterator[None]:
     Raises LockedError naming the holder. The lock file is gone afterwards, so it is never part of an artefact.
     """
     directory = directory.resolve()
+    if directory.exists() and not directory.is_dir():
+        raise HostError(f"cannot write {directory}: it is a file", fix="choose another out=, a directory")
     path = directory.parent / f".lock-{directory.name}"
     with _host(path, 0):
         _make_directories(path.parent)

@@ -27,6 +27,8 @@ from cascade.train import fit
 from cascade.unet import completed
 from cascade.video import Video
 
+LOSSLESS = ".safetensors"
+
 
 @dataclass
 class Request:
@@ -75,7 +77,11 @@ def request(kind: str, tree: dict[str, Any]) -> Request:
 def sample(ask: Request) -> None:
     """Videos of the stage for the prompts, from the file `input`, or from what is known of them."""
     texts = ask.run.texts()
-    out = Path(ask.run.out) if ask.run.out else ask.out("sample") / "video.safetensors"
+    out = Path(ask.run.out) if ask.run.out else ask.out("sample") / f"video{LOSSLESS}"
+    jobs = jobs_of(texts, ask.run.samples, out)
+    suffix = out.suffix if len(jobs) == 1 else LOSSLESS
+    if suffix not in (LOSSLESS, *media.VIDEO_SUFFIXES) or (len(jobs) == 1 and out.is_dir()):
+        raise ConfigError(f"out={out}: is not the name of a video file", fix=f"out=NAME{LOSSLESS}, .mp4, .webm or .gif")
     first = given(ask.run, ask.cfg, ask.rule)
     size = None if first is None else first.shape
     chain = Chain([ask.cfg], [ask.rule], ask.text)
@@ -84,10 +90,8 @@ def sample(ask: Request) -> None:
     chain = within(chain, ask.on, Memory(memory=ask.memory, command=ask.command), size)
     told, weights = known(chain.stages[0])
     stage = launched(load_stage(chain.stages[0], ask.rule, torch.device("cpu"))[0], ask.on)
-    jobs = jobs_of(texts, ask.run.samples, out)
-    suffix = out.suffix if len(jobs) == 1 else ".safetensors"
     with bars() as progress:
-        runner = Runner(chain, text_source(ask.text), ask.on, ask.run.seed, ask.run.negative_prompt)
+        runner = Runner(chain, text_source(ask.text), ask.on, ask.run.seed, ask.run.negative)
         for number, job in enumerate(jobs):
 
             def tick(step: int, done: int = number * stage.cfg.sampler.steps) -> None:
@@ -101,7 +105,7 @@ def sample(ask: Request) -> None:
 
 def write(path: Path, video: Video, meta: dict[str, Any]) -> None:
     """One clip as a file: lossless, or a video file by its suffix."""
-    if path.suffix == ".safetensors":
+    if path.suffix == LOSSLESS:
         store.commit_file(path, video_bytes(video), kind="stage", meta=meta)
     else:
         store.commit_file(path, media.encoded(video.frames[0], video.fps, path.suffix), kind="stage", meta=meta)

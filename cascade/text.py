@@ -203,9 +203,14 @@ def check_prompt(prompt: str) -> str:
     return unicodedata.normalize("NFC", prompt)
 
 
+def check_negative(prompt: str) -> str:
+    """As `check_prompt`; the empty prompt too, which guidance may move away from."""
+    return check_prompt(prompt) if prompt else ""
+
+
 def as_read(prompt: str, cfg: TextConfig) -> str:
-    """`prompt`, checked, as an encoder reads it. The empty one is read too: guidance may move away from it."""
-    checked = check_prompt(prompt) if prompt else ""
+    """`prompt`, checked, as an encoder reads it."""
+    checked = check_negative(prompt)
     return checked.lower().strip() if cfg.lower else checked
 
 
@@ -411,13 +416,13 @@ class EmbeddingStore:
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Reads `prompts`, padded with zeros to `max_tokens`; equal to what the encoder gave, bit for bit."""
-        return padded([self._read(_name(prompt)) for prompt in prompts], self.max_tokens, self.width)
+        return padded([self._read(check_negative(prompt)) for prompt in prompts], self.max_tokens, self.width)
 
     def put(self, prompts: Iterable[str], encoder: Encoder) -> int:
         """Writes the prompts that are not there yet, each file whole or not at all; returns how many."""
         assert encoder.fingerprint == self.fingerprint, "open the store with `create`"
         written = 0
-        for prompt in map(_name, prompts):
+        for prompt in map(check_negative, prompts):
             path = self.path(prompt)
             if not path.exists():
                 text = encoder.encode([prompt])
@@ -439,11 +444,6 @@ class EmbeddingStore:
         if not fits or tokens.dtype != torch.float32 or not tokens.isfinite().all():
             raise InputError(f"text store {path}: is damaged", fix=f"remove it, then {self.command}")
         return tokens
-
-
-def _name(prompt: str) -> str:
-    """What a prompt is stored under."""
-    return check_prompt(prompt) if prompt else ""
 
 
 def padded(rows: Sequence[Tensor], length: int, width: int) -> Text:

@@ -315,6 +315,16 @@ FAULTS: list[tuple[list[str], int, str]] = [
     (["generate", "prompt=x", "device=toaster"], 4, "toaster"),
     (["generate", "prompt=x", "attention=none"], 2, "attention"),
     (["generate", "prompt=x", "format=[avi]"], 2, "avi"),
+    (["generate", "prompt=x", "format=[]"], 2, "format=[mp4]"),
+    (["generate", "prompt=x", "format=gif"], 2, "format=[gif]"),
+    (["generate", "prompt=x", "memory=5"], 2, "\"memory='5'\""),
+    (["generate", "prompt=x", "devise=cpu"], 2, "Fix: device"),
+    (["generate", "a red circle"], 2, "prompt="),
+    (["generate", "prompt=x", "prompts=file"], 2, "one of them"),
+    (["generate", "prompt=x", "negative_prompt= "], 2, "empty"),
+    (["generate", "prompt=x", "-m", "seed=1,"], 2, "'seed=1,'"),
+    (["plan", "device=toaster"], 4, "toaster"),
+    (["export", "out=."], 3, "not an artefact"),
     (["generate", "prompt=x", "hydra.run.dir=/tmp/x"], 2, "hydra"),
     (["generate", "prompt=x", "out=file"], 4, "file"),
     (["generate", "prompt=x", "--nonsense"], 2, "--nonsense"),
@@ -329,13 +339,30 @@ def test_a_mistake_is_one_line_and_creates_nothing(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("in the way")
     before = tree_bytes(tmp_path)
-    more = ["chain=mini", "--config-dir", str(mini)] if words[0] == "generate" else []
+    more = ["chain=mini", "--config-dir", str(mini)] if words[:1] in (["generate"], ["export"]) else []
     with pytest.raises(SystemExit) as exit_:
         cli.run_main([*words, *more], cli.command, "cascade")
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert exit_.value.code == code, said
     assert len(said) == 1 and named in said[0] and "Fix: " in said[0]
     assert tree_bytes(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ([], "stage is missing"),
+        (["stage=mini_base", "prompt=x", "out=video.avi"], "video.avi"),
+        (["stage=mini_base", "prompt=x", "out=."], "name of a video file"),
+    ],
+)
+def test_a_mistake_with_one_stage_creates_nothing(
+    mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], named: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=named):
+        cli.stage_command("base", [*words, "--config-dir", str(mini)])
+    assert not list(tmp_path.iterdir())
 
 
 def test_damaged_weights_are_refused_before_anything_runs(mini: Path, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def use(kernel: str) -> Iterator[None]:
     Autograd runs the backward of CUDA tensors in threads of its own, which do not see this: a block recomputed there
     (activation checkpointing) has to pass `kernel` itself. Raises ConfigError for an unknown name.
     """
-    _known(kernel)
+    check(kernel)
     token = _default.set(kernel)
     try:
         yield
@@ -108,7 +108,7 @@ def select(kernel: str, q: Tensor, bias: Tensor | None = None) -> str:
     On the CPU even short sequences gain nothing from plain products (numbers in sdpa.py), and xformers, which takes
     seconds to import, is not touched. Raises ConfigError for a kernel that is unknown or cannot run here.
     """
-    _known(kernel)
+    check(kernel)
     if kernel == AUTO:
         if q.device.type != "cuda":
             return "sdpa"
@@ -123,7 +123,8 @@ def select(kernel: str, q: Tensor, bias: Tensor | None = None) -> str:
     return kernel
 
 
-def _known(kernel: str) -> None:
+def check(kernel: str) -> None:
+    """Raises ConfigError for an unknown name."""
     if kernel != AUTO and kernel not in kernels():
         names = ", ".join((AUTO, *kernels()))
         raise ConfigError(f"attention is {kernel!r}, expected one of {names}", fix="attention=auto")

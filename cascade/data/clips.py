@@ -165,7 +165,9 @@ def ingest(cfg: ClipsConfig, shape: Shape, fps: float, cache: Path) -> Clips:
 
     folder = Path(cfg.path)
     if not folder.is_dir():
-        raise InputError(f"clips {folder}: not a directory", fix="path=<a folder of video files with captions.csv>")
+        raise InputError(
+            f"clips {folder}: not a directory", fix="data.clips.path=FOLDER, video files with captions.csv"
+        )
     if not 0 < fps < math.inf:
         raise ConfigError(f"clips {folder}: fps is {fps}, expected a positive number")
     listed, ledger = _listed(folder)
