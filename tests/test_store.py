@@ -26,10 +26,18 @@ OLD = {"a.bin": b"old" * 50, "sub/b.txt": b"old"}
 NEW = {"a.bin": b"new" * 70, "sub/b.txt": b"new!"}
 
 
+def hook(system: object) -> None:
+    """What writes calls `system` in place of the module os, until the end of the test."""
+    for module in (store.disk, store.writing):
+        setattr(module, "os", system)  # noqa: B010
+
+
 @pytest.fixture(autouse=True)
-def _no_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_flush(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A kill never loses the page cache, so flushing for real would only cost time; that it is asked for is a test."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
+    yield
+    hook(os)
 
 
 def tree(root: Path) -> dict[str, bytes]:
@@ -220,9 +228,7 @@ def prepared(root: Path) -> None:
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO, errno.EDQUOT, errno.EACCES, "interrupt"])
 @pytest.mark.parametrize("how", TARGET)
-def test_any_failing_call_leaves_old_or_new(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, error: int | str
-) -> None:
+def test_any_failing_call_leaves_old_or_new(tmp_path: Path, how: str, error: int | str) -> None:
     def fail() -> None:
         raise KeyboardInterrupt if isinstance(error, str) else OSError(error, os.strerror(error))
 
@@ -233,7 +239,7 @@ def test_any_failing_call_leaves_old_or_new(
         root = tmp_path / str(n)
         root.mkdir()
         prepared(root)
-        monkeypatch.setattr(store, "os", Hooked(n, fail))
+        hook(Hooked(n, fail))
         try:
             writers(root)[how](NEW)
             done = True
@@ -244,7 +250,7 @@ def test_any_failing_call_leaves_old_or_new(
         except KeyboardInterrupt:
             assert isinstance(error, str)
         finally:
-            monkeypatch.setattr(store, "os", os)
+            hook(os)
         seen.add(check(root, how))
         assert not [name for name in temporaries(root) if name.startswith(".tmp")]
         writers(root)[how](NEW)
@@ -279,7 +285,7 @@ def test_killed_before_any_call_leaves_old_or_new(tmp_path: Path, how: str) -> N
         prepared(root)
 
         def work(root: Path = root, n: int = n) -> None:
-            setattr(store, "os", Hooked(n, die))  # noqa: B010
+            hook(Hooked(n, die))
             writers(root)[how](NEW)
 
         states.append(in_child(work))
@@ -332,11 +338,11 @@ def test_random_kills_lose_nothing(tmp_path: Path) -> None:
     assert 10 <= inside <= 39, f"{inside} of 40 kills fell inside a commit or a deletion: the test proves nothing"
 
 
-def test_everything_is_flushed_before_and_after_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hook = Hooked(0, lambda: None)
-    monkeypatch.setattr(store, "os", hook)
+def test_everything_is_flushed_before_and_after_the_rename(tmp_path: Path) -> None:
+    hooked = Hooked(0, lambda: None)
+    hook(hooked)
     store.commit(tmp_path / "x", NEW, kind="test")
-    calls = hook.log[1:]
+    calls = hooked.log[1:]
     renamed = calls.index(("rename", str(tmp_path / "x")))
     folder = next(target for name, target in calls if name == "mkdir")
     flushed = [target for name, target in calls[:renamed] if name == "fsync"]
@@ -561,7 +567,7 @@ HOLD += " child = subprocess.Popen(['sleep', '60'], close_fds=False); print(chil
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    root = Path(store.__file__).parent.parent
+    root = Path(store.__file__).parents[2]
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True, cwd=root
     )
@@ -606,6 +612,9 @@ def test_an_unwritable_place_is_a_host_error(tmp_path: Path) -> None:
             store.commit_into(path, {"a": b"1"}, kind="test")
     with pytest.raises(HostError):
         store.commit_file(tmp_path / "file/x.bin", b"", kind="test")
+    with pytest.raises(HostError, match="it is a file"), store.lock(tmp_path / "file"):
+        pass
+    assert os.listdir(tmp_path) == ["file"]
 
 
 # tensors

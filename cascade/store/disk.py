@@ -1,0 +1,183 @@
+"""Single files and directories, changed so that a kill or a full disk leaves the old or the new one; locks.
+
+Temporary names, swept by the next run: `.tmp-*` is being written, `.del-*` is being deleted, `.old-*` is being replaced
+(and put back if that was cut short).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from cascade.errors import HostError, LockedError
+
+TEMPORARY = re.compile(r"\.(tmp|del|old)-(.+)-(\d+)-[0-9a-f]{8}")
+
+
+def write_file(path: Path, data: bytes) -> Path:
+    """Writes one file under a temporary name, flushes it and renames it over `path`."""
+    with host(path, len(data)):
+        path = path.absolute()
+        make_directories(path.parent)
+        tmp = aside(path, "tmp")
+        try:
+            write_new(tmp, data)
+            os.replace(tmp, path)
+        except BaseException:
+            tmp.unlink(missing_ok=True)
+            raise
+        sync_directory(path.parent)
+    return path
+
+
+def growing(path: Path) -> IO[bytes]:
+    """A file opened for the output of other processes, added to its end; no artefact."""
+    with host(path, 0):
+        make_directories(path.parent)
+        return path.open("ab")
+
+
+def write_new(path: Path, data: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(fd, view) :]
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_directory(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def make_directories(path: Path) -> None:
+    if path.is_dir():
+        return
+    make_directories(path.parent)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(path)
+    sync_directory(path.parent)
+
+
+def aside(path: Path, why: str) -> Path:
+    """A temporary name beside `path`: which process made it tells the sweeper whether it is still in use."""
+    return path.parent / f".{why}-{path.name[:150]}-{os.getpid()}-{secrets.token_hex(4)}"
+
+
+@contextlib.contextmanager
+def host(path: Path, need: int, only: tuple[int, ...] = ()) -> Iterator[None]:
+    """Turns OSError into HostError with what was needed and what is free."""
+    try:
+        yield
+    except OSError as error:
+        if only and error.errno not in only:
+            raise
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = f"{reason}: {megabytes(need)} needed, {megabytes(_free(path))} free"
+        raise HostError(f"cannot write {path}: {reason}", fix="free space there or choose another out=") from error
+
+
+def _free(path: Path) -> int:
+    for folder in path.absolute().parents:
+        if folder.is_dir():
+            return shutil.disk_usage(folder).free
+    return 0
+
+
+def megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
+@contextlib.contextmanager
+def lock(directory: Path) -> Iterator[None]:
+    """Holds `directory` for this process by flock on `.lock-<name>` beside it; the kernel drops it if we die.
+
+    Raises LockedError naming the holder. The lock file is gone afterwards, so it is never part of an artefact.
+    """
+    directory = directory.resolve()
+    if directory.exists() and not directory.is_dir():
+        raise HostError(f"cannot write {directory}: it is a file", fix="choose another out=, a directory")
+    path = directory.parent / f".lock-{directory.name}"
+    with host(path, 0):
+        make_directories(path.parent)
+        fd = _acquired(path)
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held: whoever waits on the old inode sees that it is gone
+        os.close(fd)
+
+
+def _acquired(path: Path) -> int:
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
+            os.close(fd)
+            raise LockedError(
+                f"{path.name.removeprefix('.lock-')} is in use by process {pid or 'unknown'}",
+                fix="wait for it to finish, or choose another out=",
+            ) from None
+        except BaseException:
+            os.close(fd)
+            raise
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), os.stat(path)):
+                return fd
+        os.close(fd)
+
+
+def sweep(parent: Path) -> None:
+    """Removes what dead processes left in `parent`, and puts back what they were replacing. Call it under the lock."""
+    if not parent.is_dir():
+        return
+    for path in sorted(parent.iterdir()):
+        match = TEMPORARY.fullmatch(path.name)
+        if not match or _alive(int(match[3])):
+            continue
+        final = parent / match[2]
+        if match[1] == "old" and not final.exists():
+            with host(path, 0):
+                os.rename(path, final)
+        elif path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
+
+
+def discard(path: Path) -> None:
+    """Deletes an artefact so that it is there whole or not at all."""
+    with host(path, 0):
+        doomed = aside(path.absolute(), "del")
+        os.rename(path, doomed)
+        sync_directory(doomed.parent)
+    shutil.rmtree(doomed, ignore_errors=True)
