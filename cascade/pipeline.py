@@ -36,7 +36,6 @@ from cascade.text import Text, TextSource, text_source
 from cascade.video import Video
 
 VIDEO = "video.safetensors"
-FORMATS = ("mp4", "gif", "webm")
 log = logging.getLogger("cascade")
 Progress = Callable[[str, int, int], None]  # stage name, steps done, steps in all
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from cascade import store
-from cascade.data import clips as module
-from cascade.data.clips import Clips, ClipsConfig, Decoder, ingest
+from cascade.data.clips import Clips, ClipsConfig, ingest
 from cascade.errors import ConfigError, HostError, InputError
-from cascade.media import encoded, to_bytes, to_float
+from cascade.media import child, encoded, to_bytes, to_float
+from cascade.media.child import Decoder
 from cascade.video import Shape
 
 SHAPE = Shape(frames=4, height=16, width=16)
@@ -205,15 +205,15 @@ def test_json_lines_and_the_names_others_use(tmp_path: Path) -> None:
 FAULTY = """
 import os, signal, sys; sys.path[:] = {path!r}
 import numpy as np
-from cascade import media
-real = media._frames
+from cascade.media import child
+real = child.frames_of
 def faulty(path, *rest):
     if path.name.startswith("crash"): os.kill(os.getpid(), signal.SIGSEGV)
     if path.name.startswith("sleep"): signal.pause()
     if path.name.startswith("eat"): np.ones(2**36)
     return real(path, *rest)
-media._frames = faulty
-media.serve({descriptor}, {memory})
+child.frames_of = faulty
+child.serve({descriptor}, {memory})
 """
 
 
@@ -231,7 +231,7 @@ def test_a_decoder_that_crashes_hangs_or_eats_memory_costs_one_file(
         code = FAULTY.format(path=sys.path, descriptor=descriptor, memory=memory)
         return [sys.executable, "-c", code]
 
-    monkeypatch.setattr(module, "_command", command)
+    monkeypatch.setattr(child, "_command", command)
     clips = ingest(ClipsConfig(path=str(tmp_path), timeout=2.0), SHAPE, 8.0, tmp_path / "cache")
     assert [item.captions[0] for item in clips.items] == ["a", "good", "z"]
     assert clips.skipped == {"decoder_crash": 1, "decoder_hang": 1, "decoder_oom": 1}
@@ -240,7 +240,7 @@ def test_a_decoder_that_crashes_hangs_or_eats_memory_costs_one_file(
 
 
 def test_a_decoder_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_command", lambda *_: [sys.executable, "-c", "raise SystemExit('no memory')"])
+    monkeypatch.setattr(child, "_command", lambda *_: [sys.executable, "-c", "raise SystemExit('no memory')"])
     with pytest.raises(HostError, match="no memory"), Decoder(1.0, 1.0) as decoder:
         decoder.decode(Path("a.mp4"), (8, 8), 8.0, 1.0)
 

@@ -19,10 +19,8 @@ from torch import Tensor
 from cascade.errors import ConfigError, HostError, InputError, NumericError
 from cascade.media import (
     Unreadable,
-    at_times,
     covering,
     decode,
-    encode,
     encoded,
     fit,
     png,
@@ -45,6 +43,10 @@ def waves(frames: int = 8, height: int = 48, width: int = 64) -> Tensor:
 
 def psnr(a: Tensor, b: Tensor) -> float:
     return -10 * math.log10(max(float((a - b).square().mean()) / 4, 1e-12))
+
+
+def encode(frames: Tensor, fps: float, path: Path) -> None:
+    path.write_bytes(encoded(frames, fps, path.suffix))
 
 
 @pytest.fixture
@@ -151,15 +153,14 @@ def test_a_faulty_ffmpeg_is_reported(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "out" / "a.mp4"
-    encode(waves(), 8, path)
-    before = path.read_bytes()
+def test_an_ffmpeg_that_does_not_start_leaves_nothing(
+    tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for exe in (tmp_path / "missing", tmp_path):
         monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(exe))
         with pytest.raises(HostError, match=r"No such file|Permission denied"):
-            encode(-waves(), 8, path)
-    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path] and not list(scratch.iterdir())
+            encoded(waves(), 8, ".mp4")
+    assert not list(scratch.iterdir())
 
 
 def test_ffmpeg_inherits_no_descriptor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +255,6 @@ def test_frames_are_picked_by_time_not_index(tmp_path: Path) -> None:
     varying(tmp_path / "a.mkv", times)
     clip = decode(tmp_path / "a.mkv")
     assert clip.times == times and clip.fps == pytest.approx(6)
-    assert numbers(at_times(clip, [0, 0.12, 0.13, 0.34, 0.6, 2.0])) == [0, 1, 2, 3, 4, 6]
     wanted = [0, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6]  # 0.0, 0.1, ... 1.0
     picked = decode(tmp_path / "a.mkv", fps=10)
     assert numbers(picked.frames) == wanted and picked.fps == 10

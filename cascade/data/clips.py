@@ -15,15 +15,9 @@ import json
 import logging
 import math
 import os
-import signal
-import subprocess
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +25,9 @@ import torch
 from torch import Tensor
 
 from cascade import store
-from cascade.errors import ConfigError, HostError, InputError, LockedError
+from cascade.errors import ConfigError, InputError, LockedError
 from cascade.media import fit, to_float
+from cascade.media.child import Decoder
 from cascade.noise import Key, generator
 from cascade.video import Shape
 
@@ -306,83 +301,3 @@ def _json_rows(text: str) -> Iterator[tuple[int, Any, Any]]:
             row = None
         row = row if isinstance(row, dict) else {}
         yield number, row.get("file", row.get("file_name")), row.get("caption", row.get("text"))
-
-
-# decoding ------------------------------------------------------------------------------------------------------------
-
-
-class Decoder:
-    """`cascade.media.serve` in a child with limits on memory, processor and waiting time; started anew when it dies."""
-
-    def __init__(self, timeout: float, memory: float) -> None:
-        """`timeout` in seconds for one file, `memory` in GiB of address space."""
-        self.timeout, self.memory = timeout, memory
-        self._child: subprocess.Popen[bytes] | None = None
-        self._pipe: Connection
-
-    def __enter__(self) -> Decoder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop()
-
-    def decode(self, path: Path, cover: tuple[int, int], fps: float, seconds: float) -> tuple[Tensor, str]:
-        """Frames (F, H, W, 3) uint8 at `fps`, covering `cover` (height, width), and no reason; or none and why."""
-        if self._child is None:
-            self._start()
-        request = {"path": str(path.absolute()), "fps": fps, "cover": cover, "seconds": seconds, "cpu": self.timeout}
-        try:
-            self._pipe.send_bytes(json.dumps(request).encode())
-            if not self._pipe.poll(self.timeout):
-                self._stop()
-                return torch.empty(0), "decoder_hang"
-            answer = json.loads(self._pipe.recv_bytes())
-            if "reason" in answer:
-                return torch.empty(0), answer["reason"]
-            data = bytearray(self._pipe.recv_bytes())
-            return torch.frombuffer(data, dtype=torch.uint8).view(answer["shape"]), ""
-        except (EOFError, ConnectionError):
-            status = self._stop()
-            return torch.empty(0), "decoder_hang" if status == -signal.SIGXCPU else "decoder_crash"
-
-    def _start(self) -> None:
-        ours, theirs = Pipe()
-        with theirs, tempfile.TemporaryFile() as errors:
-            self._child = subprocess.Popen(
-                _command(theirs.fileno(), round(self.memory * 2**30)),
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                start_new_session=True,  # Ctrl-C is for the parent, which stops the child
-            )
-            theirs.close()
-            self._pipe = ours
-            try:
-                ready = ours.poll(60) and ours.recv_bytes() == b"ready"
-            except (EOFError, ConnectionError):
-                ready = False
-            if not ready:
-                status = self._stop()
-                errors.seek(0)
-                lines = errors.read().decode(errors="replace").strip().splitlines() or ["it said nothing"]
-                raise HostError(
-                    f"video decoder: did not start (exit status {status}: {lines[-1]})", fix="a larger memory="
-                )
-
-    def _stop(self) -> int | None:
-        """Ends the child; its exit status."""
-        child, self._child = self._child, None
-        if child is None:
-            return None
-        self._pipe.close()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            child.wait(0.5)
-        child.kill()
-        return child.wait()
-
-
-def _command(descriptor: int, memory: int) -> list[str]:
-    """Starts `serve` with our own import path, whatever the environment or the working directory hold by now."""
-    code = f"import sys; sys.path[:] = {sys.path!r}\nfrom cascade.media import serve; serve({descriptor}, {memory})"
-    return [sys.executable, "-I", "-c", code]
