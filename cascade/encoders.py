@@ -1,4 +1,4 @@
-"""Files and weights of text encoders, strictly: what T5 (cascade/text.py) and CLIP (cascade/clip.py) share.
+"""Files and weights of text encoders, strictly: what T5 and CLIP (cascade/text) share.
 
 A folder may be one that diffusers wrote: `text_encoder/` with the tokenizer in `tokenizer/` beside it.
 """

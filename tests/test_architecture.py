@@ -19,7 +19,7 @@ KINDS = [path for path in FILES if path.parent == ROOT / "stages" and path.stem 
 # Imports go to the left or stay within a group.
 ORDER = """
 errors config compose store noise video diffusion | kernels |
-foreign grid sampler encoders prior attention layers text clip media frames codec pickled | request |
+foreign grid sampler encoders prior attention layers text media frames codec pickled | request |
 unet unet3d_config unet3d_blocks unet3d windows offload compiled | settings making stage temporal checkpoint | assets |
 chain loading pipeline given data metrics count memory plan textfit | examples |
 train preview exam marks evaluate importers |
@@ -27,7 +27,7 @@ distill export api bridge tune tasks series gates plots results report recipe me
 """
 RANK = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}
 HOMES = {  # the files that may import a package
-    "transformers": {"cascade/text.py", "cascade/clip.py", "cascade/textfit.py", "cascade/bridge.py"},
+    "transformers": {"cascade/text/t5.py", "cascade/text/clip.py", "cascade/textfit.py", "cascade/bridge.py"},
     "xformers": {"cascade/attention/xformers.py"},
     "av": {"cascade/media/decoding.py", "cascade/media/child.py"},
     "imageio": {"cascade/media/images.py"},

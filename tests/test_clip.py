@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cascade.clip import CLIPText
 from cascade.compose import compose
 from cascade.config import parse
 from cascade.errors import ConfigError, InputError, NumericError
 from cascade.plan import stored
 from cascade.text import EmbeddingStore, PriorText, T5Text, TextConfig, encoder_of, known_width, text_source
+from cascade.text.clip import CLIPText
 
 PIECES = ["!", "a", "b", "c", "a</w>", "b</w>", "c</w>", "ab</w>", "<|startoftext|>", "<|endoftext|>"]
 START, END = 8, 9

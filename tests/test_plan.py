@@ -23,12 +23,13 @@ from cascade.codec import Codec, Kind
 from cascade.compose import compose
 from cascade.config import package_root, parse, plugin
 from cascade.count import Count, Host, held, stored
+from cascade.encoders import local_file
 from cascade.errors import CascadeError, ConfigError, InputError
 from cascade.noise import Noise, sample_id
 from cascade.plan import Plan, measure, plan, verb
 from cascade.sampler import Rule, Sampler
 from cascade.stage import Stage
-from cascade.text import TextConfig, known_width, local_file
+from cascade.text import TextConfig, known_width
 from cascade.unet import LevelSpec, Mixer
 from cascade.video import Shape, Video
 from cascade.windows import Windows

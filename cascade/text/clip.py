@@ -12,7 +12,8 @@ from torch import Tensor
 
 from cascade import encoders, store
 from cascade.errors import ConfigError, InputError, NumericError
-from cascade.text import Text, TextConfig, as_read, padded
+from cascade.text.embedded import Text, padded
+from cascade.text.prompts import TextConfig, as_read
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer

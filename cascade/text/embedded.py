@@ -1,0 +1,82 @@
+"""Prompts as vectors: what every network reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Text:
+    """Embedded prompts: `tokens` (B, L, D) float32 and `mask` (B, L), True where a token is real.
+
+    A prompt without real tokens is the dropped condition of classifier-free guidance. `memory` holds what networks made
+    of these very prompts, see `once`; whatever is derived from a text begins without one.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    memory: dict[Hashable, tuple[Tensor, ...]] | None = field(default=None, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: slice | Tensor) -> Text:
+        return Text(self.tokens[index], self.mask[index])
+
+    @staticmethod
+    def cat(parts: Sequence[Text]) -> Text:
+        """All prompts of `parts` in order, padded to the longest L."""
+        longest = max(part.mask.shape[1] for part in parts)
+        padded = [part.pad(longest) for part in parts]
+        return Text(torch.cat([part.tokens for part in padded]), torch.cat([part.mask for part in padded]))
+
+    @staticmethod
+    def empty(batch: int, length: int, width: int) -> Text:
+        """`batch` dropped prompts."""
+        return Text(torch.zeros(batch, length, width), torch.zeros(batch, length, dtype=torch.bool))
+
+    def remembering(self) -> Text:
+        """The same prompts with an empty memory: for one sampling run, in which no weight changes."""
+        return Text(self.tokens, self.mask, {})
+
+    def once(self, key: Hashable, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """make(), which depends on these prompts and `key` alone; one that remembers asks once, without gradients."""
+        if self.memory is None:
+            return make()
+        if key not in self.memory:
+            with torch.no_grad():
+                self.memory[key] = make()
+        return self.memory[key]
+
+    def pad(self, length: int) -> Text:
+        """The same prompts with zeros up to `length` tokens."""
+        more = length - self.mask.shape[1]
+        assert more >= 0, f"{self.mask.shape[1]} tokens do not fit in {length}"
+        pad = torch.nn.functional.pad
+        return Text(pad(self.tokens, (0, 0, 0, more)), pad(self.mask, (0, more)))
+
+    def to(self, device: torch.device | str) -> Text:
+        return Text(self.tokens.to(device), self.mask.to(device))
+
+    def drop(self, keep: Tensor) -> Text:
+        """The same prompts where `keep` (B,) is True, the dropped condition elsewhere."""
+        mask = self.mask & keep[:, None]
+        return Text(self.tokens * mask[:, :, None], mask)
+
+    def pooled(self) -> Tensor:
+        """Mean over the real tokens (B, D); 0 for a dropped prompt."""
+        mask = self.mask[:, :, None].to(self.tokens.dtype)
+        return (self.tokens * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def padded(rows: Sequence[Tensor], length: int, width: int) -> Text:
+    """`rows` (n, D) of different n as a Text of `length` tokens."""
+    out = Text.empty(len(rows), length, width)
+    for b, row in enumerate(rows):
+        out.tokens[b, : len(row)] = row
+        out.mask[b, : len(row)] = True
+    return out

@@ -1,0 +1,76 @@
+"""What makes the embeddings that stages read: the encoder or the store that the settings name, and a prior."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from cascade import encoders, store
+from cascade.encoders import CONFIG, find_encoder, local_file
+from cascade.errors import ConfigError
+from cascade.prior import PriorConfig
+from cascade.text.clip import CLIPText
+from cascade.text.embedded import Text
+from cascade.text.prompts import Encoder, TextConfig, TextSource, check_prompt
+from cascade.text.stored import INDEX, EmbeddingStore
+from cascade.text.t5 import T5Text
+
+
+def encoder_of(cfg: TextConfig, device: str = "cpu") -> Encoder:
+    """What makes the embeddings that stages read: T5 or CLIP, as its config.json says, and a prior if `cfg` has one."""
+    kind = CLIPText if encoders.is_clip(find_encoder(cfg.encoder)) else T5Text
+    encoder: Encoder = kind(cfg, device)
+    return encoder if cfg.prior is None else PriorText(encoder, cfg.prior, device)
+
+
+def text_source(cfg: TextConfig, device: str = "cpu") -> TextSource:
+    """The store if `cfg` names one, else the encoder on `device`; embeddings are on the CPU either way."""
+    if cfg.store is None:
+        return encoder_of(cfg, device)
+    opened = EmbeddingStore(Path(cfg.store))
+    if opened.max_tokens != cfg.max_tokens:
+        raise ConfigError(
+            f"text store {cfg.store}: holds prompts of up to {opened.max_tokens} tokens, not {cfg.max_tokens}",
+            fix=f"text.max_tokens={opened.max_tokens}",
+        )
+    return opened
+
+
+class PriorText:
+    """Prompts as one token each, the embedding of a picture that a prior makes of what `encoder` reads."""
+
+    def __init__(self, encoder: Encoder, cfg: PriorConfig, device: str = "cpu") -> None:
+        self.cfg, self.encoder = encoder.cfg, encoder
+        self.prior = cfg.open(encoder.cfg.max_tokens, device)
+        self.fingerprint = hashlib.sha256(f"{encoder.fingerprint} {self.prior.hash}".encode()).hexdigest()
+
+    @property
+    def width(self) -> int:
+        return self.prior.cfg.width
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """(B, 1, width), each prompt by itself."""
+        read = self.encoder.encode(prompts)
+        rows = [
+            self.prior(read.tokens[i : i + 1], read.mask[i : i + 1], check_prompt(prompt))
+            for i, prompt in enumerate(prompts)
+        ]
+        return Text(torch.stack(rows), torch.ones(len(rows), 1, dtype=torch.bool))
+
+
+def known_width(cfg: TextConfig) -> int | None:
+    """Width of the embeddings that stages read, see `read_width`."""
+    return cfg.prior.width if cfg.prior is not None and cfg.store is None else read_width(cfg)
+
+
+def read_width(cfg: TextConfig) -> int | None:
+    """Width of the encoder's embeddings, without loading or fetching it: None if it is not on this machine."""
+    if cfg.store is not None:
+        return EmbeddingStore(Path(cfg.store)).width if (Path(cfg.store) / INDEX).is_file() else None
+    path = local_file(cfg.encoder, CONFIG)
+    if path is None:
+        return None
+    return encoders.width(store.from_json(path.read_bytes(), path), path)
