@@ -10,19 +10,9 @@ import torch
 from torch import Tensor
 
 from cascade.errors import ConfigError
+from cascade.guidance import Denoise, Hook, keep_known, reconstruction
 from cascade.noise import generator
-from cascade.sampler import (
-    After,
-    Denoise,
-    Draw,
-    Hook,
-    Sampler,
-    StepDenoise,
-    keep_known,
-    reconstruction,
-    sample,
-    shared,
-)
+from cascade.sampler import After, Draw, Sampler, StepDenoise, sample, shared
 from cascade.text import Text
 from cascade.unet import Cond
 from cascade.video import Shape, Video

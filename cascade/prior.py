@@ -17,8 +17,9 @@ from cascade import foreign
 from cascade.config import fingerprint, plain
 from cascade.diffusion import Diffusion, Prediction
 from cascade.errors import ConfigError, InputError
+from cascade.guidance import guided
 from cascade.noise import Noise, sample_id
-from cascade.sampler import Sampler, guided, sample
+from cascade.sampler import Sampler, sample
 
 NAME, WHAT, RANDOM = "PriorTransformer", "prior", "random"
 DIFFUSION = Diffusion(prediction=Prediction.X)

@@ -1,4 +1,5 @@
-"""From noise to video: one loop, small step rules, guidance around the denoiser, hooks on its x_hat."""
+"""From noise to video: the settings of a run, and one loop of steps (cascade/solvers.py) over an x_hat that guidance,
+hooks and thresholds (cascade/guidance.py) have changed."""
 
 from __future__ import annotations
 
@@ -9,19 +10,18 @@ from enum import Enum
 from functools import partial
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cascade.diffusion import Diffusion
 from cascade.errors import NumericError
-from cascade.grid import End, Grid, times
+from cascade.grid import End, Grid
+from cascade.guidance import Denoise, Hook, Per, dynamic_threshold, keep_known
+from cascade.solvers import ancestral, ddim, dpmpp_2m, heun, stochastic
 
-__all__ = ["times"]
+__all__ = ["Denoise", "ddim", "keep_known"]  # for those who import them from here
 
-Denoise = Callable[[Tensor, Tensor], Tensor]  # z (B, C, F, H, W), t (B,) -> x_hat
 StepDenoise = Callable[[Tensor, Tensor, int], Tensor]  # z, t, step -> x_hat with the step's guidance (see `sample`)
-Hook = Callable[[Tensor, Tensor, Tensor], Tensor]  # x_hat, z, t -> x_hat
 After = Callable[[int, float, Tensor], Tensor]  # step, its t, the z it made -> z
 Draw = Callable[[Sequence[int], int, str], Tensor]  # shape, step, purpose -> N(0, 1); cascade.noise.Noise is one
 
@@ -30,7 +30,7 @@ MANY = 15  # steps: with fewer DPM-Solver ends in first order
 
 
 class Rule(Enum):
-    """How a step uses x_hat; each is a function below."""
+    """How a step uses x_hat; each is a function of cascade/solvers.py."""
 
     DDIM = "ddim"
     ANCESTRAL = "ancestral"
@@ -45,13 +45,6 @@ class Threshold(Enum):
     NONE = "none"
     STATIC = "static"
     DYNAMIC = "dynamic"
-
-
-class Per(Enum):
-    """What shares one dynamic threshold."""
-
-    CLIP = "clip"
-    FRAME = "frame"
 
 
 @dataclass(kw_only=True)
@@ -134,149 +127,9 @@ class Sampler:
         return self.grid.times(diffusion, self.steps, self.strength, closed).tolist()
 
 
-def quantile(a: Tensor, q: float) -> Tensor:
-    """The q-quantile of every row, interpolated linearly as in torch.quantile but without its limit of 2^24 elements.
-
-    a (N, M) -> (N,) float32.
-    """
-    a = a.float()
-    position = q * (a.shape[1] - 1)
-    low = math.floor(position)
-    high = min(low + 1, a.shape[1] - 1)
-    # on the CPU kthvalue takes ten times as long, and an int64 index for every element
-    select = _select_numpy if a.device.type == "cpu" else _select_torch
-    return torch.lerp(*select(a, low, high), position - low)
-
-
-def dynamic_threshold(x: Tensor, percentile: float, per: Per, highest: float | None = None) -> Tensor:
-    """Clip x to [-s, s] and divide by s, with s = max(1, percentile of abs(x)) (Saharia et al. 2022, sec. 2.3).
-
-    x (B, C, F, H, W); one s, of at most `highest`, for a whole clip or for every frame. Leaves an x within [-1, 1] as
-    it is, bit for bit.
-    """
-    rows = x.abs().flatten(1) if per is Per.CLIP else x.abs().transpose(1, 2).flatten(0, 1).flatten(1)
-    s = quantile(rows, percentile).clamp(1, highest).to(x.dtype)
-    s = s.view(x.shape[0], 1, -1, 1, 1)
-    return torch.maximum(torch.minimum(x, s), -s) / s
-
-
-def guided(conditional: Denoise, unconditional: Denoise, w: float) -> Denoise:
-    """x_hat = (1 + w) x_c - w x_u (Ho & Salimans 2022, eq. 6). At w = 0 the unconditional one is never called."""
-    if w == 0:
-        return conditional
-
-    def denoise(z: Tensor, t: Tensor) -> Tensor:
-        x = conditional(z, t)
-        return x + w * (x - unconditional(z, t))
-
-    return denoise
-
-
-def keep_known(known: Tensor, mask: Tensor) -> Hook:
-    """Hook that puts the known part into x_hat, so that it comes out of the sampler exactly.
-
-    known (B, C, F, H, W); mask, bool or float, above 0 where known, of a shape that broadcasts to it.
-    """
-
-    def hook(x: Tensor, z: Tensor, t: Tensor) -> Tensor:
-        return torch.where(mask > 0, known.to(x), x)
-
-    return hook
-
-
 def shared(noise: Draw) -> Draw:
     """The noise of the first frame, for all frames."""
     return lambda shape, step, purpose: noise((*shape[:2], 1, *shape[3:]), step, purpose).expand(*shape)
-
-
-def reconstruction(
-    diffusion: Diffusion, denoise: Denoise, observe: Callable[[Tensor], Tensor], target: Tensor, weight: float
-) -> Denoise:
-    """x_hat - (weight alpha_t / 2) grad_z |target - observe(x_hat)|^2 (Ho et al. 2022, Video Diffusion, sec. 3.1).
-
-    `observe` selects known frames, or is any differentiable map such as a downsampling. Every part of x_hat moves:
-    add `keep_known` to hold the known one. The gradient runs through the denoiser: about three evaluations' cost, and
-    the memory of its graph.
-    """
-
-    def denoise_towards(z: Tensor, t: Tensor) -> Tensor:
-        with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            x = denoise(z, t)
-            (gradient,) = torch.autograd.grad((target - observe(x)).square().sum(), z)
-        alpha, _ = diffusion.alpha_sigma(t, z.dtype)
-        return x.detach() - (0.5 * weight) * alpha * gradient
-
-    return denoise_towards
-
-
-def ddim(diffusion: Diffusion, z: Tensor, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-    """z_s = alpha_s x_hat + sigma_s eps_hat, for s < t, both (B,) (Song et al. 2021, eq. 12).
-
-    That is z_s = cos(d) z - sin(d) v_hat with d = phi_t - phi_s (Salimans & Ho 2022, app. D); at s = 0 it is x_hat.
-    """
-    alpha, sigma = diffusion.alpha_sigma(t, torch.float64)
-    alpha_s, sigma_s = diffusion.alpha_sigma(s, torch.float64)
-    return _mix(sigma_s / sigma, z, alpha_s - alpha * sigma_s / sigma, x)
-
-
-def ancestral(
-    diffusion: Diffusion, z: Tensor, x: Tensor, t: Tensor, s: Tensor, gamma: float | Tensor, eps: Tensor
-) -> Tensor:
-    """Draw from q(z_s | z_t, x_hat), its variance moved towards that of q(z_t | z_s) by gamma.
-
-    Variance lower^(1 - gamma) upper^gamma (Ho et al. 2022, Video Diffusion Models, sec. 2), s > 0; with a gamma of z's
-    shape for every value by itself (Nichol & Dhariwal 2021, eq. 15).
-    """
-    alpha, sigma = diffusion.alpha_sigma(t, torch.float64)
-    alpha_s, sigma_s = diffusion.alpha_sigma(s, torch.float64)
-    ratio = alpha / alpha_s
-    upper = sigma**2 - (ratio * sigma_s) ** 2
-    lower = upper * (sigma_s / sigma) ** 2
-    mean = _mix(ratio * (sigma_s / sigma) ** 2, z, alpha_s * upper / sigma**2, x)
-    return mean + (lower ** (1 - gamma) * upper**gamma).sqrt().to(z.dtype) * eps
-
-
-def renoised(diffusion: Diffusion, z: Tensor, s: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """Draw from q(z_t | z_s) for s <= t: the forward process from s on."""
-    alpha, sigma = diffusion.alpha_sigma(t, torch.float64)
-    alpha_s, sigma_s = diffusion.alpha_sigma(s, torch.float64)
-    ratio = alpha / alpha_s
-    return _mix(ratio, z, (sigma**2 - (ratio * sigma_s) ** 2).clamp(min=0).sqrt(), eps)
-
-
-def stochastic(diffusion: Diffusion, z: Tensor, x: Tensor, t: Tensor, s: Tensor, after: Tensor, eps: Tensor) -> Tensor:
-    """DDIM over two steps, to the time `after` s, then noise for one step back (Ho et al. 2022, Imagen Video)."""
-    return renoised(diffusion, ddim(diffusion, z, x, t, after), after, s, eps)
-
-
-def dpmpp_2m(
-    diffusion: Diffusion, z: Tensor, x: Tensor, t: Tensor, s: Tensor, before: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """DPM-Solver++(2M), data prediction, midpoint (Lu et al. 2022b, algorithm 2); s > 0.
-
-    `before` is x_hat and t of the step before, None on the first step, which is then DDIM's. A step from t = 1 is
-    infinitely long in log-SNR, so the correction after it weighs 1 / (2 r) = 0.
-    """
-    if before is None:
-        return ddim(diffusion, z, x, t, s)
-    x_before, t_before = before
-    here, there, past = (_half_log_snr(diffusion, time) for time in (t, s, t_before))
-    weight = (there - here) / (2 * (here - past))
-    return ddim(diffusion, z, x + weight.to(x.dtype) * (x - x_before), t, s)
-
-
-def heun(diffusion: Diffusion, z: Tensor, x: Tensor, t: Tensor, s: Tensor, predict: Denoise) -> Tensor:
-    """Second order: a DDIM step, then the mean of both ends' slopes (Karras et al. 2022, algorithm 1); s > 0.
-
-    The slope is dz / dphi = v_hat, finite at t = 1 too. Beyond the rotation that DDIM already takes exactly, v_hat
-    changes by (x_hat_t - x_hat_s) / sigma_s, so the step is exact where x_hat stays.
-    """
-    alpha, sigma = diffusion.alpha_sigma(t, torch.float64)
-    alpha_s, sigma_s = diffusion.alpha_sigma(s, torch.float64)
-    ahead = ddim(diffusion, z, x, t, s)
-    weight = (sigma * alpha_s - alpha * sigma_s) / (2 * sigma_s)  # sin(phi_t - phi_s) / (2 sin(phi_s))
-    return ahead + weight.to(z.dtype) * (predict(ahead, s) - x)
 
 
 @torch.no_grad()
@@ -390,27 +243,7 @@ def _moved(drawn: Tensor, device: torch.device) -> Tensor:
     return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
 
 
-def _select_numpy(a: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """Elements of rank `low` and `high`, counted from 0, of every row."""
-    ranked = torch.from_numpy(np.partition(a.detach().numpy(), (low, high), axis=1))
-    return ranked[:, low], ranked[:, high]
-
-
-def _select_torch(a: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    return a.kthvalue(low + 1, dim=1).values, a.kthvalue(high + 1, dim=1).values
-
-
 def _halves(out: Tensor) -> tuple[Tensor, Tensor]:
     """x_hat, and the number from -1 to 1 beside it as a gamma from 0 to 1."""
     x, between = out.chunk(2, dim=1)
     return x, (between + 1) / 2
-
-
-def _mix(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
-    """a x + b y, the float64 weights rounded to the dtype of x once."""
-    return a.to(x.dtype) * x + b.to(x.dtype) * y
-
-
-def _half_log_snr(diffusion: Diffusion, t: Tensor) -> Tensor:
-    alpha, sigma = diffusion.alpha_sigma(t, torch.float64)
-    return torch.log(alpha / sigma)

@@ -19,7 +19,7 @@ KINDS = [path for path in FILES if path.parent == ROOT / "stages" and path.stem 
 # Imports go to the left or stay within a group.
 ORDER = """
 errors config compose store noise video diffusion | kernels |
-foreign grid sampler encoders prior attention layers text media frames codec pickled | request |
+foreign grid guidance solvers sampler encoders prior attention layers text media frames codec pickled | request |
 unet unet3d_config unet3d_blocks unet3d windows offload compiled | settings making stage temporal checkpoint | assets |
 chain loading pipeline given data metrics count memory plan textfit | examples |
 train preview exam marks evaluate importers |

@@ -25,8 +25,9 @@ from cascade.loading import load_stage
 from cascade.loading import save_stage as save_weights
 from cascade.noise import Key, Noise, generator
 from cascade.request import Prompts
-from cascade.sampler import Rule, Sampler, Threshold, ddim, sample
+from cascade.sampler import Rule, Sampler, Threshold, sample
 from cascade.settings import StageConfig, TrainConfig
+from cascade.solvers import ddim
 from cascade.stage import Batch, Stage
 from cascade.tasks import Request
 from cascade.text import Text, TextConfig

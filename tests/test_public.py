@@ -22,9 +22,11 @@ from cascade.compose import compose
 from cascade.config import plugin
 from cascade.diffusion import Diffusion
 from cascade.errors import CascadeError, ConfigError
+from cascade.guidance import Per, dynamic_threshold
 from cascade.noise import Noise, generator, sample_id
 from cascade.pipeline import Runner
-from cascade.sampler import Per, Sampler, Threshold, ancestral, dynamic_threshold
+from cascade.sampler import Sampler, Threshold
+from cascade.solvers import ancestral
 from cascade.stage import Batch, Stage
 from cascade.text import Text
 from cascade.unet3d import UNet3D

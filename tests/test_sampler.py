@@ -14,30 +14,22 @@ from torch import Tensor
 
 from cascade.diffusion import Diffusion, Prediction
 from cascade.errors import NumericError
-from cascade.noise import Noise, generator, sample_id
-from cascade.sampler import (
+from cascade.grid import times
+from cascade.guidance import (
     Denoise,
     Hook,
     Per,
-    Rule,
-    Sampler,
-    Threshold,
     _select_numpy,
     _select_torch,
-    ancestral,
-    ddim,
-    dpmpp_2m,
     dynamic_threshold,
     guided,
-    heun,
     keep_known,
     quantile,
     reconstruction,
-    renoised,
-    sample,
-    stochastic,
-    times,
 )
+from cascade.noise import Noise, generator, sample_id
+from cascade.sampler import Rule, Sampler, Threshold, sample
+from cascade.solvers import ancestral, ddim, dpmpp_2m, heun, renoised, stochastic
 
 COSINE = Diffusion()
 DETERMINISTIC = (Rule.DDIM, Rule.DPMPP_2M, Rule.HEUN)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from cascade.diffusion import Diffusion, Path, Prediction, Schedule
 from cascade.grid import End, Grid, Spacing, times
+from cascade.guidance import Per
 from cascade.noise import generator
-from cascade.sampler import Per, Rule, Sampler, Threshold, sample
+from cascade.sampler import Rule, Sampler, Threshold, sample
 
 SHAPE = (2, 3, 2, 6, 5)
 IF = {"beta_schedule": "squaredcos_cap_v2"}
