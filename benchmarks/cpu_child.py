@@ -141,9 +141,9 @@ def waste(rounds: int = 7) -> list[dict[str, Any]]:
     call; two branches of guidance one after the other and in one batch."""
     import torch
 
+    from cascade.cond import Cond
     from cascade.noise import Noise
     from cascade.text import Text
-    from cascade.unet import Cond
 
     remembering, rows = Text.remembering, []
     for cfg, rule, stage in stages():

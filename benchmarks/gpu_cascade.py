@@ -22,6 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 from cascade import attention
 from cascade.compiled import Compile, compiled
+from cascade.cond import Cond
 from cascade.config import parse, plugin
 from cascade.count import META, Fused, Host, held, on_meta, takes
 from cascade.errors import CascadeError
@@ -31,7 +32,6 @@ from cascade.noise import Noise, sample_id
 from cascade.settings import Rule, StageConfig
 from cascade.stage import Stage
 from cascade.text import Text
-from cascade.unet import Cond
 from cascade.video import Video
 
 # Of a way to launch or of a peer: a result, not an end. The last two are what packages that do not fit together raise.

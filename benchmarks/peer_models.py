@@ -78,9 +78,11 @@ def fill(net: nn.Module) -> None:
 
 def cascade(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
     """The denoiser of every stage here, with no video given and the text's tokens all real."""
+    from cascade.cond import Cond
     from cascade.config import parse
     from cascade.text import Text
-    from cascade.unet import Cond, UNetConfig, VideoUNet
+    from cascade.unet import VideoUNet
+    from cascade.unet_config import UNetConfig
 
     net = VideoUNet(parse({**settings, "text": work.text}, UNetConfig))
     text = Text(work.embedded, torch.ones(1, work.tokens, dtype=torch.bool))

@@ -13,9 +13,9 @@ from enum import Enum
 import torch
 from torch import Tensor, nn
 
+from cascade.cond import Cond
 from cascade.errors import ConfigError
 from cascade.text import Text
-from cascade.unet import Cond
 
 Replay = Callable[[], object]
 Capture = Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]]

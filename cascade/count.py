@@ -25,13 +25,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from cascade import checkpoint, store
 from cascade.chain import Device
 from cascade.codec import COLOURS, Codec
+from cascade.cond import Cond
 from cascade.encoders import WEIGHTS, local_file
 from cascade.errors import ConfigError, InputError
 from cascade.kernels import norm
 from cascade.settings import Rule, StageConfig
 from cascade.stage import Stage
 from cascade.text import Text, TextConfig
-from cascade.unet import Cond
 from cascade.video import Shape, Video
 
 META = torch.device("meta")

@@ -18,7 +18,7 @@ from cascade.diffusion import Schedule
 from cascade.layers import channels_last
 from cascade.settings import Rule, StageConfig
 from cascade.stage import Stage
-from cascade.unet import completed
+from cascade.unet_config import completed
 
 Load = Callable[[StageConfig, Rule, torch.device], tuple[Stage, str]]  # a stage on the device, hash of its weights
 

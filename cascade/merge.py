@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from cascade import checkpoint
-from cascade.unet import completed
+from cascade.unet_config import completed
 
 
 def merge(out: Path, tuned: Path, student: Path, teacher: Path) -> Path:

@@ -18,8 +18,8 @@ from cascade.grid import Spacing
 from cascade.sampler import Rule as StepRule
 from cascade.sampler import Sampler, Threshold
 from cascade.text import TextConfig
-from cascade.unet import UNetConfig
 from cascade.unet3d_config import UNet3DConfig
+from cascade.unet_config import UNetConfig
 from cascade.video import Shape, Video
 from cascade.windows import Windows
 

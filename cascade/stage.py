@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cascade.codec import Coder
+from cascade.cond import Cond
 from cascade.diffusion import Diffusion, Path
 from cascade.errors import ConfigError
 from cascade.making import Run, make
@@ -22,9 +23,10 @@ from cascade.offload import offload
 from cascade.sampler import After, Draw
 from cascade.settings import Rule, StageConfig, check_told
 from cascade.text import Text
-from cascade.unet import Cond, UNetConfig, VideoUNet
+from cascade.unet import VideoUNet
 from cascade.unet3d import UNet3D
 from cascade.unet3d_config import UNet3DConfig
+from cascade.unet_config import UNetConfig
 from cascade.video import Shape, Video
 from cascade.windows import Windows, in_parts, windowed
 

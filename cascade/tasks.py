@@ -24,7 +24,7 @@ from cascade.settings import Rule, StageConfig, TrainConfig
 from cascade.stage import Stage
 from cascade.text import TextConfig, text_source
 from cascade.train import fit
-from cascade.unet import completed
+from cascade.unet_config import completed
 from cascade.video import Video
 
 LOSSLESS = ".safetensors"

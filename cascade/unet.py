@@ -7,10 +7,8 @@ model equals its image model frame by frame.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextvars import copy_context
-from dataclasses import dataclass, replace
-from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cascade.cond import Cond
 from cascade.layers import (
     Clip,
     FiLM,
@@ -32,179 +31,9 @@ from cascade.layers import (
     zero,
 )
 from cascade.text import Text
+from cascade.unet_config import LevelSpec, Mixer, UNetConfig
 
-
-class Mixer(Enum):
-    """What mixes frames at a level of the U-Net."""
-
-    NONE = "none"
-    CONV = "conv"
-    ATTN = "attn"
-    BOTH = "conv+attn"
-    PSEUDO = "pseudo"  # a convolution along time behind every spatial one: together pseudo-3D (Make-A-Video)
-    PSEUDO_ATTN = "pseudo+attn"
-
-    def has(self, part: Mixer) -> bool:
-        """Whether `part` is one of the things that mix."""
-        return part.value in self.value.split("+")
-
-
-@dataclass(kw_only=True)
-class LevelSpec:
-    """One resolution of the U-Net; each level below the first halves height and width.
-
-    It is made smaller before the blocks of the way down and larger after those of the way up, so that they cost least
-    (Saharia et al. 2022, Efficient U-Net).
-    """
-
-    channels: int
-    blocks: int = 1  # on the way down; each leaves a skip connection for one on the way up
-    blocks_up: int | None = None  # on the way up; None: as many
-    mixer: Mixer = Mixer.CONV
-    spatial_attention: bool = False
-    text_attention: bool = False
-
-    def __post_init__(self) -> None:
-        if self.channels < 8 or self.channels % 8:
-            raise ValueError(f"channels is {self.channels}, expected a multiple of 8")
-        if self.blocks < 1:
-            raise ValueError(f"blocks is {self.blocks}, expected at least 1")
-        if self.ups < 1:
-            raise ValueError(f"blocks_up is {self.blocks_up}, expected at least 1")
-
-    @property
-    def ups(self) -> int:
-        """Blocks on the way up."""
-        return self.blocks if self.blocks_up is None else self.blocks_up
-
-
-@dataclass(kw_only=True)
-class UNetConfig:
-    """Architecture of a `VideoUNet`."""
-
-    levels: list[LevelSpec]
-    patch: int = 1  # side of the square of pixels that is one position inside
-    embedding: int = 256  # width of the embedding of time, scalars and pooled text
-    text: int = 128  # width of the text encoder's embeddings; 0: the network is told no text
-    head: int = 64  # channels per attention head
-    frame_position: bool = False  # tells every block which frame it sees: fixed-length stages only
-    residual: bool = False  # the output starts from the incoming video: for x-prediction
-    channels: int = 3
-    skip_scale: float = 1.0  # of skip connections: 1 / sqrt(2) in the Efficient U-Net
-
-    def __post_init__(self) -> None:
-        if not self.levels:
-            raise ValueError("levels is empty, expected at least one level")
-        for name, least in (("patch", 1), ("embedding", 2), ("text", 0), ("head", 1), ("channels", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {least}")
-        if self.embedding % 2:
-            raise ValueError(f"embedding is {self.embedding}, expected an even number: sines and cosines")
-        if not 0 < self.skip_scale <= 1:
-            raise ValueError(f"skip_scale is {self.skip_scale}, expected a number above 0, at most 1")
-        if not self.text and any(level.text_attention for level in self.levels):
-            raise ValueError(f"text is {self.text}, expected the width of the embeddings: a level has text_attention")
-        for level in self.levels:
-            if level.channels % max(1, level.channels // self.head):
-                raise ValueError(
-                    f"head is {self.head}, which does not divide {level.channels} channels into equal heads"
-                )
-
-    @property
-    def multiple(self) -> int:
-        """Height and width must be multiples of this."""
-        return int(self.patch * 2 ** (len(self.levels) - 1))
-
-    @property
-    def fully_convolutional(self) -> bool:
-        """Without spatial attention it can be trained on crops and run at any size."""
-        return not any(level.spatial_attention for level in self.levels)
-
-
-# Fields that are younger than weights which exist, and the values those were made with.
-YOUNG = {"skip_scale": 1.0}
-YOUNG_IN_LEVELS = {"blocks_up": None}
-
-
-def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """An architecture as it stands beside weights, with the fields of a `VideoUNet` that came after them."""
-    if "arch" in saved:  # a network of another kind
-        return dict(saved)
-    levels = [{**YOUNG_IN_LEVELS, **level} for level in saved.get("levels", [])]
-    return {**YOUNG, **saved, "levels": levels}
-
-
-@dataclass
-class Cond:
-    """Everything a denoiser is told beside z_t and t: the ports of the design, shared by all stages.
-
-    `concat` (B, C, F, H, W) holds known or low-resolution video and `mask` (B, 1, F, H, W) is 1 where it says
-    something; `level` (B,) is the noise added to it (conditioning augmentation, Ho et al. 2021); `fps` (B,);
-    `segments` (B, F) numbers independent clips within an entry (None: one).
-    """
-
-    concat: Tensor
-    mask: Tensor
-    level: Tensor
-    fps: Tensor
-    text: Text
-    segments: Tensor | None = None
-
-    def without_text(self) -> Cond:
-        """The unconditional branch of classifier-free guidance: the text is dropped, the video stays."""
-        return self.with_text(Text.empty(*self.text.tokens.shape).to(self.concat.device))
-
-    def with_text(self, text: Text) -> Cond:
-        return replace(self, text=text)
-
-    def remembering(self) -> Cond:
-        """The same, for one sampling run: see `Text.remembering`."""
-        return self.with_text(self.text.remembering())
-
-    def to(self, device: torch.device | str) -> Cond:
-        return Cond(
-            self.concat.to(device),
-            self.mask.to(device),
-            self.level.to(device),
-            self.fps.to(device),
-            self.text.to(device),
-            None if self.segments is None else self.segments.to(device),
-        )
-
-    def frames(self, start: int, stop: int) -> Cond:
-        """The part of a longer video that a window sees."""
-        segments = None if self.segments is None else self.segments[:, start:stop]
-        concat, mask = self.concat[:, :, start:stop], self.mask[:, :, start:stop]
-        return replace(self, concat=concat, mask=mask, segments=segments)
-
-    def __getitem__(self, index: slice) -> Cond:
-        segments = None if self.segments is None else self.segments[index]
-        return Cond(
-            self.concat[index], self.mask[index], self.level[index], self.fps[index], self.text[index], segments
-        )
-
-    @staticmethod
-    def cat(parts: list[Cond]) -> Cond:
-        """Joins batches; entries without segments are one clip each."""
-        segments = None
-        if any(part.segments is not None for part in parts):
-            frames = parts[0].concat.shape[2]
-            segments = torch.cat(
-                [
-                    part.segments
-                    if part.segments is not None
-                    else torch.zeros(len(part.level), frames, dtype=torch.long, device=part.level.device)
-                    for part in parts
-                ]
-            )
-        return Cond(
-            torch.cat([part.concat for part in parts]),
-            torch.cat([part.mask for part in parts]),
-            torch.cat([part.level for part in parts]),
-            torch.cat([part.fps for part in parts]),
-            Text.cat([part.text for part in parts]),
-            segments,
-        )
+__all__ = ["Cond"]  # for those who import it from here
 
 
 class Block(nn.Module):

@@ -23,9 +23,9 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from cascade.cond import Cond
 from cascade.errors import ConfigError
 from cascade.sampler import Draw
-from cascade.unet import Cond
 from cascade.video import Video
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from cascade.settings import TrainConfig
     from cascade.stage import Stage
     from cascade.text import Text
-    from cascade.unet import UNetConfig
+    from cascade.unet_config import UNetConfig
     from cascade.video import Shape
 
 WIDTH = 6  # of the tiny text encoder
@@ -46,14 +46,14 @@ STAGES: dict[str, dict[str, Any]] = {
 
 def tiny_net(**changes: Any) -> UNetConfig:
     """One level of eight channels."""
-    from cascade.unet import LevelSpec, UNetConfig
+    from cascade.unet_config import LevelSpec, UNetConfig
 
     return UNetConfig(**({"levels": [LevelSpec(channels=8)], "embedding": 8, "text": WIDTH, "head": 4} | changes))
 
 
 def deep_net() -> UNetConfig:
     """Both mixers, text and two levels; of 16 channels, so that no gradient is rounding alone."""
-    from cascade.unet import LevelSpec, Mixer
+    from cascade.unet_config import LevelSpec, Mixer
 
     return tiny_net(levels=[LevelSpec(channels=16, mixer=Mixer.BOTH, text_attention=True), LevelSpec(channels=16)])
 

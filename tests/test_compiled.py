@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from cascade.chain import Chain, Device
 from cascade.compiled import Compile, Graphed, Replay, compiled, regions
+from cascade.cond import Cond
 from cascade.errors import ConfigError
 from cascade.loading import launched
 from cascade.noise import generator
 from cascade.text import Text, TextConfig
-from cascade.unet import Block, Cond, LevelSpec, Mixer, VideoUNet
+from cascade.unet import Block, VideoUNet
+from cascade.unet_config import LevelSpec, Mixer
 from cascade.windows import Windows
 
 Make = Callable[..., Any]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cascade import checkpoint, distill
 from cascade.chain import Device
+from cascade.cond import Cond
 from cascade.config import parse
 from cascade.data.source import DataConfig
 from cascade.diffusion import Diffusion, Prediction
@@ -32,7 +33,7 @@ from cascade.stage import Batch, Stage
 from cascade.tasks import Request
 from cascade.text import Text, TextConfig
 from cascade.train import fit
-from cascade.unet import Cond, LevelSpec, Mixer, UNetConfig
+from cascade.unet_config import LevelSpec, Mixer, UNetConfig
 from cascade.video import Shape
 from stages import base
 

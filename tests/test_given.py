@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cascade import media
 from cascade.chain import Chain
+from cascade.cond import Cond
 from cascade.config import parse, plugin
 from cascade.errors import CascadeError, ConfigError
 from cascade.given import covered, given
@@ -22,7 +23,6 @@ from cascade.request import Given
 from cascade.sampler import Sampler
 from cascade.stage import Stage
 from cascade.text import TextConfig
-from cascade.unet import Cond
 from cascade.video import Shape, Video
 from cascade.windows import Join, Windows
 

@@ -23,7 +23,7 @@ from cascade.memory import Memory, fitting, largest, short, size, within
 from cascade.noise import Noise, sample_id
 from cascade.settings import StageConfig, TrainConfig
 from cascade.text import TextConfig
-from cascade.unet import LevelSpec, Mixer
+from cascade.unet_config import LevelSpec, Mixer
 from cascade.video import Shape, Video
 from cascade.windows import Windows
 

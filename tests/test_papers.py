@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cascade.chain import Chain, chain_settings
+from cascade.cond import Cond
 from cascade.diffusion import Diffusion, Prediction
 from cascade.errors import CascadeError
 from cascade.noise import generator
@@ -21,7 +22,8 @@ from cascade.plan import Plan, plan
 from cascade.sampler import Rule, Threshold
 from cascade.settings import StageConfig
 from cascade.text import Text
-from cascade.unet import Cond, Mixer, UNetConfig, VideoUNet
+from cascade.unet import VideoUNet
+from cascade.unet_config import Mixer, UNetConfig
 
 PAPERS = ("imagen_video", "imagen_video_8", "make_a_video", "vdm")
 Make = Callable[..., Any]

@@ -14,7 +14,7 @@ from cascade.errors import ConfigError
 from cascade.media import png, read_image, read_video
 from cascade.pipeline import VIDEO, read_clip
 from cascade.settings import StageConfig
-from cascade.unet import LevelSpec
+from cascade.unet_config import LevelSpec
 
 
 def tree(name: str) -> dict[str, Any]:

@@ -13,12 +13,14 @@ from torch import Tensor
 
 from cascade import stage as staging
 from cascade.chain import Chain
+from cascade.cond import Cond
 from cascade.config import plugin
 from cascade.count import Host, held
 from cascade.errors import ConfigError
 from cascade.noise import Noise, generator, sample_id
 from cascade.text import Text, TextConfig
-from cascade.unet import Cond, LevelSpec, Mixer, VideoUNet
+from cascade.unet import VideoUNet
+from cascade.unet_config import LevelSpec, Mixer
 from cascade.video import Shape, Video
 from cascade.windows import Windows, in_parts
 

@@ -30,7 +30,7 @@ from cascade.plan import Plan, measure, plan, verb
 from cascade.sampler import Rule, Sampler
 from cascade.stage import Stage
 from cascade.text import TextConfig, known_width
-from cascade.unet import LevelSpec, Mixer
+from cascade.unet_config import LevelSpec, Mixer
 from cascade.video import Shape, Video
 from cascade.windows import Windows
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from cascade.codec import Codec, Kind
+from cascade.cond import Cond
 from cascade.config import plugin
 from cascade.diffusion import Diffusion, Path, Prediction
 from cascade.errors import ConfigError
@@ -20,7 +21,7 @@ from cascade.sampler import Rule as StepRule
 from cascade.sampler import Sampler
 from cascade.stage import AUGMENTATION, Batch, Stage
 from cascade.text import Text
-from cascade.unet import Cond, LevelSpec, Mixer
+from cascade.unet_config import LevelSpec, Mixer
 from cascade.video import Shape, Video
 from cascade.windows import Windows
 

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from cascade import attention, checkpoint
+from cascade.cond import Cond
 from cascade.config import plain
 from cascade.errors import InputError
 from cascade.layers import Clip, PseudoConv
 from cascade.noise import generator
 from cascade.text import Text
-from cascade.unet import YOUNG, YOUNG_IN_LEVELS, Cond, LevelSpec, Mixer, UNetConfig, VideoUNet, completed
+from cascade.unet import VideoUNet
+from cascade.unet_config import YOUNG, YOUNG_IN_LEVELS, LevelSpec, Mixer, UNetConfig, completed
 
 BATCH, FRAMES, SIDE = 2, 4, 8
 TIMED = [mixer for mixer in Mixer if mixer is not Mixer.NONE]

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade.compose import compose
+from cascade.cond import Cond
 from cascade.config import package_root, parse
 from cascade.errors import ConfigError
 from cascade.layers import Clip, channels_last
 from cascade.text import Text
-from cascade.unet import Cond
 from cascade.unet3d import UNet3D, timestep
 from cascade.unet3d_blocks import (
     FrameConv,

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cascade.cond import Cond
 from cascade.diffusion import Diffusion
 from cascade.layers import TextAttention
 from cascade.making import steps
 from cascade.noise import Noise, sample_id
 from cascade.sampler import Rule, Sampler, Threshold, Watch, sample
 from cascade.text import Text
-from cascade.unet import Cond, LevelSpec, Mixer
+from cascade.unet_config import LevelSpec, Mixer
 from cascade.windows import Windows
 
 PROMPT = "a red circle"

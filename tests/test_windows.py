@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cascade.cond import Cond
 from cascade.errors import ConfigError
 from cascade.noise import Noise, generator, sample_id
 from cascade.text import Text
-from cascade.unet import Cond
 from cascade.windows import Join, Windows, ramp, windowed
 
 
