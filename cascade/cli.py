@@ -13,20 +13,18 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from cascade import __version__
 from cascade.compose import compose, split_prompts
-from cascade.config import fingerprint, package_root, parse, plain, suggest
+from cascade.config import suggest
 from cascade.errors import CascadeError, ConfigError, HostError, MemoryLimitError
-from cascade.request import Given, Prompts, bars, jobs_of, take
 
 if TYPE_CHECKING:
-    from cascade.chain import Chain
-    from cascade.pipeline import Runner
+    pass
 
 HELP = """\
 cascade: cascaded text-to-video, stage by stage.
@@ -49,191 +47,25 @@ cascade: cascaded text-to-video, stage by stage.
   cascade list                                    chains, whether their weights are here, and stages
 
   python -m stages.<kind> stage=tiny/base [task=sample|train|distill|evaluate|tune]     one stage alone
-      kinds: base, tsr, ssr, interp
+      kinds: base, tsr, ssr, interp, relay, refine
 
 Settings are `key=value` (see conf/). Everywhere: --cfg job (show the settings and stop), --config-dir DIR (your own
 YAML files), -m (one run for each combination of comma-separated values), --debug (tracebacks), --verbose.
 """
 
 
-# verbs ---------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(kw_only=True)
-class Generate(Given):
-    start: str | None = None
-    format: list[str] = field(default_factory=lambda: ["mp4"])
-    fps: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.format or not set(self.format) <= {"mp4", "gif", "webm"}:
-            raise ConfigError(f"format is [{','.join(self.format)}]", fix="format=[mp4], of mp4, gif and webm")
-        if self.fps is not None and not 0 < self.fps <= 1000:
-            raise ValueError(f"fps is {self.fps}, expected 0 to 1000")
-        if self.start is not None and (self.input is None or self.mask is not None):
-            why = "start and input belong together: the stage to begin with and the whole video it gets"
-            raise ConfigError(why, fix="start=STAGE input=FILE, without mask")
-        if self.input is not None and self.start is None and self.mask is None:
-            why = "input is set, but neither start, the stage it is for, nor mask, the hole in it"
-            raise ConfigError(why, fix="start=STAGE or mask=FILE")
-
-
-def generate(tree: dict[str, Any]) -> None:
-    """Prompt to video through a chain."""
-    from cascade.chain import Device
-    from cascade.given import given
-    from cascade.memory import Memory, within
-    from cascade.pipeline import finish
-
-    run, on, memory = take(tree, Generate), take(tree, Device), take(tree, Memory)
-    chain = chain_of(tree).since(run.start)
-    texts = run.texts()
-    out = Path(run.out) if run.out else Path("runs") / fingerprint(
-        [plain(stage) for stage in chain.stages] + [plain(run), plain(on), plain(chain.text), memory.memory]
-    )[:16]  # fmt: skip
-    first = given(run, chain.stages[0], chain.rules[0])
-    chain.check_weights()
-    chain.runs_on(on)
-    chain = within(chain, on, memory, None if first is None else first.shape)
-    from cascade import store
-
-    jobs = jobs_of(texts, run.samples, out)
-    with store.lock(out), bars() as progress:
-        runner = runner_of(chain, on, run, progress)
-        videos = runner.run(jobs, first)
-        for job in jobs:
-            meta = {"seed": run.seed, "negative_prompt": run.negative_prompt, "stages": [s.name for s in chain.stages]}
-            finish(job, videos[job.directory], run.format, run.fps, {**meta, "cascade": __version__})
-    print(jobs[0].directory / f"video.{run.format[0]}" if len(jobs) == 1 else f"{out}: {len(jobs)} videos")
-
-
-def chain_of(tree: dict[str, Any]) -> Chain:
-    """The chain that the remaining settings describe; anything left over is unknown."""
-    from cascade.chain import Chain, Device
-    from cascade.memory import Memory
-
-    return Chain.read(tree, [f.name for cls in (Generate, Device, Memory) for f in fields(cls)])
-
-
-def runner_of(chain: Chain, on: Any, run: Any, progress: Any) -> Runner:
-    from cascade.pipeline import Runner
-    from cascade.text import text_source
-
-    return Runner(chain, text_source(chain.text), on, run.seed, run.negative, progress)
-
-
-def plan(tree: dict[str, Any]) -> None:
-    """A chain checked, with the size, work and memory of its stages."""
-    from cascade.plan import verb
-
-    verb(tree)
-
-
-def train(tree: dict[str, Any]) -> None:
-    """All trainings that made a chain's weights."""
-    from cascade.recipe import verb
-
-    verb(tree)
-
-
-def evaluate(tree: dict[str, Any]) -> None:
-    """A chain judged by what its videos show."""
-    from cascade.evaluate import chain_verb
-
-    chain_verb(tree)
-
-
-def assets(tree: dict[str, Any]) -> None:
-    """Networks of others, for measures."""
-    from cascade.assets import verb
-
-    verb(tree)
-
-
-def export(tree: dict[str, Any]) -> None:
-    """A chain as a folder in diffusers' layout."""
-    from cascade.export import verb
-
-    verb(tree)
-
-
-def results(tree: dict[str, Any]) -> None:
-    """Evaluations collected into a page."""
-    from cascade.report import verb
-
-    verb(tree)
-
-
-def import_(tree: dict[str, Any]) -> None:
-    """Published weights of others."""
-    from cascade.importers import verb
-
-    verb(tree)
-
-
-def embed(tree: dict[str, Any]) -> None:
-    """Text embeddings of a file of prompts, written once."""
-    from cascade.text import EmbeddingStore, TextConfig, encoder_of
-
-    text = parse(tree.pop("text", {}), TextConfig, "text")
-    run = take(tree, Prompts)
-    texts = run.texts()
-    if run.out is None:
-        raise ConfigError("out is missing", fix="out=DIRECTORY")
-    encoder = encoder_of(text)
-    store = EmbeddingStore.create(Path(run.out), encoder)
-    texts += [] if text.negative is None else [text.negative]
-    print(f"{run.out}: {store.put(texts, encoder)} prompts embedded")
-
-
-def info(tree: dict[str, Any]) -> None:
-    """Versions, device and attention kernels."""
-    import torch
-
-    from cascade import attention
-
-    print(f"cascade {__version__}, python {sys.version.split()[0]}, torch {torch.__version__}")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    print(f"cuda: {gpu}, threads {torch.get_num_threads()}")
-    q = torch.zeros(1, 1, 1, 8, device="cuda" if torch.cuda.is_available() else "cpu")
-    print(f"attention: {', '.join(attention.kernels())}; auto is {attention.select('auto', q)}")
-
-
-def list_(tree: dict[str, Any]) -> None:
-    """Chains, what they are and whether their weights are here; stages."""
-    from cascade.chain import Chain, chain_settings
-
-    conf = package_root() / "conf"
-    for path in sorted((conf / "chain").rglob("*.yaml")):
-        name = path.relative_to(conf / "chain").with_suffix("").as_posix()
-        chain = Chain.read(chain_settings(name))
-        absent = ", ".join(chain.absent())
-        weights = f"weights of {absent} are not here" if absent else "weights are here"
-        print(f"chain={name}: {', '.join(stage.name for stage in chain.stages)}; {weights}")
-        print("".join(f"    {line}\n" for line in opening(path)), end="")
-    names = sorted(path.relative_to(conf / "stage").with_suffix("").as_posix() for path in conf.glob("stage/**/*.yaml"))
-    print(f"stage={' '.join(names)}")
-
-
-def opening(path: Path) -> list[str]:
-    """The comment that a settings file begins with."""
-    lines = itertools.takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
-    return [line.lstrip("# ") for line in lines if "@package" not in line]
-
-
-VERBS: dict[str, tuple[str | None, Callable[[dict[str, Any]], None]]] = {
-    "generate": ("generate", generate),
-    "plan": ("plan", plan),
-    "train": ("train", train),
-    "evaluate": ("evaluate", evaluate),
-    "report": ("report", results),
-    "assets": ("assets", assets),
-    "import": ("import", import_),
-    "embed": ("embed", embed),
-    "export": ("export", export),
-    "info": (None, info),
-    "list": (None, list_),
+VERBS: dict[str, tuple[str | None, str]] = {  # the YAML in conf/ that its settings start from, and what it does
+    "generate": ("generate", "cascade.generate.verb"),
+    "plan": ("plan", "cascade.plan.verb"),
+    "train": ("train", "cascade.recipe.verb"),
+    "evaluate": ("evaluate", "cascade.evaluate.chain_verb"),
+    "report": ("report", "cascade.report.verb"),
+    "assets": ("assets", "cascade.assets.verb"),
+    "import": ("import", "cascade.importers.verb"),
+    "embed": ("embed", "cascade.embed.verb"),
+    "export": ("export", "cascade.export.verb"),
+    "info": (None, "cascade.about.info"),
+    "list": (None, "cascade.about.list_"),
 }
 
 
@@ -278,17 +110,24 @@ def command(argv: Sequence[str]) -> None:
     verb, rest = argv[0], list(argv[1:])
     if verb not in VERBS:
         raise ConfigError(f"unknown verb {verb!r}", fix=f"cascade {suggest(verb, VERBS)}")
-    primary, run = VERBS[verb]
+    primary, name = VERBS[verb]
     if {"-h", "--help"} & set(rest):
         print(HELP, end="")
         return
     if primary is None:
         if rest:
             raise ConfigError(f"cascade {verb} takes no settings, not {rest[0]!r}", fix=f"cascade {verb}")
-        run({})
+        function(name)({})
         return
     for tree in settings(primary, rest, f"cascade {verb}"):
-        run(tree)
+        function(name)(tree)
+
+
+def function(name: str) -> Callable[[dict[str, Any]], None]:
+    """What VERBS names, its module imported only now."""
+    module, _, attribute = name.rpartition(".")
+    found: Callable[[dict[str, Any]], None] = getattr(import_module(module), attribute)
+    return found
 
 
 def settings(primary: str, argv: Sequence[str], program: str = "") -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import shutil
 import signal
 import subprocess
@@ -19,9 +20,9 @@ import torch
 import yaml
 from conftest import STAGES
 
-from cascade import cli, loading, pipeline, store
+from cascade import cli, loading, pipeline, store, tasks
 from cascade.chain import Chain, chain_settings
-from cascade.config import parse, plugin
+from cascade.config import kinds, parse, plugin
 from cascade.errors import CascadeError, ConfigError, InputError
 from cascade.settings import StageConfig
 from cascade.stage import Stage
@@ -281,6 +282,16 @@ def test_settings_are_shown_and_swept(cascade: Any, capsys: pytest.CaptureFixtur
     shown = list(yaml.safe_load_all(capsys.readouterr().out))
     assert [(tree["seed"], tree["base"]["sampler"]["steps"]) for tree in shown] == [(1, 1), (1, 3), (2, 1), (2, 3)]
     assert {tree["prompt"] for tree in shown} == {"a ${oc.env:HOME}, b = c"}
+
+
+@pytest.mark.parametrize("name", [name for _, name in cli.VERBS.values()])
+def test_every_verb_has_a_function_that_says_what_it_does(name: str) -> None:
+    assert callable(cli.function(name)) and cli.function(name).__doc__
+
+
+def test_help_names_every_verb_task_and_kind() -> None:
+    said = set(re.findall(r"\w+", cli.HELP))
+    assert {*cli.VERBS, *tasks.TASKS, *kinds()} <= said
 
 
 FAULTS: list[tuple[list[str], int, str]] = [

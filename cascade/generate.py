@@ -1,0 +1,59 @@
+"""`cascade generate`: prompts to videos through a chain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from cascade import __version__, store
+from cascade.chain import Chain, Device
+from cascade.config import fingerprint, plain
+from cascade.errors import ConfigError
+from cascade.given import given
+from cascade.memory import Memory, within
+from cascade.pipeline import Runner, finish
+from cascade.request import Given, bars, jobs_of, take
+from cascade.text import text_source
+
+
+@dataclass(kw_only=True)
+class Generate(Given):
+    start: str | None = None
+    format: list[str] = field(default_factory=lambda: ["mp4"])
+    fps: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.format or not set(self.format) <= {"mp4", "gif", "webm"}:
+            raise ConfigError(f"format is [{','.join(self.format)}]", fix="format=[mp4], of mp4, gif and webm")
+        if self.fps is not None and not 0 < self.fps <= 1000:
+            raise ValueError(f"fps is {self.fps}, expected 0 to 1000")
+        if self.start is not None and (self.input is None or self.mask is not None):
+            why = "start and input belong together: the stage to begin with and the whole video it gets"
+            raise ConfigError(why, fix="start=STAGE input=FILE, without mask")
+        if self.input is not None and self.start is None and self.mask is None:
+            why = "input is set, but neither start, the stage it is for, nor mask, the hole in it"
+            raise ConfigError(why, fix="start=STAGE or mask=FILE")
+
+
+def verb(tree: dict[str, Any]) -> None:
+    """Prompt to video through a chain; the video's path on stdout, or how many there are."""
+    run, on, memory = take(tree, Generate), take(tree, Device), take(tree, Memory)
+    chain = Chain.read(tree, [f.name for cls in (Generate, Device, Memory) for f in fields(cls)]).since(run.start)
+    texts = run.texts()
+    out = Path(run.out) if run.out else Path("runs") / fingerprint(
+        [plain(stage) for stage in chain.stages] + [plain(run), plain(on), plain(chain.text), memory.memory]
+    )[:16]  # fmt: skip
+    first = given(run, chain.stages[0], chain.rules[0])
+    chain.check_weights()
+    chain.runs_on(on)
+    chain = within(chain, on, memory, None if first is None else first.shape)
+    jobs = jobs_of(texts, run.samples, out)
+    with store.lock(out), bars() as progress:
+        runner = Runner(chain, text_source(chain.text), on, run.seed, run.negative, progress)
+        videos = runner.run(jobs, first)
+        for job in jobs:
+            meta = {"seed": run.seed, "negative_prompt": run.negative_prompt, "stages": [s.name for s in chain.stages]}
+            finish(job, videos[job.directory], run.format, run.fps, {**meta, "cascade": __version__})
+    print(jobs[0].directory / f"video.{run.format[0]}" if len(jobs) == 1 else f"{out}: {len(jobs)} videos")
