@@ -21,7 +21,8 @@ from torch import Tensor
 from cascade.config import package_root, suggest
 from cascade.data import captions
 from cascade.data.captions import Spec
-from cascade.data.shapes import draw_scene, draw_spec, numpy_generator, render
+from cascade.data.scenes import draw_scene, draw_spec, numpy_generator
+from cascade.data.shapes import render
 from cascade.data.source import Source, World
 from cascade.errors import ConfigError
 from cascade.video import Shape

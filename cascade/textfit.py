@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade import store
-from cascade.data.shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, Spec, draw_spec, say
+from cascade.data.captions import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, Spec, say
+from cascade.data.scenes import draw_spec
 from cascade.encoders import CONFIG, TOKENIZER, WEIGHTS
 
 if TYPE_CHECKING:

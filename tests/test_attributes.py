@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.data.shapes import Body, Scene, Spec, draw_scene, draw_spec, numpy_generator, parse, render
+from cascade.data.captions import Spec, parse
+from cascade.data.scenes import Body, Scene, draw_scene, draw_spec, numpy_generator
+from cascade.data.shapes import render
 from cascade.metrics.attributes import KEYS, accuracy, judge, measure
 
 OPPOSITE = {

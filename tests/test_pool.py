@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cascade.data.captions import say
 from cascade.data.pool import Part, Pool
-from cascade.data.shapes import ShapesConfig, draw_scene, draw_spec, numpy_generator, render, say
+from cascade.data.scenes import draw_scene, draw_spec, numpy_generator
+from cascade.data.shapes import ShapesConfig, render
 from cascade.noise import generator
 from cascade.video import Shape
 

@@ -7,33 +7,26 @@ import numpy as np
 import pytest
 import torch
 
-from cascade.data import shapes
-from cascade.data.captions import TRAINED, UNSEEN, vocabulary
-from cascade.data.shapes import (
+from cascade.data.captions import (
     BACKGROUNDS,
     COLOURS,
-    DIAMETERS,
-    HUES,
     MOTIONS,
     SHAPES,
     SIZES,
-    Focus,
-    Scene,
-    ShapesConfig,
+    TRAINED,
+    UNSEEN,
     Spec,
     Thing,
     captions,
-    draw_scene,
-    draw_spec,
     held_out,
-    numpy_generator,
     parse,
     plain,
-    render,
-    sample,
     say,
-    truth,
+    vocabulary,
 )
+from cascade.data.outlines import distance
+from cascade.data.scenes import DIAMETERS, HUES, Focus, Scene, draw_scene, draw_spec, numpy_generator
+from cascade.data.shapes import ShapesConfig, render, sample, truth
 from cascade.errors import ConfigError
 from cascade.video import Shape
 
@@ -184,7 +177,7 @@ def test_two_things_hide_at_most_a_third_of_each_other_at_the_start() -> None:
 def test_distance_is_that_to_the_outline(shape: str) -> None:
     grid = (np.arange(256) + 0.5) / 128 - 1
     x, y = np.meshgrid(grid, grid)
-    d = shapes.distance(shape, x, y, 1.0, 0.44)
+    d = distance(shape, x, y, 1.0, 0.44)
     inside = np.argwhere(d < 0)
     assert np.abs(grid[inside]).max() <= 0.5
     gradient = np.hypot(*np.gradient(d, grid[1] - grid[0]))
@@ -194,9 +187,9 @@ def test_distance_is_that_to_the_outline(shape: str) -> None:
 def test_triangle_and_star_stand_upright() -> None:
     x = np.linspace(-0.5, 0.5, 201)
     for shape in ("triangle", "star"):
-        rows = [(shapes.distance(shape, x, np.full_like(x, y), 1.0) < 0).mean() for y in (-0.4, 0.3)]
+        rows = [(distance(shape, x, np.full_like(x, y), 1.0) < 0).mean() for y in (-0.4, 0.3)]
         assert 0 < rows[0] < rows[1]
-        d = shapes.distance(shape, *np.meshgrid(x, x), 1.0)
+        d = distance(shape, *np.meshgrid(x, x), 1.0)
         assert np.allclose(d, d[:, ::-1])
 
 

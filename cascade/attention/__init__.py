@@ -23,7 +23,7 @@ from torch.nn import Parameter
 
 from cascade.errors import ConfigError
 
-__all__ = ["AUTO", "Kernel", "attend", "kernels", "record", "select", "use"]
+__all__ = ["AUTO", "Kernel", "attend", "check", "kernels", "record", "select", "use"]
 
 AUTO = "auto"
 

@@ -2,7 +2,7 @@
 
 A worker process makes one clip at a time on the CPU, which no GPU would wait for: here a scene is a row of numbers, and
 a batch of any part of any scenes, at any size, is a few hundred operations on tensors. What a network sees is the same
-world, rendered by the same formula (`shapes.distance`).
+world, rendered by the same formula (`outlines.distance`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cascade.data.shapes import SHAPES, Scene, ShapesConfig, distance, draw_scene, draw_spec, numpy_generator, say
+from cascade.data.captions import SHAPES, say
+from cascade.data.outlines import distance
+from cascade.data.scenes import Scene, draw_scene, draw_spec, numpy_generator
+from cascade.data.shapes import ShapesConfig
 from cascade.noise import Key
 from cascade.video import Shape, Video
 
@@ -38,7 +41,7 @@ class Part:
 class Pool:
     """N scenes: `shapes` (N, THINGS) on the CPU, `bodies` (N, THINGS, 13) and `backgrounds` (N, 3) on a device.
 
-    `bodies` holds the fields of `shapes.Body` in their order; `captions` are the N captions.
+    `bodies` holds the fields of `scenes.Body` in their order; `captions` are the N captions.
     """
 
     cfg: ShapesConfig

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from cascade.data.captions import COLOURS, SHAPES, Spec
-from cascade.data.shapes import distance
+from cascade.data.outlines import distance
 
 Array = npt.NDArray[Any]
 KEYS = ("colour", "background", "shape", "motion", "size", "count", "all")
@@ -33,7 +33,7 @@ CONTRAST = 0.2  # distance from the background above which a pixel's colour can 
 LEAST_AREA = 0.005  # of the picture, on average over the frames: smaller things do not count
 TOUCHING = 0.6  # a patch of which more than this borders on a larger one is its rim, not a thing
 
-# Looser than the world itself (cascade/data/shapes.py), in sides, ratios of diameters and turns.
+# Looser than the world itself (cascade/data/scenes.py), in sides, ratios of diameters and turns.
 TRAVEL, STILL_TRAVEL, GROWTH, STILL_GROWTH, TURNS, ORBIT = 0.15, 0.08, 1.25, 1.2, 0.5, 0.05
 LARGE = 0.335  # diameter
 SHARP_MATCH = 0.93  # overlap with a sharp template above which blurred ones are not tried

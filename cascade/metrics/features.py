@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from cascade import checkpoint
 from cascade.config import package_root
-from cascade.data.shapes import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, ShapesConfig, sample
+from cascade.data.captions import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES
+from cascade.data.shapes import ShapesConfig, sample
 from cascade.errors import InputError
 from cascade.noise import generator
 from cascade.video import Shape, resize
