@@ -22,10 +22,11 @@ import numpy
 import torch
 
 from cascade import attention, store
+from cascade.answers import Comes, answers_of, at_level, augmented
 from cascade.config import locate, parse, plain, suggest
 from cascade.data.source import open_source
 from cascade.errors import ConfigError, InputError
-from cascade.evaluate import Comes, answers_of, at_level, augmented, kept, read_weights, subject
+from cascade.evaluate import kept, read_weights, subject
 from cascade.exam import SPLITS, Answers, EvaluateConfig, Exam, Question, about, measure
 from cascade.examples import stage_before
 from cascade.loading import load_stage
