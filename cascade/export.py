@@ -26,6 +26,7 @@ from cascade.request import take
 from cascade.text import TextConfig
 
 INDEX, TEXT, TOKENS, CODE = "model_index.json", "text_encoder", "tokenizer", "pipeline.py"
+BRIDGE, UNET, TOKENIZER_CLASS = "cascade.bridge", "CascadeUNet", "CascadeTokenizer"  # what diffusers loads stages with
 PLACES = ("encoder", "store", "prior")  # of the settings of text, what the folder itself answers
 PIPELINE = '''\
 """A chain of Cascade as a pipeline of diffusers, written by `cascade export`; needs the package cascade-video."""
@@ -64,14 +65,14 @@ The same without diffusers, verified by `manifest.json`: `cascade.Cascade.from_p
 
 def check(chain: Chain) -> None:
     """Raises ConfigError for what cannot be exported, before anything loads."""
-    taken = {TEXT, TOKENS, "chain", *autoencoders(chain).values()}
-    with foreign.quiet("xformers"):
-        from cascade.bridge import CascadePipeline
+    taken = {TEXT, TOKENS, "chain", "cascade", *autoencoders(chain).values()}
+    pipeline = foreign.model_class("DiffusionPipeline")
     if len(chain.texts) > 1 or chain.text.prior is not None or encoders.is_clip(find_encoder(chain.text.encoder)):
         raise ConfigError("text: only a chain all of whose stages read one T5 can be exported", fix="another chain")
     for stage in chain.stages:
         name = stage.name
-        if not name.isidentifier() or keyword.iskeyword(name) or hasattr(CascadePipeline, name) or name in taken:
+        legal = name.isidentifier() and not name.startswith("_") and not keyword.iskeyword(name)
+        if not legal or hasattr(pipeline, name) or name in taken:
             raise ConfigError(
                 f"stage {name}: cannot be an attribute of a diffusers pipeline", fix="another name in `stages`"
             )
@@ -104,16 +105,14 @@ def write(chain: Chain, out: Path, load: Load = load_stage, besides: Callable[[C
 
 
 def _files(chain: Chain, load: Load, besides: store.Pairs) -> store.Pairs:
-    from cascade.bridge import CascadeTokenizer, CascadeUNet
-
     names, coders = [stage.name for stage in chain.stages], autoencoders(chain)
-    ours = {name: [CascadeUNet.__module__, CascadeUNet.__name__] for name in names}
+    ours = {name: [BRIDGE, UNET] for name in names}
     ours |= {name: ["diffusers", "AutoencoderKL"] for name in coders.values()}
     index = {
         "_class_name": [Path(CODE).stem, "CascadePipeline"],
         "_diffusers_version": version("diffusers"),
         TEXT: ["transformers", "T5EncoderModel"],
-        TOKENS: [CascadeTokenizer.__module__, CascadeTokenizer.__name__],
+        TOKENS: [BRIDGE, TOKENIZER_CLASS],
         "chain": {
             "stages": names,
             "text": {key: value for key, value in plain(chain.text).items() if key not in PLACES},
@@ -125,12 +124,12 @@ def _files(chain: Chain, load: Load, besides: store.Pairs) -> store.Pairs:
     yield CODE, PIPELINE.format(names=", ".join(ours), given=given).encode()
     yield checkpoint.CARD, README.format(names=", ".join(names), shape=last.shape, fps=last.fps).encode()
     yield from besides
-    yield f"{TOKENS}/tokenizer_config.json", store.canonical({"tokenizer_class": CascadeTokenizer.__name__})
+    yield f"{TOKENS}/tokenizer_config.json", store.canonical({"tokenizer_class": TOKENIZER_CLASS})
     for cfg, rule in zip(chain.stages, chain.rules, strict=True):
         stage, _ = load(cfg, rule, torch.device("cpu"))
         coder = replace(cfg.codec, weights=coders.get(cfg.codec.weights or ""))
         settings = plain(replace(stage.cfg, weights=None, train=None, codec=coder))
-        for name, data in checkpoint.portable(stage.net.state_dict(), settings, CascadeUNet.__name__).items():
+        for name, data in checkpoint.portable(stage.net.state_dict(), settings, UNET).items():
             yield f"{cfg.name}/{name}", data
         if cfg.weights not in (None, checkpoint.RANDOM):
             card = checkpoint.locate(cfg.weights, cfg.name, cfg.sampler.steps) / checkpoint.CARD

@@ -250,7 +250,7 @@ def test_a_mistake_is_one_line_and_creates_nothing(
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["file", "file/mine"]
 
 
-@pytest.mark.parametrize("name", ["to", "class", "tokenizer", "sr-1", "cascade"])
+@pytest.mark.parametrize("name", ["to", "class", "tokenizer", "sr-1", "cascade", "_stage"])
 def test_a_stage_whose_name_diffusers_could_not_take_is_refused(name: str, mini: Path, tmp_path: Path) -> None:
     pipe = Cascade.from_pretrained("mini", config_dir=mini)
     pipe.chain.stages[1].name = name

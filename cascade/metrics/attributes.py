@@ -9,8 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import permutations, product
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -18,8 +17,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cascade.data.captions import COLOURS, SHAPES, Spec
-from cascade.data.outlines import distance
+from cascade.data.captions import COLOURS, Spec
+from cascade.metrics._templates import blurred, shape_of
 
 Array = npt.NDArray[Any]
 KEYS = ("colour", "background", "shape", "motion", "size", "count", "all")
@@ -36,13 +35,6 @@ TOUCHING = 0.6  # a patch of which more than this borders on a larger one is its
 # Looser than the world itself (cascade/data/scenes.py), in sides, ratios of diameters and turns.
 TRAVEL, STILL_TRAVEL, GROWTH, STILL_GROWTH, TURNS, ORBIT = 0.15, 0.08, 1.25, 1.2, 0.5, 0.05
 LARGE = 0.335  # diameter
-SHARP_MATCH = 0.93  # overlap with a sharp template above which blurred ones are not tried
-LEAST_MATCH = 0.65  # overlap of mask and template (intersection over union) below which a thing has no shape
-STARS = (0.38, 0.44, 0.5)
-TEMPLATES = [(s, inner) for s in SHAPES for inner in (STARS if s == "star" else (0.44,))]
-MATCHED_FRAMES = 8
-# How often a template is blurred, and its diameter over the one of equal area: blur makes what is normalised larger.
-BLURS = ((0, 1.0), (1, 1.0), (1, 0.93), (2, 1.0), (2, 0.93), (2, 0.86), (3, 0.93), (3, 0.86), (3, 0.79))
 
 
 @dataclass(frozen=True)
@@ -122,7 +114,7 @@ def _measure(clip: Array) -> Measured:
     background = np.median(border, axis=0)
     noise = float(np.quantile(np.abs(border - background), 0.9)) / 1.64  # a black background shows half of it
     if noise > NOISE:
-        clip, noise = _blurred(clip, (1, 2)), noise * 0.375
+        clip, noise = blurred(clip, (1, 2)), noise * 0.375
     patches = _patches(clip, background, max(CONTRAST, 6 * noise))
     seen = [_look(patch, [other for other in patches if other is not patch], background) for patch in patches]
     return Measured(tuple(seen), _background(background))
@@ -143,7 +135,7 @@ def _patches(clip: Array, background: Array, contrast: float) -> list[_Patch]:
     """
     offset = clip - background
     visible = np.sqrt((offset**2).sum(axis=-1)) > contrast
-    visible &= _blurred(visible.astype(np.float32), (1, 2)) > 0.45  # single pixels are noise
+    visible &= blurred(visible.astype(np.float32), (1, 2)) > 0.45  # single pixels are noise
     labels = np.full(visible.shape, -1)
     labels[visible] = _colour_class(_pure(offset[visible], background))
     classes = [c for c in range(len(COLOURS)) if (labels == c).mean() >= LEAST_AREA / 2]
@@ -191,16 +183,6 @@ def _patch(clip: Array, background: Array, labels: Array, label: int) -> _Patch:
     return _Patch(rgb, np.where(mine | ((labels == -1) & _grown(mine)), share, 0))
 
 
-def _blurred(x: Array, axes: tuple[int, int]) -> Array:
-    """Filtered by (1, 2, 1) / 4 along `axes`; edges are repeated."""
-    for axis in axes:
-        n = x.shape[axis]
-        ends = np.clip(np.arange(-1, n + 1), 0, n - 1)
-        wide = np.take(x, ends, axis)
-        x = x / 2 + (np.take(wide, np.arange(n), axis) + np.take(wide, np.arange(2, n + 2), axis)) / 4
-    return x
-
-
 def _grown(mask: Array) -> Array:
     """`mask` (F, H, W) and the eight neighbours of every pixel in it."""
     out = mask.copy()
@@ -229,7 +211,7 @@ def _look(patch: _Patch, others: list[_Patch], background: Array) -> Seen:
     weight = np.maximum(area, 1e-6)
     x = (mask.sum(axis=1) @ (np.arange(width) + 0.5)) / weight / side
     y = (mask.sum(axis=2) @ (np.arange(height) + 0.5)) / weight / side
-    shape, match, diameter = _shape(mask[free], area[free], x[free] * side, y[free] * side)
+    shape, match, diameter = shape_of(mask[free], area[free], x[free] * side, y[free] * side)
     pure = _pure((patch.rgb - background)[None], background)
     return Seen(
         shape=shape,
@@ -282,64 +264,3 @@ def _orbit(x: Array, y: Array, present: Array, free: Array) -> tuple[float, floa
     angle = np.unwrap(np.arctan2(y[present] - b, x[present] - a))
     stray = np.sqrt(np.mean((np.hypot(x[free] - a, y[free] - b) - radius) ** 2))
     return float(angle[-1] - angle[0]) / (2 * math.pi), radius, float(stray)
-
-
-def _shape(mask: Array, area: Array, x: Array, y: Array) -> tuple[str | None, float, float]:
-    """Shape, its match and its diameter in pixels, of masks (F, H, W) with areas and centroids (F,) in pixels.
-
-    Every template is rendered with the mask's area at the mask's centroid; the match is sum min / sum max.
-    """
-    pool = max(1, round(float(np.sqrt(area.max())) / 20))
-    pick = np.unique(np.linspace(0, len(mask) - 1, MATCHED_FRAMES).round().astype(int))
-    mask, area, x, y = _pooled(mask[pick], pool), area[pick] / pool**2, x[pick] / pool, y[pick] / pool
-    mask, x, y = _cropped(mask, x, y, 2 + math.ceil(1.1 * math.sqrt(float(area.max()))))
-    best: tuple[float, str, float] = (0.0, "", 0.0)
-    size = mask.shape[1]
-    px = (np.arange(size) + 0.5)[None, None, :] - x[:, None, None]
-    py = (np.arange(size) + 0.5)[None, :, None] - y[:, None, None]
-    for (blurs, scale), (shape, inner) in product(BLURS, TEMPLATES):
-        if blurs and best[0] >= SHARP_MATCH:
-            break
-        share, drop = _moments(shape, inner)
-        diameter = scale * np.sqrt(area / share)[:, None, None]
-        template = np.clip(0.5 - distance(shape, px, py + drop * diameter, diameter, inner), 0, 1)
-        for _ in range(blurs):
-            template = _blurred(template, (1, 2))
-        template = np.minimum(template / _level(template), 1) if blurs else template
-        match = float(np.minimum(mask, template).sum() / np.maximum(mask, template).sum())
-        if match > best[0]:
-            best = (match, shape, float(np.median(diameter)) * pool)
-    return (best[1] if best[0] >= LEAST_MATCH else None), best[0], best[2]
-
-
-def _level(template: Array) -> float:
-    """What counts as full cover in a blurred template: the rule by which `_patch` finds a thing's colour."""
-    inside = template[template > 0.33 * template.max()]
-    return float(np.median(inside[inside >= 0.8 * np.quantile(inside, 0.95)]))
-
-
-@lru_cache
-def _moments(shape: str, inner: float) -> tuple[float, float]:
-    """Area over squared diameter, and how far below the origin the centroid lies, over the diameter."""
-    grid = (np.arange(512) + 0.5) / 512 - 0.5
-    inside = distance(shape, *np.meshgrid(grid, grid), 1.0, inner) < 0
-    return float(inside.mean()), float((inside.sum(axis=1) @ grid) / inside.sum())
-
-
-def _pooled(mask: Array, k: int) -> Array:
-    """Means over k x k blocks, zeros beyond the edge."""
-    height, width = (-(-n // k) * k for n in mask.shape[1:])
-    full = np.zeros((len(mask), height, width), mask.dtype)
-    full[:, : mask.shape[1], : mask.shape[2]] = mask
-    means: Array = full.reshape(len(mask), height // k, k, width // k, k).mean(axis=(2, 4))
-    return means
-
-
-def _cropped(mask: Array, x: Array, y: Array, reach: int) -> tuple[Array, Array, Array]:
-    """Squares of side 2 reach + 1 around the centroids, zeros beyond the edge, and the centroids in them."""
-    full = np.pad(mask, ((0, 0), (reach, reach), (reach, reach)))
-    left, top = np.floor(x).astype(int), np.floor(y).astype(int)
-    span = np.arange(2 * reach + 1)
-    frame = np.arange(len(mask))[:, None, None]
-    squares = full[frame, (top[:, None] + span)[:, :, None], (left[:, None] + span)[:, None, :]]
-    return squares, x - left + reach, y - top + reach
