@@ -17,28 +17,27 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cascade import checkpoint, export, media
+from cascade import checkpoint, export
+from cascade.arguments import by_stage, clips_for, jobs_for, negative_of, seed_of
 from cascade.chain import Chain, Device, chain_settings
 from cascade.config import package_root
 from cascade.errors import ConfigError
-from cascade.frames import OUTPUTS, Frames, of_clips, of_images, to_frames
-from cascade.given import known_first, read_input
+from cascade.frames import OUTPUTS, Frames, to_frames
 from cascade.loading import Load, load_stage
 from cascade.pipeline import Runner
-from cascade.request import Job, bars, jobs_of
+from cascade.request import Job, bars
 from cascade.settings import Rule, StageConfig
 from cascade.stage import Stage
-from cascade.text import TextSource, check_negative, check_prompt, text_source
+from cascade.text import TextSource, text_source
 from cascade.video import Video
 
 Callback = Callable[[Any, int, float, dict[str, Any]], dict[str, Any]]
 TENSORS = ("latents",)  # what a callback may ask for
-Number = TypeVar("Number", int, float)
 
 
 class Output(NamedTuple):
@@ -214,8 +213,8 @@ class Cascade:
                 f"callback_on_step_end_tensor_inputs is {[*callback_on_step_end_tensor_inputs]}, expected {[*TENSORS]}"
             )
         chain, jobs = self._set(num_inference_steps, guidance_scale), jobs_for(prompt, num_videos_per_prompt)
-        clips = given(chain, len(jobs), num_videos_per_prompt, image, video)
-        seed, negative = seed_of(generator), one_text(negative_prompt)
+        clips = clips_for(chain, len(jobs), num_videos_per_prompt, image, video)
+        seed, negative = seed_of(generator), negative_of(negative_prompt)
         runner = Runner(chain, self.parts.source, self.on, seed, negative, load=self.parts.stage, disk=False)
         if callback_on_step_end is not None:
             runner.after = self._after(callback_on_step_end, jobs, callback_on_step_end_tensor_inputs)
@@ -231,9 +230,9 @@ class Cascade:
         guided = [name for name, cfg in stages.items() if cfg.sampler.guidance > 0]
         if not guided and scale not in (None, 1) and not isinstance(scale, Mapping):
             raise ValueError(f"guidance_scale is {scale}, but no stage is guided: expected {{stage: scale}}")
-        for name, count in _each("num_inference_steps", steps, int, [*stages], [*stages]).items():
+        for name, count in by_stage("num_inference_steps", steps, int, [*stages], [*stages]).items():
             stages[name] = replace(stages[name], sampler=replace(stages[name].sampler, steps=count))
-        for name, value in _each("guidance_scale", scale, float, guided, [*stages]).items():
+        for name, value in by_stage("guidance_scale", scale, float, guided, [*stages]).items():
             stages[name] = replace(stages[name], sampler=replace(stages[name].sampler, guidance=value - 1))
         return Chain([*stages.values()], self.chain.rules, self.chain.text)
 
@@ -250,72 +249,3 @@ class Cascade:
             return latents.to(z)
 
         return after
-
-
-# what is asked for ---------------------------------------------------------------------------------------------------
-
-
-def _each(
-    what: str, value: Number | Mapping[str, Number] | None, kind: type[Number], every: list[str], legal: list[str]
-) -> dict[str, Number]:
-    """The value of each stage that is named, or of `every` stage where one value is given."""
-    if value is None:
-        return {}
-    values = dict(value) if isinstance(value, Mapping) else dict.fromkeys(every, value)
-    for name, number in values.items():
-        if name not in legal:
-            raise ValueError(f"{what} names {name!r}, expected {', '.join(legal)}")
-        if type(number) not in (int, kind) or not number >= 1:
-            raise ValueError(f"{what} of {name} is {number!r}, expected a number of at least 1")
-    return values
-
-
-def jobs_for(prompt: str | Sequence[str], copies: int) -> list[Job]:
-    """What to make, in order."""
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    if not prompts or not isinstance(prompts, Sequence) or not all(isinstance(text, str) for text in prompts):
-        raise ValueError(f"prompt is {prompt!r}, expected a text or a list of texts")
-    if copies < 1:
-        raise ValueError(f"num_videos_per_prompt is {copies}, expected at least 1")
-    return jobs_of([check_prompt(text) for text in prompts], copies, Path())
-
-
-def seed_of(generator: torch.Generator | None) -> int:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator is a {type(generator).__name__}, expected one torch.Generator")
-    return 0 if generator is None else generator.initial_seed()
-
-
-def one_text(negative_prompt: str | None) -> str | None:
-    if negative_prompt is not None and not isinstance(negative_prompt, str):
-        raise ValueError(f"negative_prompt is a {type(negative_prompt).__name__}, expected one text for all prompts")
-    return None if negative_prompt is None else check_negative(negative_prompt)
-
-
-def given(chain: Chain, jobs: int, copies: int, image: Any, video: Any) -> list[Video | None]:
-    """The clip that the first stage gets, for each of `jobs` videos, `copies` of them to a prompt."""
-    cfg, rule = chain.stages[0], chain.rules[0]
-    takes = rule.takes(cfg)
-    if image is not None and (video is not None or takes != cfg.shape):
-        raise ValueError(f"image is given, but {'video too' if video is not None else f'{cfg.name} takes a video'}")
-    if image is not None:
-        picture = media.read_image(Path(image)) if isinstance(image, str | Path) else of_images(image, "image")[0]
-        return [known_first(picture, cfg)] * jobs
-    if isinstance(video, str | Path):
-        video = read_input(Path(video), (takes.height, takes.width))
-    elif video is not None and not isinstance(video, Video):
-        video = Video(of_clips(video), cfg.fps / rule.rate(cfg))
-    try:
-        rule.output(None if video is None else video.shape, cfg)
-    except ConfigError as error:
-        raise ConfigError(error.message, fix=f"video={takes} (frames x height x width)") from error
-    if video is None:
-        return [None] * jobs
-    count = len(video.frames)
-    if count not in (1, jobs // copies):
-        raise ValueError(f"video holds {count} clips for {jobs // copies} prompts, expected one clip or as many")
-    parts = [
-        Video(video.frames[i : i + 1], video.fps, None if video.known is None else video.known[i : i + 1])
-        for i in range(count)
-    ]
-    return [parts[number // copies % count] for number in range(jobs)]
