@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -187,6 +188,12 @@ def shaken() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def encode() -> Callable[[Sequence[str]], Text]:
     return encode_text
+
+
+@pytest.fixture(scope="session")
+def source(encode: Any) -> SimpleNamespace:
+    """A text source made of the tests' encoder."""
+    return SimpleNamespace(width=6, fingerprint="test", encode=lambda prompts: encode(list(prompts)))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from helpers import near
 from torch import Tensor
 
 from cascade.diffusion import Diffusion, Path, Prediction
@@ -19,12 +20,6 @@ LOG_SNR = torch.linspace(-20, 20, 81, dtype=torch.float64)
 
 def draw(name: str, batch: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(batch, 3, 2, 2, 2, generator=generator(name), dtype=dtype)
-
-
-def near(got: Tensor, expected: Tensor, atol: float) -> None:
-    """Not torch.testing, whose first comparison imports torch.distributed for seconds."""
-    assert got.shape == expected.shape and got.dtype == expected.dtype
-    assert (got - expected).abs().max() <= atol
 
 
 @pytest.mark.parametrize("shift", SHIFTS)

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -59,18 +58,6 @@ class Films(torch.nn.Module):
     def next(self, count: int) -> torch.Tensor:
         self.done += count
         return self.clips[self.done - count : self.done]
-
-
-class Encoder:
-    """A text source made of the test's encoder."""
-
-    width, fingerprint = 6, "test"
-
-    def __init__(self, encode: Callable[[list[str]], Text]) -> None:
-        self.inner = encode
-
-    def encode(self, prompts: Sequence[str]) -> Text:
-        return self.inner(list(prompts))
 
 
 # measures and settings
@@ -268,9 +255,9 @@ def test_cut_short_and_run_again_it_is_the_same_report(
 
 
 def test_what_was_left_out_is_judged_once_it_is_there(
-    make_stage: Any, encode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    make_stage: Any, source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(evaluate, "text_source", lambda cfg: Encoder(encode))
+    monkeypatch.setattr(evaluate, "text_source", lambda cfg: source)
     monkeypatch.setenv(assets.VARIABLE, str(tmp_path / "assets"))
     cfg = saved(make_stage("ssr", std=0.1), tmp_path)
     run, own = Prompts(out=str(tmp_path / "out")), {"evaluate": {"n": 1, "metrics": ["lpips"]}}
@@ -284,9 +271,9 @@ def test_what_was_left_out_is_judged_once_it_is_there(
 
 
 def test_the_task_writes_a_report(
-    stage_config: Any, make_stage: Any, encode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    stage_config: Any, make_stage: Any, source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(evaluate, "text_source", lambda cfg: Encoder(encode))
+    monkeypatch.setattr(evaluate, "text_source", lambda cfg: source)
     cfg = saved(make_stage("ssr", std=0.1, augment=0.1), tmp_path)
     run = Prompts(out=str(tmp_path / "out"), seed=3)
     own = {"evaluate": {"n": 2, "batch": 1}}
@@ -303,9 +290,9 @@ def test_the_task_writes_a_report(
 
 
 def test_a_label_and_the_command_are_told_and_change_no_answer(
-    make_stage: Any, encode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_stage: Any, source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "text_source", lambda cfg: Encoder(encode))
+    monkeypatch.setattr(evaluate, "text_source", lambda cfg: source)
     cfg, run = saved(make_stage("ssr", std=0.1), tmp_path), Prompts(out=str(tmp_path / "out"))
 
     def judge(command: str, **own: Any) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -355,13 +342,13 @@ def saved(stage: Stage, folder: Path) -> Any:
 
 
 @pytest.fixture
-def runner(make_stage: Any, encode: Any, tmp_path: Path) -> Runner:
+def runner(make_stage: Any, source: Any, tmp_path: Path) -> Runner:
     base = make_stage("base", std=0.1, fps=4.0)
     tsr = make_stage("tsr", std=0.1, fps=8.0, shape=Shape(frames=8, height=8, width=8), train=None)
     cfgs = [saved(stage, tmp_path / "weights") for stage in (base, tsr)]
     chain = Chain(cfgs, [plugin("base"), plugin("tsr")], TextConfig(encoder="x"))  # type: ignore[list-item]
     chain.check()
-    return Runner(chain, Encoder(encode), Device(device="cpu"))
+    return Runner(chain, source, Device(device="cpu"))
 
 
 def test_a_chain_is_judged_stage_by_stage_and_makes_nothing_twice(

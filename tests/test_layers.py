@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import draw, near
 from torch import Tensor, nn
 
 from cascade.attention.reference import weights
@@ -27,15 +28,10 @@ from cascade.layers import (
     untokens,
     zero,
 )
-from cascade.noise import generator
 from cascade.text import Text
 
 BATCH, FRAMES, CHANNELS, HEIGHT, WIDTH, TEXT, EMBEDDING = 2, 5, 8, 3, 4, 6, 10
 Shaken = Callable[..., Any]
-
-
-def draw(name: str, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator(name))
 
 
 def activations(batch: int = BATCH, frames: int = FRAMES) -> Tensor:
@@ -46,11 +42,6 @@ def activations(batch: int = BATCH, frames: int = FRAMES) -> Tensor:
 def clip(frames: int = FRAMES, segments: list[list[int]] | None = None, batch: int = BATCH) -> Clip:
     given = None if segments is None else torch.tensor(segments)
     return Clip(batch, frames, draw("embedding", batch * frames, EMBEDDING), given)
-
-
-def near(got: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= atol
 
 
 def mixers() -> list[nn.Module]:
@@ -79,9 +70,9 @@ def test_every_block_keeps_the_memory_channels_last(shaken: Shaken) -> None:
 
 def test_sinusoid_runs_from_one_radian_to_its_longest_wave() -> None:
     waves = sinusoid(torch.tensor([0.0, 1.0, 7.5]), 12, 1e4)
-    near(waves[:, :6].square() + waves[:, 6:].square(), torch.ones(3, 6))
+    near(waves[:, :6].square() + waves[:, 6:].square(), torch.ones(3, 6), 1e-5)
     assert torch.equal(waves[0], torch.tensor([1.0] * 6 + [0.0] * 6))
-    near(waves[2, 6:], torch.sin(7.5 / torch.logspace(0, 4, 6)))
+    near(waves[2, 6:], torch.sin(7.5 / torch.logspace(0, 4, 6)), 1e-5)
 
 
 def test_zero_leaves_nothing_but_zeros() -> None:
@@ -102,7 +93,7 @@ def test_norm_sees_one_frame_in_at_most_eight_groups(channels: int, one_thread: 
     other[1] *= 7
     changed = (norm(other) - norm(h)).flatten(1).abs().amax(1)
     assert changed[0] == 0 and changed[2] == 0
-    near(norm(h).unflatten(1, (norm.num_groups, -1)).flatten(2).mean(2), torch.zeros(3, norm.num_groups))
+    near(norm(h).unflatten(1, (norm.num_groups, -1)).flatten(2).mean(2), torch.zeros(3, norm.num_groups), 1e-5)
 
 
 def test_film_is_the_norm_at_first_and_reads_each_frames_embedding(shaken: Shaken) -> None:
@@ -110,7 +101,7 @@ def test_film_is_the_norm_at_first_and_reads_each_frames_embedding(shaken: Shake
     assert torch.equal(film(h, clip()), film.norm(h))
     shaken(film)
     scale, shift = film.affine(clip().embedding).chunk(2, 1)
-    near(film(h, clip()), film.norm(h) * (1 + scale[:, :, None, None]) + shift[:, :, None, None])
+    near(film(h, clip()), film.norm(h) * (1 + scale[:, :, None, None]) + shift[:, :, None, None], 1e-5)
 
 
 @pytest.mark.parametrize("head", [4, 8])
@@ -120,7 +111,7 @@ def test_spatial_attention_is_attention_over_all_tokens_of_the_same_frame(head: 
     frame = torch.arange(FRAMES).repeat_interleave(HEIGHT * WIDTH)
     mask = torch.zeros(len(frame), len(frame)).masked_fill(frame[:, None] != frame, -math.inf)
     dense = torch.einsum("bhmn,bnhd->bmhd", weights(q, k, mask), v)
-    near(layer(h, clip()), h + untokens(layer.out(dense.reshape(BATCH * FRAMES, -1, CHANNELS)), h))
+    near(layer(h, clip()), h + untokens(layer.out(dense.reshape(BATCH * FRAMES, -1, CHANNELS)), h), 1e-5)
 
 
 # text ----------------------------------------------------------------------------------------------------------------
@@ -140,7 +131,11 @@ def test_text_attention_reads_the_real_tokens_and_the_null_token(shaken: Shaken)
         mine = h[b * FRAMES : (b + 1) * FRAMES]
         q = layer.q(tokens(layer.norm(mine))).reshape(1, -1, layer.heads, CHANNELS // layer.heads)
         dense = torch.einsum("bhmn,bnhd->bmhd", weights(q, k, None), v)
-        near(out[b * FRAMES : (b + 1) * FRAMES], mine + untokens(layer.out(dense.reshape(FRAMES, -1, CHANNELS)), mine))
+        near(
+            out[b * FRAMES : (b + 1) * FRAMES],
+            mine + untokens(layer.out(dense.reshape(FRAMES, -1, CHANNELS)), mine),
+            1e-5,
+        )
 
 
 def test_what_a_dropped_prompt_said_changes_nothing(shaken: Shaken) -> None:
@@ -164,9 +159,9 @@ def test_temporal_convolution_is_conv1d_at_every_position_and_conv3d(shaken: Sha
     rows = x.permute(0, 3, 4, 2, 1).reshape(-1, CHANNELS, FRAMES)
     line = F.conv1d(rows, layer.conv.weight[..., 0], layer.conv.bias, padding=1)
     line = line.view(BATCH, HEIGHT, WIDTH, CHANNELS, FRAMES).permute(0, 4, 3, 1, 2).flatten(0, 1)
-    near(layer(h, clip()), h + line)
+    near(layer(h, clip()), h + line, 1e-5)
     cube = F.conv3d(x.transpose(1, 2), layer.conv.weight[..., None], layer.conv.bias, padding=(1, 0, 0))
-    near(layer(h, clip()), h + cube.transpose(1, 2).flatten(0, 1))
+    near(layer(h, clip()), h + cube.transpose(1, 2).flatten(0, 1), 1e-5)
 
 
 @pytest.mark.parametrize("frames", [1, 2, 7])
@@ -188,7 +183,7 @@ def test_temporal_attention_is_masked_attention_over_all_tokens(
     bias = layer.distance[:, distance].masked_fill(illegal, -math.inf)
     dense = torch.einsum("bhmn,bnhd->bmhd", weights(q, k, bias), v).reshape(BATCH * frames, -1, CHANNELS)
     where = clip(frames, [ids.tolist()] * BATCH if segmented else None)
-    near(layer(h, where), h + untokens(layer.out(dense), h))
+    near(layer(h, where), h + untokens(layer.out(dense), h), 1e-5)
 
 
 def test_the_bias_knows_distances_alone_and_runs_beyond_its_reach(shaken: Shaken) -> None:
@@ -219,14 +214,14 @@ def test_nothing_crosses_the_border_of_a_segment(mixer: int, shaken: Shaken, one
 @pytest.mark.parametrize("mixer", [0, 1, 2])
 def test_one_segment_is_no_segments(mixer: int, shaken: Shaken) -> None:
     layer, h = shaken(mixers()[mixer]), activations()
-    near(layer(h, clip(segments=[[5] * FRAMES] * BATCH)), layer(h, clip()))
+    near(layer(h, clip(segments=[[5] * FRAMES] * BATCH)), layer(h, clip()), 1e-5)
 
 
 def test_mixers_see_other_frames_unless_told_not_to(shaken: Shaken) -> None:
     for layer in map(shaken, mixers()):
         together, apart = clip(), clip(segments=[list(range(FRAMES))] * BATCH)
         alone = torch.cat([layer(frame[None], clip(1, batch=1)) for frame in activations()])
-        near(layer(activations(), apart), alone)
+        near(layer(activations(), apart), alone, 1e-5)
         assert (layer(activations(), together) - alone).abs().max() > 1e-3
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import draw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,7 +18,7 @@ from cascade.cond import Cond
 from cascade.config import plugin
 from cascade.count import Host, held
 from cascade.errors import ConfigError
-from cascade.noise import Noise, generator, sample_id
+from cascade.noise import Noise, sample_id
 from cascade.text import Text, TextConfig
 from cascade.unet import VideoUNet
 from cascade.unet_config import LevelSpec, Mixer
@@ -26,10 +27,6 @@ from cascade.windows import Windows, in_parts
 
 SIDE = 4
 Make = Callable[..., Any]
-
-
-def draw(name: str, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator(name))
 
 
 def condition(frames: int, side: int = SIDE, batch: int = 1) -> Cond:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import near
 from torch import Tensor
 
 from cascade import plan as planning
@@ -134,11 +135,6 @@ def clip(stage: Stage, fps: float = 2.0) -> Video:
     return Video(x, fps)
 
 
-def near(got: Tensor, expected: Tensor, atol: float = 1e-6) -> None:
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= atol
-
-
 # every system --------------------------------------------------------------------------------------------------------
 
 
@@ -191,9 +187,9 @@ def test_show1_interpolation_sees_noise_cross_fade_and_mask_in_that_order_and_ev
     assert len(starts) == 7
     for gap, (x, *_) in enumerate(starts):
         assert x.shape == (1, 7, 5, 8, 16)
-        near(x[:, :3], NOISE((1, 3, 5, 8, 16), 0, "start"))
+        near(x[:, :3], NOISE((1, 3, 5, 8, 16), 0, "start"), 1e-6)
         fade = torch.linspace(0, 1, 5).view(1, 1, 5, 1, 1)
-        near(x[:, 3:6], torch.lerp(low.frames[:, :, gap : gap + 1], low.frames[:, :, gap + 1 : gap + 2], fade))
+        near(x[:, 3:6], torch.lerp(low.frames[:, :, gap : gap + 1], low.frames[:, :, gap + 1 : gap + 2], fade), 1e-6)
         assert x[0, 6, :, 0, 0].tolist() == [1, 0, 0, 0, 1]
 
 
@@ -213,7 +209,7 @@ def test_show1_key_frames_can_be_kept_and_gaps_share_one_run() -> None:
     low = clip(made)
     assert torch.equal(run(made, low).frames[:, :, ::4], low.frames)
     x = heard(made)[0][0]
-    near(x[:, :3], NOISE((1, 3, 29, 8, 16), 0, "start")[:, :, :5])
+    near(x[:, :3], NOISE((1, 3, 29, 8, 16), 0, "start")[:, :, :5], 1e-6)
 
 
 def test_show1_first_frame_is_sampled_the_others_are_enlarged() -> None:
@@ -223,7 +219,7 @@ def test_show1_first_frame_is_sampled_the_others_are_enlarged() -> None:
     plain = resize(low.frames, 32, 64, Filter.CORNERS)
     assert torch.equal(got[:, :, 1:], plain[:, :, 1:]) and not torch.equal(got[:, :, 0], plain[:, :, 0])
     expected = F.interpolate(low.frames[0].transpose(0, 1), (32, 64), mode="bilinear", align_corners=True)
-    near(plain[0].transpose(0, 1), expected)
+    near(plain[0].transpose(0, 1), expected, 1e-6)
     assert {entry[0].shape for entry in heard(made)} == {(1, 6, 1, 32, 64)}
     assert {entry[3] for entry in heard(made)} == {150}
 
@@ -239,11 +235,11 @@ def test_show1_super_resolution_goes_on_from_the_finished_frame_window_by_window
     for number, (x, _, _, level) in enumerate(starts):
         first = 7 * number
         assert x.shape == (1, 6, 8, 32, 64) and level == 250
-        near(x[:, :3], NOISE((1, 3, 8, 32, 64), 0, "start"))
+        near(x[:, :3], NOISE((1, 3, 8, 32, 64), 0, "start"), 1e-6)
         eps = NOISE((1, 3, 8, 32, 64), 0, "augment")
-        near(x[:, 4:6, 1:], (alpha * low.frames[:, :, first : first + 8] + sigma * eps)[:, 1:, 1:])
+        near(x[:, 4:6, 1:], (alpha * low.frames[:, :, first : first + 8] + sigma * eps)[:, 1:, 1:], 1e-6)
         if number == 0:
-            near(x[:, 3:6, 0], low.frames[:, :, 0])
+            near(x[:, 3:6, 0], low.frames[:, :, 0], 1e-6)
     for number, (x, *_) in enumerate(starts[1:], 1):
         alone = stage("show1", "sr1", windows=Windows())
         given = low.frames[:, :, 7 * number : 7 * number + 8].clone()
@@ -260,8 +256,8 @@ def test_show1_finished_frames_can_come_out_as_they_came_in_and_noise_can_belong
     got = run(made, low).frames
     assert torch.equal(got[:, :, 0], low.frames[:, :, 0])
     for number, (x, *_) in enumerate(heard(made)[::4]):
-        near(x[:, :3], NOISE((1, 3, 29, 32, 64), 0, "start")[:, :, 7 * number : 7 * number + 8])
-        near(x[:, 3:6, 0], got[:, :, 7 * number])
+        near(x[:, :3], NOISE((1, 3, 29, 32, 64), 0, "start")[:, :, 7 * number : 7 * number + 8], 1e-6)
+        near(x[:, 3:6, 0], got[:, :, 7 * number], 1e-6)
 
 
 def test_show1_thresholds_frame_by_frame() -> None:
@@ -283,7 +279,7 @@ def test_show1_second_super_resolution_starts_from_the_enlarged_video_in_256_sha
     run(made, low)
     big = resize(low.frames, 64, 128, Filter.EIGHT_BIT)
     table, eps = made.cfg.diffusion, NOISE((1, 4, 29, 8, 16), 0, "start")
-    near(heard(made)[0][0], table.noised(made.encode(big), eps, table.timestep(torch.tensor([799]))))
+    near(heard(made)[0][0], table.noised(made.encode(big), eps, table.timestep(torch.tensor([799]))), 1e-6)
 
 
 def test_256_shades_are_those_of_an_image_library() -> None:
@@ -358,7 +354,7 @@ def test_if_second_stage_is_told_the_noise_of_its_input() -> None:
     assert table is not None and level == 250
     big = F.interpolate(low.frames[:, :, 0], (32, 32), mode="bilinear", align_corners=True)[:, :, None]
     expected = table.noised(big, NOISE((1, 3, 1, 32, 32), 0, "augment"), table.timestep(torch.tensor([250])))
-    near(x[:, 3:], expected)
+    near(x[:, 3:], expected, 1e-6)
 
 
 # latents -------------------------------------------------------------------------------------------------------------
@@ -371,7 +367,7 @@ def test_lavie_interpolation_sees_every_latent_four_times_less_the_ends() -> Non
     latents = made.encode(low.frames)
     x = heard(made)[0][0]
     assert x.shape == (1, 8, 61, 8, 8)
-    near(x[:, 4:], latents.repeat_interleave(4, 2)[:, :, 1:-2])
+    near(x[:, 4:], latents.repeat_interleave(4, 2)[:, :, 1:-2], 1e-6)
 
 
 def test_the_nearest_frame_fills_as_the_blend_does_where_frames_are_known() -> None:

@@ -319,19 +319,10 @@ def test_two_compositions_stand_apart_and_one_stands_alone(make: Make) -> None:
 # real evaluations ----------------------------------------------------------------------------------------------------
 
 
-class Encoder:
-    """A text source made of the test's encoder."""
-
-    width, fingerprint = 6, "test"
-
-    def __init__(self, encode: Any) -> None:
-        self.encode = encode
-
-
 def test_real_evaluations_become_a_page_and_measures_beside_the_card(
-    make_stage: Any, encode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: Any
+    make_stage: Any, source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, report: Any
 ) -> None:
-    monkeypatch.setattr(evaluate, "text_source", lambda cfg: Encoder(encode))
+    monkeypatch.setattr(evaluate, "text_source", lambda cfg: source)
     stage = make_stage("ssr", std=0.1, shape=Shape(frames=4, height=16, width=16), train=None)
     folder = tmp_path / "weights" / "ssr"
     config = {"kind": "ssr", "net": plain(stage.cfg.net), "diffusion": plain(stage.cfg.diffusion), "method": "straight"}

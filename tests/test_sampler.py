@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import near
 from torch import Tensor
 
 from cascade.diffusion import Diffusion, Prediction
@@ -42,12 +43,6 @@ STD = 0.5  # of the Gaussian data
 
 def draw(name: str, shape: Sequence[int] = SHAPE, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(tuple(shape), generator=generator(name), dtype=dtype)
-
-
-def near(got: Tensor, expected: Tensor, atol: float = 1e-12) -> None:
-    """Not torch.testing, whose first comparison imports torch.distributed for seconds."""
-    assert got.shape == expected.shape and got.dtype == expected.dtype
-    assert (got - expected).abs().max() <= atol
 
 
 def times_of(*values: float) -> list[Tensor]:
@@ -257,8 +252,8 @@ def test_renoised_continues_the_forward_process() -> None:
     (alpha_s, sigma_s), (alpha, sigma) = (COSINE.alpha_sigma(time, torch.float64) for time in (s, t))
     one, none = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, 1, dtype=torch.float64)
     scale, added = renoised(COSINE, one, s, t, none), renoised(COSINE, none, s, t, one)
-    near(scale * alpha_s, alpha)
-    near(torch.hypot(scale * sigma_s, added), sigma)
+    near(scale * alpha_s, alpha, 1e-12)
+    near(torch.hypot(scale * sigma_s, added), sigma, 1e-12)
     assert torch.equal(renoised(COSINE, one, *times_of(0.3, 1.0), 2 * one), 2 * one)
 
 
@@ -267,11 +262,11 @@ def test_ancestral_step_draws_from_the_posterior() -> None:
     t, s = times_of(0.7, 0.3)
     (alpha_s, sigma_s), (alpha, sigma) = (COSINE.alpha_sigma(time, torch.float64) for time in (s, t))
     one, none = torch.ones(1, 1, 1, 1, 1, dtype=torch.float64), torch.zeros(1, 1, 1, 1, 1, dtype=torch.float64)
-    near(ancestral(COSINE, alpha, one, t, s, 0.0, none), alpha_s)
+    near(ancestral(COSINE, alpha, one, t, s, 0.0, none), alpha_s, 1e-12)
     from_eps, added = (ancestral(COSINE, z, none, t, s, 0.0, eps) for z, eps in ((sigma, none), (none, one)))
-    near(torch.hypot(from_eps, added), sigma_s)
+    near(torch.hypot(from_eps, added), sigma_s, 1e-12)
     low, middle, high = (ancestral(COSINE, none, none, t, s, gamma, one) for gamma in (0.0, 0.5, 1.0))
-    near(middle**2, low * high)
+    near(middle**2, low * high, 1e-12)
     assert low < middle < high
 
 

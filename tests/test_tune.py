@@ -260,24 +260,12 @@ def test_what_the_stage_before_makes_of_a_clip_is_its_own_and_kept(
 # the task
 
 
-class Encoder:
-    """A text source made of the test's encoder."""
-
-    width, fingerprint = 6, "test"
-
-    def __init__(self, encode: Callable[[list[str]], Text]) -> None:
-        self.inner = encode
-
-    def encode(self, prompts: Sequence[str]) -> Text:
-        return self.inner(list(prompts))
-
-
 @pytest.fixture
-def ask(make_stage: Any, encode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def ask(make_stage: Any, source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`task=tune` of a tiny stage after a tiny `tsr`, with those settings."""
     before = make_stage("tsr", std=0.1)
     stage = make_stage("ssr", std=0.1, augment_max=0.1)
-    monkeypatch.setattr(tune, "text_source", lambda cfg: Encoder(encode))
+    monkeypatch.setattr(tune, "text_source", lambda cfg: source)
     monkeypatch.setattr(tune, "stage_before", lambda cfg, device: (before, f"the hash of {cfg.stage}"))
     card = {"kind": "ssr", "net": plain(stage.cfg.net), "diffusion": plain(stage.cfg.diffusion)}
     checkpoint.save(tmp_path / "weights", stage.net.state_dict(), card)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import draw, near
 from torch import Tensor
 
 from cascade import attention, checkpoint
@@ -15,7 +16,6 @@ from cascade.cond import Cond
 from cascade.config import plain
 from cascade.errors import InputError
 from cascade.layers import Clip, PseudoConv
-from cascade.noise import generator
 from cascade.text import Text
 from cascade.unet import VideoUNet
 from cascade.unet_config import YOUNG, YOUNG_IN_LEVELS, LevelSpec, Mixer, UNetConfig, completed
@@ -23,10 +23,6 @@ from cascade.unet_config import YOUNG, YOUNG_IN_LEVELS, LevelSpec, Mixer, UNetCo
 BATCH, FRAMES, SIDE = 2, 4, 8
 TIMED = [mixer for mixer in Mixer if mixer is not Mixer.NONE]
 Make = Callable[..., Any]
-
-
-def draw(name: str, *shape: int) -> Tensor:
-    return torch.randn(shape, generator=generator(name))
 
 
 def level(mixer: Mixer = Mixer.BOTH, **changes: Any) -> LevelSpec:
@@ -63,11 +59,6 @@ def exactly(net: VideoUNet, z: Tensor, t: Tensor, cond: Cond) -> Tensor:
 
 def one_frame(cond: Cond, f: int) -> Cond:
     return replace(cond.frames(f, f + 1), segments=None)
-
-
-def near(got: Tensor, expected: Tensor, atol: float = 1e-5) -> None:
-    assert got.shape == expected.shape
-    assert (got - expected).abs().max() <= atol
 
 
 # at the start --------------------------------------------------------------------------------------------------------
