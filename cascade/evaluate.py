@@ -6,7 +6,7 @@ cascade/marks.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +23,11 @@ from cascade.exam import (
     MADE,
     REAL,
     SHOWN,
+    Answers,
     Case,
     EvaluateConfig,
     Exam,
+    Question,
     about,
     judged,
     known_specs,
@@ -36,7 +38,7 @@ from cascade.loading import load_stage
 from cascade.marks import Report, clips_of, described, rows_of, sheet_of, strips_of, table, write
 from cascade.pipeline import VIDEO, Progress, Runner, precision, read_clip
 from cascade.request import bars, jobs_of, take
-from cascade.settings import StageConfig
+from cascade.settings import Rule, StageConfig
 from cascade.stage import Stage
 from cascade.text import Text, text_source
 
@@ -153,24 +155,9 @@ def judge_chain(runner: Runner, source: Source, cfg: EvaluateConfig, out: Path) 
     jobs = jobs_of([question.prompt for question in questions], 1, out / "videos")
     runner.run(jobs, None)
     rows = []
-    skipped: dict[str, str] = {}
     for stage, rule in zip(chain.stages, chain.rules, strict=True):
-        parts = []
-        for first in range(0, cfg.n, cfg.batch):
-            group = questions[first : first + cfg.batch]
-            files = [jobs[question.number].directory / "stages" / stage.name for question in group]
-            frames = torch.cat([read_clip(store.read(f, "stage").files[VIDEO], str(f)).frames for f in files])
-            truth = exam.films(group, stage.shape, stage.fps)
-            case = Case(frames, truth, rule.rate(stage), specs=known_specs(group), borders=borders(stage, rule))
-            skipped = {name: why for name in names if (why := lacking(name, case))}
-            answers = {"sheet/made": frames[[i for i, question in enumerate(group) if question.number < SHOWN]]}
-            others = replace(case, frames=exam.films(group, stage.shape, stage.fps, REAL))
-            for name in [name for name in names if name not in skipped]:
-                answers |= judged(name, case, MADE) | judged(name, others, REAL)
-            parts.append(answers)
-            if runner.progress is not None:
-                runner.progress(f"judge {stage.name}", first + len(group), cfg.n)
-        found = joined(parts)
+        clips = [job.directory / "stages" / stage.name for job in jobs]
+        found, skipped = answers_in(clips, exam, stage, rule, questions, names, runner.progress)
         rows += rows_of(found, questions, stage, cfg.seed)
     on = runner.on.torch
     return Report(
@@ -179,6 +166,34 @@ def judge_chain(runner: Runner, source: Source, cfg: EvaluateConfig, out: Path) 
         sheet=sheet_of(found, questions), strips=strips_of(found),
         laps=runner.laps, machine=device_name(on),
     )  # fmt: skip
+
+
+def answers_in(
+    clips: Sequence[Path],
+    exam: Exam,
+    stage: StageConfig,
+    rule: Rule,
+    questions: Sequence[Question],
+    names: Sequence[str],
+    progress: Progress | None,
+) -> tuple[Answers, dict[str, str]]:
+    """The answers in the artefacts `clips` that a chain's stage made, beside those of other real clips (REAL)."""
+    cfg, parts = exam.cfg, []
+    skipped: dict[str, str] = {}
+    for first in range(0, cfg.n, cfg.batch):
+        group, files = questions[first : first + cfg.batch], clips[first : first + cfg.batch]
+        frames = torch.cat([read_clip(store.read(f, "stage").files[VIDEO], str(f)).frames for f in files])
+        truth = exam.films(group, stage.shape, stage.fps)
+        case = Case(frames, truth, rule.rate(stage), specs=known_specs(group), borders=borders(stage, rule))
+        skipped = {name: why for name in names if (why := lacking(name, case))}
+        answers = {"sheet/made": frames[[i for i, question in enumerate(group) if question.number < SHOWN]]}
+        others = replace(case, frames=exam.films(group, stage.shape, stage.fps, REAL))
+        for name in [name for name in names if name not in skipped]:
+            answers |= judged(name, case, MADE) | judged(name, others, REAL)
+        parts.append(answers)
+        if progress is not None:
+            progress(f"judge {stage.name}", first + len(group), cfg.n)
+    return joined(parts), skipped
 
 
 def read_weights(stage: StageConfig) -> checkpoint.Weights:

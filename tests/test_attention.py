@@ -17,6 +17,7 @@ from cascade import attention
 from cascade.attention import attend, kernels, record, reference, select, use
 from cascade.attention import xformers as our_xformers
 from cascade.errors import ConfigError
+from cascade.kernels import say_once
 
 INF = float("inf")
 SHAPES = [  # B, M, N, h, D
@@ -306,7 +307,7 @@ def test_auto_on_cuda_takes_xformers_or_says_once_why_not(
     q = SimpleNamespace(device=torch.device("cuda"), ndim=4)
     answers: list[str | None] = [None]
     monkeypatch.setattr(attention, "_load", lambda name: SimpleNamespace(available=lambda q, bias: answers[0]))
-    attention._say_once.cache_clear()
+    say_once.cache_clear()
     with caplog.at_level(logging.INFO, "cascade"):
         assert select("auto", q) == "xformers" and not caplog.records  # type: ignore[arg-type]
         answers[0] = "no such library"

@@ -17,7 +17,7 @@ from cascade import attention
 from cascade.attention import attend, record, select
 from cascade.attention import temporal as ours
 from cascade.attention import xformers as our_xformers
-from cascade.kernels import temporal
+from cascade.kernels import say_once, temporal
 
 INF = float("inf")
 SHAPES = [(1, 1, 1, 1, 8), (2, 8, 5, 2, 16), (1, 31, 3, 1, 24), (3, 5, 7, 3, 8), (1, 128, 2, 1, 4)]  # B, F, S, h, D
@@ -193,7 +193,7 @@ def test_auto_takes_it_on_cuda_for_positions_alone_or_says_why_not(
 ) -> None:
     reasons: dict[str, str | None] = {"temporal": None, "xformers": None}
     monkeypatch.setattr(attention, "_load", lambda name: SimpleNamespace(available=lambda q, bias: reasons[name]))
-    attention._say_once.cache_clear()
+    say_once.cache_clear()
     frames, space = (SimpleNamespace(device=torch.device("cuda"), ndim=n) for n in (5, 4))
     with caplog.at_level(logging.INFO, "cascade"):
         assert [select("auto", q) for q in (frames, space)] == ["temporal", "xformers"] and not caplog.records  # type: ignore[arg-type]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import logging
 import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cascade.errors import ConfigError
+from cascade.kernels import say_once
 
 __all__ = ["AUTO", "Kernel", "attend", "check", "kernels", "record", "select", "use"]
 
@@ -116,7 +116,7 @@ def select(kernel: str, q: Tensor, bias: Tensor | None = None) -> str:
             reason = _load(name).available(q, bias)
             if reason is None:
                 return name
-            _say_once(f"attention=auto does not use {name}: {reason}")
+            say_once(f"attention=auto does not use {name}: {reason}")
         return "sdpa"
     if reason := _load(kernel).available(q, bias):
         raise ConfigError(f"attention {kernel!r} cannot run here: {reason}", fix="attention=auto")
@@ -133,11 +133,6 @@ def check(kernel: str) -> None:
 @functools.cache
 def _load(name: str) -> Kernel:
     return cast(Kernel, importlib.import_module(f"{__name__}.{name}"))
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logging.getLogger("cascade").warning(message)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
