@@ -78,6 +78,7 @@ def stage_main(kind: str) -> None:
 
 
 def stage_command(kind: str, argv: Sequence[str]) -> None:
+    """The command on one stage that `argv` says."""
     from cascade import tasks
 
     if {"-h", "--help"} & set(argv):
@@ -101,6 +102,7 @@ def main() -> None:
 
 
 def command(argv: Sequence[str]) -> None:
+    """The `cascade` command that `argv` says."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(HELP, end="")
         return

@@ -102,6 +102,7 @@ def _setting(where: str) -> str:
 
 
 def refuse_targets(value: Any, where: str) -> None:
+    """Raises ConfigError for a key `_target_` anywhere in `value`: Hydra would run what it names."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if key == "_target_":

@@ -215,6 +215,7 @@ def _file(path: Path, verified: Mapping[str, bytes]) -> dict[str, Tensor]:
 
 
 def weight_files(folder: Path) -> list[Path]:
+    """The file of the weights, or all of its shards. Raises InputError for a shard that is not here."""
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     shards = store.from_json((folder / SHARDS).read_bytes(), folder / SHARDS).get("weight_map")

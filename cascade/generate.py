@@ -19,6 +19,8 @@ from cascade.text import text_source
 
 @dataclass(kw_only=True)
 class Generate(Given):
+    """What a chain is asked for: `format`s of the video file, shown at `fps` (its own if null); a `start` later on."""
+
     start: str | None = None
     format: list[str] = field(default_factory=lambda: ["mp4"])
     fps: float | None = None

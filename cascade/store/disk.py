@@ -46,6 +46,7 @@ def growing(path: Path) -> IO[bytes]:
 
 
 def write_new(path: Path, data: bytes) -> None:
+    """Writes and flushes a file that is not there yet."""
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     try:
         view = memoryview(data)
