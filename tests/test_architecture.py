@@ -24,7 +24,8 @@ cond unet_config unet unet3d_config unet3d_blocks unet3d windows offload compile
 settings making stage temporal checkpoint | assets |
 chain loading pipeline given data metrics count memory plan textfit | examples |
 train preview exam answers marks evaluate importers |
-distill export arguments api bridge tune tasks series gates plots results report recipe merge generate embed about | cli
+distill export arguments api bridge sweep tune tasks series gates plots results report recipe merge
+generate embed about | cli
 """
 RANK = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}
 HOMES = {  # the files that may import a package

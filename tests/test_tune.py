@@ -28,9 +28,10 @@ from cascade.noise import generator
 from cascade.request import Prompts
 from cascade.settings import Before
 from cascade.stage import Stage
+from cascade.sweep import Better, Input, TuneConfig, choose, sweep
 from cascade.tasks import Request
 from cascade.text import Text, TextConfig
-from cascade.tune import Better, Input, TuneConfig, choose, edited, sweep
+from cascade.tune import edited
 from cascade.video import Video
 
 WORLD = World(ShapesConfig())
