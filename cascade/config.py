@@ -169,7 +169,7 @@ def _scalar(value: Any, hint: type, where: str) -> Any:
         return Path(value)
     number = type(value) in (int, float)
     if number and not -(2.0**63) <= value < 2.0**63:
-        raise ConfigError(f"{_setting(where)}: {show(value)} is not a finite 64-bit number", fix=f"set {where}")
+        raise ConfigError(f"{_setting(where)}: {show(value)} is not a finite 64-bit number", fix=f"a smaller {where}")
     if hint is float and number:
         return float(value)
     if type(value) is not hint:

@@ -145,4 +145,4 @@ def covered(mask: Tensor, height: int, width: int) -> Tensor:
 
 def _there(path: Path, setting: str) -> None:
     if not path.is_file():
-        raise InputError(f"{setting} {path}: no such file", fix=f"{setting}=FILE")
+        raise InputError(f"{setting} {path}: {'not a' if path.exists() else 'no such'} file", fix=f"{setting}=FILE")

@@ -228,6 +228,7 @@ class Runner:
 
 @contextmanager
 def precision(on: Device) -> Iterator[None]:
+    """Products in the dtype of `on`, by autocast."""
     if on.dtype == "float32":
         yield
         return

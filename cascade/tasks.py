@@ -82,6 +82,8 @@ def sample(ask: Request) -> None:
     suffix = out.suffix if len(jobs) == 1 else LOSSLESS
     if suffix not in (LOSSLESS, *media.VIDEO_SUFFIXES) or (len(jobs) == 1 and out.is_dir()):
         raise ConfigError(f"out={out}: is not the name of a video file", fix=f"out=NAME{LOSSLESS}, .mp4, .webm or .gif")
+    if len(jobs) > 1 and out.is_file():
+        raise ConfigError(f"out={out}: is a file, but {len(jobs)} clips are asked for", fix="out=DIR")
     first = given(ask.run, ask.cfg, ask.rule)
     size = None if first is None else first.shape
     chain = Chain([ask.cfg], [ask.rule], ask.text)

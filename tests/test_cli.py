@@ -365,6 +365,7 @@ def test_a_mistake_is_one_line_and_creates_nothing(
         ([], "stage is missing"),
         (["stage=mini_base", "prompt=x", "out=video.avi"], "video.avi"),
         (["stage=mini_base", "prompt=x", "out=."], "name of a video file"),
+        (["stage=mini_base", "prompt=x", "samples=2", f"out={__file__}"], "2 clips"),
     ],
 )
 def test_a_mistake_with_one_stage_creates_nothing(
@@ -405,8 +406,7 @@ def test_killed_in_any_stage_and_run_again_is_equal_bit_for_bit(mini: Path, tmp_
     run = [sys.executable, "-c", code, *words]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([*run, "out=whole"], cwd=tmp_path, check=True, env=env, capture_output=True)
-    names = list(STAGES)
-    for number, name in enumerate(names[:-1]):
+    for name in list(STAGES)[:-1]:
         child = subprocess.Popen(
             [*run, "out=killed"], cwd=tmp_path, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -414,7 +414,7 @@ def test_killed_in_any_stage_and_run_again_is_equal_bit_for_bit(mini: Path, tmp_
             time.sleep(0.002)
         child.send_signal(signal.SIGKILL)
         assert child.wait() in (-signal.SIGKILL, 0)
-        assert (tmp_path / "killed" / "stages" / names[number]).is_dir()
+        assert (tmp_path / "killed" / "stages" / name).is_dir()
     subprocess.run([*run, "out=killed"], cwd=tmp_path, check=True, env=env, capture_output=True)
     assert tree_bytes(tmp_path / "killed") == tree_bytes(tmp_path / "whole")
 
