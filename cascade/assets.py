@@ -226,7 +226,7 @@ def lpips(data: bytes, name: str) -> Files:
 
 
 def vocabulary(data: bytes, name: str) -> Files:
-    """As it is: a SentencePiece model, which text encoders read (cascade/text.py)."""
+    """As it is: a SentencePiece model, which text encoders read (cascade/text/t5.py)."""
     return {VOCABULARY: data}
 
 
