@@ -87,10 +87,11 @@ def host(path: Path, need: int, only: tuple[int, ...] = ()) -> Iterator[None]:
     except OSError as error:
         if only and error.errno not in only:
             raise
-        reason = os.strerror(error.errno) if error.errno else str(error)
+        reason, fix = os.strerror(error.errno) if error.errno else str(error), "choose another out="
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason = f"{reason}: {megabytes(need)} needed, {megabytes(_free(path))} free"
-        raise HostError(f"cannot write {path}: {reason}", fix="free space there or choose another out=") from error
+            fix = f"free space there or {fix}"
+        raise HostError(f"cannot write {path}: {reason}", fix=fix) from error
 
 
 def _free(path: Path) -> int:
