@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from helpers import chain, planned
 from torch import Tensor
 
-from cascade.chain import Chain, chain_settings
 from cascade.cond import Cond
 from cascade.diffusion import Diffusion, Prediction
 from cascade.errors import CascadeError
 from cascade.noise import generator
-from cascade.plan import Plan, plan
 from cascade.sampler import Rule, Threshold
 from cascade.settings import StageConfig
 from cascade.text import Text
@@ -29,30 +26,8 @@ PAPERS = ("imagen_video", "imagen_video_8", "make_a_video", "vdm")
 Make = Callable[..., Any]
 
 
-@cache
-def composed(name: str) -> dict[str, Any]:
-    return chain_settings(name)
-
-
-def chain(name: str, **changes: Any) -> Chain:
-    """The chain with settings changed at dotted paths ("/" for ".")."""
-    settings = copy.deepcopy(composed(name))
-    for path, value in changes.items():
-        *folders, key = path.split("/")
-        part = settings
-        for folder in folders:
-            part = part[folder]
-        part[key] = value
-    return Chain.read(settings)
-
-
 def stages(name: str) -> dict[str, StageConfig]:
     return {cfg.name: cfg for cfg in chain(name).stages}
-
-
-@cache
-def planned(name: str) -> Plan:
-    return plan(chain(name))
 
 
 # numbers -------------------------------------------------------------------------------------------------------------

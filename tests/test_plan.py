@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import chain, changed, planned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -51,21 +51,7 @@ def composed(name: str) -> dict[str, Any]:
 
 def tree(name: str = "tiny", **changes: Any) -> dict[str, Any]:
     """The settings of `cascade plan chain=<name>`, changed at dotted paths ("/" for ".")."""
-    settings = copy.deepcopy(composed(name))
-    for path, value in changes.items():
-        *folders, key = path.split("/")
-        part = settings
-        for folder in folders:
-            part = part[folder]
-        part[key] = value
-    return settings
-
-
-def chain(name: str = "tiny", **changes: Any) -> Chain:
-    settings = tree(name, **changes)
-    for key in ("format", "device", "dtype", "micro_batch", "memory", "command"):
-        del settings[key]
-    return Chain.read(settings)
+    return changed(composed(name), changes)
 
 
 def peak(cfg: Any, host: Host | None = None) -> int:
@@ -83,10 +69,9 @@ def numbers(cfg: Any) -> Any:
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_every_chain_plans_with_its_true_parameters(name: str) -> None:
-    made = chain(name)
-    planned = plan(made)
-    assert [stage.name for stage in planned.stages] == [cfg.name for cfg in made.stages]
-    for cfg, rule, stage in zip(made.stages, made.rules, planned.stages, strict=True):
+    made, found = chain(name), planned(name).stages
+    assert [stage.name for stage in found] == [cfg.name for cfg in made.stages]
+    for cfg, rule, stage in zip(made.stages, made.rules, found, strict=True):
         with torch.device("meta"):
             net = Stage(cfg, rule).net
         assert stage.params == sum(p.numel() for p in net.parameters())
