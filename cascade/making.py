@@ -44,6 +44,7 @@ class Run:
     after: After | None = None
 
 
+@torch.no_grad()
 def make(stage: Stage, low: Video | None, run: Run) -> Video:
     """A video from the one before, as the stage's windows say."""
     windows = stage.cfg.windows

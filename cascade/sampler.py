@@ -279,7 +279,6 @@ def heun(diffusion: Diffusion, z: Tensor, x: Tensor, t: Tensor, s: Tensor, predi
     return ahead + weight.to(z.dtype) * (predict(ahead, s) - x)
 
 
-@torch.no_grad()
 def sample(
     diffusion: Diffusion,
     denoise: StepDenoise,
@@ -293,7 +292,7 @@ def sample(
     after: After | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """A video of `shape` (B, C, F, H, W): x_hat of the last step.
+    """A video of `shape` (B, C, F, H, W): x_hat of the last step. Gradients, where enabled, run through all steps.
 
     On a GPU the loop never waits for a result: launches run ahead of the device from the first step to the last.
     `noise` is asked for ("start", step 0) and, by the rules that need it, for ("step", step i). `start` (B, C, F, H, W)
