@@ -62,7 +62,9 @@ class Level3D:
     channels: int
     blocks: int = 2
     attention: bool = True
-    own: bool = True  # positions attend to one another, then to the text; false: twice to the text (Stable Diffusion x4)
+    own: bool = (
+        True  # positions attend to one another, then to the text; false: twice to the text (Stable Diffusion x4)
+    )
 
     def __post_init__(self) -> None:
         if self.channels < 1 or self.blocks < 1:
@@ -130,7 +132,9 @@ class UNet3DConfig:
         if self.mask and not self.concat:
             raise ValueError("mask is true, expected false where concat is")
         if self.concat_channels is not None and (self.concat_channels < 1 or not self.concat):
-            raise ValueError(f"concat_channels is {self.concat_channels}, expected at least 1, null where concat is false")
+            raise ValueError(
+                f"concat_channels is {self.concat_channels}, expected at least 1, null where concat is false"
+            )
         if self.noise_label and not self.noise_level:
             raise ValueError("noise_label is true, expected false where noise_level is")
         if self.shared_norm and self.scale_shift:
