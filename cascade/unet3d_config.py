@@ -62,9 +62,7 @@ class Level3D:
     channels: int
     blocks: int = 2
     attention: bool = True
-    own: bool = (
-        True  # positions attend to one another, then to the text; false: twice to the text (Stable Diffusion x4)
-    )
+    own: bool = True  # positions attend to one another, then to the text; false: twice to the text
 
     def __post_init__(self) -> None:
         if self.channels < 1 or self.blocks < 1:
@@ -145,7 +143,7 @@ class UNet3DConfig:
             raise ValueError(f"levels have own false, expected true where space is {self.space.value}")
         if (self.rotary or self.buckets or self.temporal_last) and not self.inside:
             raise ValueError(
-                f"time is {self.time.value}, expected inside or around: rotary, buckets and temporal_last belong to them"
+                f"time is {self.time.value}, expected inside or around: rotary, buckets, temporal_last belong to them"
             )
         if self.rotary % 2 or self.buckets % 4:
             raise ValueError(f"rotary and buckets are {self.rotary} and {self.buckets}, expected multiples of 2 and 4")

@@ -44,8 +44,9 @@ class Join(Enum):
 class Windows:
     """`frames` at once (0: all of them), neighbours sharing at least `overlap`.
 
-    Windows sampled by themselves have to fill the clip exactly, but for those of `extend` and `apart`. With `same_noise` each of
-    them starts from the noise of the first one's frames, and the noise no longer belongs to the frame.
+    Windows sampled by themselves have to fill the clip exactly, but for those of `extend` and `apart`. With
+    `same_noise` each of them starts from the noise of the first one's frames, and the noise no longer belongs to the
+    frame.
     """
 
     frames: int = 0

@@ -100,8 +100,17 @@ def lavie(**changes: Any) -> UNet3DConfig:
     return latents(**({**settings, **heads, "rotary": 4} | changes))
 
 
+def vsr(**changes: Any) -> UNet3DConfig:
+    """LaVie's super-resolution, tiny: a level without attention, one that attends to the text alone, one with all."""
+    levels = [Level3D(channels=c, blocks=1, attention=c > 32, own=c != 64) for c in (32, 64, 96)]
+    ports = {"concat": True, "concat_channels": 3, "noise_level": True, "noise_label": True}
+    heads = {"heads": Heads(number=2), "temporal_heads": Heads(number=2)}
+    settings = {"levels": levels, "linear": True, "time": Time.AROUND, "rotary": 32}
+    return lavie(**({**settings, **ports, **heads} | changes))
+
+
 def inputs(cfg: UNet3DConfig, frames: int = FRAMES) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    channels = cfg.channels * (1 + cfg.concat) + cfg.mask
+    channels = cfg.channels + cfg.concat * cfg.incoming + cfg.mask
     x, text = uniform(1001, BATCH, channels, frames, 8, 12), uniform(1002, BATCH, TOKENS, WIDTH)
     return x, TIMES, text, LEVELS if cfg.noise_level else None
 
@@ -124,6 +133,7 @@ COUNTS: dict[str, tuple[int | None, int, int]] = {  # tensors, parameters, and h
     "show1/sr1": (1639, 796_343_046, 9),
     "modelscope": (1480, 1_411_233_860, 10),
     "lavie/base": (830, 909_100_000, 4),
+    "lavie/vsr": (1158, 691_036_420, 9),  # as its authors' code has them
 }
 
 
@@ -215,7 +225,7 @@ def image_model(cfg: UNet3DConfig) -> Any:
     }  # fmt: skip
     return UNet2DConditionModel(
         sample_size=32,
-        in_channels=cfg.channels * (1 + cfg.concat) + cfg.mask,
+        in_channels=cfg.channels + cfg.concat * cfg.incoming + cfg.mask,
         out_channels=cfg.channels * (1 + cfg.variance),
         block_out_channels=[level.channels for level in cfg.levels],
         layers_per_block=[level.blocks for level in cfg.levels],
@@ -225,7 +235,9 @@ def image_model(cfg: UNet3DConfig) -> Any:
         attention_head_dim=cfg.heads.size or cfg.heads.number,
         act_fn=cfg.activation.value,
         use_linear_projection=cfg.linear,
-        class_embed_type="timestep" if cfg.noise_level else None,
+        only_cross_attention=[not level.own for level in cfg.levels],
+        class_embed_type="timestep" if cfg.noise_level and not cfg.noise_label else None,
+        num_class_embeds=1000 if cfg.noise_label else None,
         time_embedding_dim=cfg.embedding,
         time_embedding_act_fn=cfg.time_act and cfg.time_act.value,
         resnet_skip_time_act=cfg.skip_time_act,
@@ -245,6 +257,7 @@ IMAGES = {
     "if-i": pixels(time=Time.NONE),
     "if-ii": larger(time=Time.NONE),
     "stable diffusion": lavie(time=Time.NONE, shared_norm=False, rotary=0, buckets=0),
+    "stable diffusion's x4 upscaler": vsr(time=Time.NONE, shared_norm=False, rotary=0, buckets=0),
 }
 
 
@@ -462,6 +475,7 @@ INFLATED = {
     "modelscope": latents(),
     "lavie": lavie(),
     "lavie interpolation": lavie(rotary=0, buckets=0, temporal_last=True, concat=True),
+    "lavie super-resolution": vsr(),
 }
 
 
@@ -501,7 +515,7 @@ def test_a_convolution_over_frames_is_the_published_one() -> None:
     near(conv(x), F.conv3d(x[..., None], conv.weight, conv.bias, padding=(1, 0, 0))[..., 0], 1e-12)
 
 
-@pytest.mark.parametrize("cfg", [latents(), larger(), lavie()], ids=["modelscope", "sr", "lavie"])
+@pytest.mark.parametrize("cfg", [latents(), larger(), lavie(), vsr()], ids=["modelscope", "sr", "lavie", "vsr"])
 def test_activations_stay_channels_last(cfg: UNet3DConfig) -> None:
     """In front of every norm and convolution: else each would copy what it gets."""
     net, seen = weighted(UNet3D(cfg)).float(), []

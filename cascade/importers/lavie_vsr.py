@@ -20,7 +20,7 @@ LICENCE = (
 
 @dataclass(kw_only=True)
 class Module:
-    """`temporal_module_config`: convolutions alone. Where it names no attention, what would set that up says nothing."""
+    """`temporal_module_config`: convolutions alone. It names no attention, so what would set that up says nothing."""
 
     attention_block_types: list[Literal[""]]
     num_attention_layers: Any = None
