@@ -130,9 +130,7 @@ class UNet3DConfig:
         if self.mask and not self.concat:
             raise ValueError("mask is true, expected false where concat is")
         if self.concat_channels is not None and (self.concat_channels < 1 or not self.concat):
-            raise ValueError(
-                f"concat_channels is {self.concat_channels}, expected at least 1, null where concat is false"
-            )
+            raise ValueError(f"concat_channels is {self.concat_channels}, expected 1 or more, null without concat")
         if self.noise_label and not self.noise_level:
             raise ValueError("noise_label is true, expected false where noise_level is")
         if self.shared_norm and self.scale_shift:

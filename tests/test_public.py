@@ -20,7 +20,7 @@ from cascade import plan as planning
 from cascade.chain import Chain, Device, chain_settings
 from cascade.compose import compose
 from cascade.config import plugin
-from cascade.diffusion import Diffusion
+from cascade.diffusion import Diffusion, Path, Prediction
 from cascade.errors import CascadeError, ConfigError
 from cascade.noise import Noise, generator, sample_id
 from cascade.pipeline import Runner
@@ -441,6 +441,13 @@ def test_pixels_beside_latents_are_the_same_in_training() -> None:
     near(cond.concat[~noised], small[~noised])
     eps = made.cfg.noising.noise_in(cond.concat, small, cond.level)[noised]
     assert eps.mean().abs() < 0.02 and abs(eps.std() - 1) < 0.02
+
+
+def test_no_straight_path_leads_from_pixels_to_latents() -> None:
+    cfg = chain("lavie").stages[2]
+    straight = {"diffusion": Diffusion(prediction=Prediction.X, path=Path.STRAIGHT)}
+    with pytest.raises(ValueError, match="path is straight, expected noise where"):
+        replace(cfg, **straight, sampler=Sampler(steps=2, threshold=Threshold.NONE))
 
 
 def test_the_nearest_frame_fills_as_the_blend_does_where_frames_are_known() -> None:

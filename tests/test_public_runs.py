@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from cascade import cli, media
+from cascade import cli, foreign, media, pipeline
 from cascade.chain import Chain, chain_settings
 from cascade.compose import compose
+from cascade.settings import Rule, StageConfig
+from cascade.stage import Stage
 
 LATENTS = {"show1": ["sr2"], "modelscope": ["base"], "zeroscope": ["base", "xl"], "lavie": ["base", "interp", "vsr"]}
 SIZES = {  # about an eighth of the height and width
@@ -30,7 +34,6 @@ OWN = {
 @pytest.fixture(scope="module")
 def autoencoders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of four channels, in folders named by their stride."""
-    import torch
     from diffusers import AutoencoderKL
 
     folder = tmp_path_factory.mktemp("vae")
@@ -76,3 +79,25 @@ def test_from_a_prompt_to_an_mp4(name: str, autoencoders: Path, tmp_path: Path) 
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["stages"] == [cfg.name for cfg in chain.stages]
     assert sorted(path.name for path in (tmp_path / "out" / "stages").iterdir()) == sorted(manifest["stages"])
+
+
+def test_a_codec_is_loaded_before_the_next_stage_is_built(
+    autoencoders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside each other, the stage would be built of what diffusers has for modules of its own: without data."""
+    events: list[str] = []
+    build, load = pipeline.load_stage, foreign.load
+
+    def built(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
+        events.append(cfg.name)
+        return build(cfg, rule, device)
+
+    def loaded(*where: Any) -> Any:
+        events.append("codec")
+        return load(*where)
+
+    monkeypatch.setattr(pipeline, "load_stage", built)
+    monkeypatch.setattr(foreign, "load", loaded)
+    words = overrides("zeroscope", autoencoders)
+    cli.command(["generate", *words, "prompt=a dog runs", f"out={tmp_path / 'out'}"])
+    assert events == ["base", "codec", "xl", "codec"]

@@ -649,6 +649,10 @@ def test_a_plan_measures_it(cfg: UNet3DConfig, stage_config: Any) -> None:
         ({"time": Time.INSIDE}, "time is inside"),
         ({"shared_norm": True}, "shared_norm is true"),
         ({"embedding": 0}, "embedding is 0"),
+        ({"concat_channels": 3}, "concat_channels is 3, expected 1 or more, null without concat"),
+        ({"noise_label": True}, "noise_label is true"),
+        ({"levels": [Level3D(channels=96, own=False)]}, "levels have own false"),
+        ({"time": Time.AROUND}, "time is around"),
     ],
 )
 def test_an_architecture_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -659,6 +663,11 @@ def test_an_architecture_that_cannot_be_is_refused(changes: dict[str, Any], mess
 def test_rotary_channels_fit_into_a_head() -> None:
     with pytest.raises(ValueError, match="rotary is 16"):
         lavie(rotary=16)
+
+
+def test_a_level_without_attention_has_none_to_leave_out() -> None:
+    with pytest.raises(ValueError, match="own is false, expected true"):
+        Level3D(channels=32, attention=False, own=False)
 
 
 @pytest.mark.parametrize("changes", [{}, {"size": 8, "number": 8}, {"size": 0}, {"number": -1}])
