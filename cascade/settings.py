@@ -277,7 +277,7 @@ def check_told(cfg: StageConfig, rule: Rule) -> None:
             raise ConfigError(
                 f"{cfg.name}: takes {low.height}x{low.width} pixels, expected {height}x{width}, the size of the "
                 "latents that they stand beside",
-                fix=f"{cfg.name}.scale={cfg.codec.stride}",
+                fix=f"an input of that size, or {cfg.name}.net.concat_channels=null",
             )
     if rule.KEEPS_KNOWN:
         return

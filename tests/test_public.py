@@ -551,7 +551,7 @@ FAULTS = {
     "pixels of another size than the latents": (
         "lavie",
         "vsr.scale=2",
-        "takes 640x1024 pixels, expected 320x512, the size of the latents that they stand beside. Fix: vsr.scale=4",
+        "takes 640x1024 pixels, expected 320x512, the size of the latents that they stand beside",
     ),
     "pixels of another number of colours": (
         "lavie",
