@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cascade import checkpoint
 from cascade.compose import compose
-from cascade.config import package_root, parse
-from cascade.errors import ConfigError
+from cascade.config import package_root, parse, plain
+from cascade.errors import ConfigError, InputError
 from cascade.layers import Clip, channels_last
 from cascade.text import Text
-from cascade.unet import Cond
+from cascade.unet import YOUNG_3D, YOUNG_IN_LEVELS_3D, Cond, completed
 from cascade.unet3d import UNet3D, timestep
 from cascade.unet3d_blocks import (
     FrameConv,
@@ -536,6 +537,18 @@ def test_recomputed_activations_give_the_same_gradients(one_thread: None) -> Non
         net.run(*inputs(cfg)).square().mean().backward()
         gradients.append([parameter.grad for parameter in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_weights_that_are_older_than_a_setting_fit_where_it_is_off() -> None:
+    old = plain(lavie(concat=True))
+    for name in YOUNG_3D:
+        del old[name]
+    for level in old["levels"]:
+        for name in YOUNG_IN_LEVELS_3D:
+            del level[name]
+    checkpoint.compatible(completed(old), plain(lavie(concat=True)), "w")
+    with pytest.raises(InputError, match="concat_channels is None in the weights"):
+        checkpoint.compatible(completed(old), plain(lavie(concat=True, concat_channels=3)), "w")
 
 
 # in a stage ----------------------------------------------------------------------------------------------------------
