@@ -20,7 +20,8 @@ KINDS = [path for path in FILES if path.parent == ROOT / "stages" and path.stem 
 ORDER = """
 errors config compose store noise video diffusion | kernels |
 foreign grid sampler encoders prior attention layers text clip media frames codec pickled | request |
-unet unet3d_config unet3d_blocks unet3d windows offload compiled | settings making stage temporal checkpoint | assets |
+unet unet3d_config unet3d_blocks unet3d_around unet3d windows offload compiled |
+settings making stage temporal checkpoint | assets |
 chain loading pipeline given data metrics count memory plan textfit | examples |
 train preview exam marks evaluate importers lesson adversarial |
 distill export api bridge tune tasks series gates plots results report recipe merge | cli
