@@ -40,7 +40,7 @@ cascade: cascaded text-to-video, stage by stage.
   cascade evaluate [chain=tiny] [n=64]            judge a chain by what its videos show
   cascade report runs=DIR [out=docs]              all evaluations below DIR as one page with plots and gates
   cascade assets [only=[i3d]] [out=DIR]           fetch the networks that FVD, FID and LPIPS of the papers need
-  cascade import weights=show1 source=DIR out=DIR published weights: modelscope, show1, if_image, lavie, lavie_interp
+  cascade import weights=show1 source=DIR out=DIR published weights: modelscope, show1, if_image, lavie, ...
   cascade embed prompts=FILE out=DIR              write text embeddings once, for text.store=DIR
   cascade export [chain=tiny] out=DIR             a folder that diffusers and Cascade.from_pretrained load
   cascade info                                    versions, device, attention kernels

@@ -8,6 +8,7 @@ sampler, guidance, windows, decoder's output and all. Nothing is fitted; what ke
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
@@ -55,15 +56,16 @@ class Host:
 def work(cfg: StageConfig, rule: Rule, tokens: int) -> tuple[int, int]:
     """Parameters of the denoiser, and FLOPs of one evaluation of one clip, all of its windows."""
     stage = on_meta(cfg, rule)
-    size = (1, cfg.net.channels, *cfg.codec.inside(cfg.shape))
-    z, t = torch.empty(size, device=META), torch.empty(1, device=META)
-    spans = cfg.windows.spans(cfg.shape.frames, rule.rate(cfg))  # all of one length
-    first, end = spans[0]
-    cond = _blank(size, tokens, cfg.net.text).frames(first, end)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter, Fused() as attention:
-        stage.denoise(z[:, :, first:end], t, cond, None if stage.cfg.w_range is None else 0.0)
+    z = torch.empty(1, cfg.net.channels, *cfg.codec.inside(cfg.shape), device=META)
+    cond = _blank((1, *cfg.incoming(cfg.shape)), tokens, cfg.net.text)
+    t, w, flops = torch.empty(1, device=META), None if stage.cfg.w_range is None else 0.0, 0
+    spans = cfg.windows.spans(cfg.shape.frames, rule.rate(cfg))
+    for frames, many in Counter(end - first for first, end in spans).items():
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, Fused() as attention:
+            stage.denoise(z[:, :, :frames], t, cond.frames(0, frames), w)
+        flops += many * (counter.get_total_flops() + attention.flops)
     params = sum(parameter.numel() for parameter in stage.net.parameters())
-    return params, len(spans) * (counter.get_total_flops() + attention.flops)
+    return params, flops
 
 
 def held(cfg: StageConfig, rule: Rule, tokens: int, host: Host, low: Shape | None = None) -> Count:

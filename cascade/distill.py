@@ -1,10 +1,11 @@
-"""Distillation: guidance folded into one evaluation, then again and again half the steps.
+"""Distillation: guidance folded into one evaluation, then again and again half the steps; and what comes after it.
 
 A round is one run of `cascade.train.fit` with the loss `Lesson`, in a directory of its own. Its averaged weights are
 the next round's teacher and starting point, so a ladder that was cut short goes on after the last whole round, and
 within a round from the last checkpoint.
 
-OUT = {guidance/, 16/, 08/, 04/, ...}, each with weights/ and the checkpoints of its training.
+OUT = {guidance/, 16/, 08/, 04/, ...}, each with weights/ and the checkpoints of its training. An adversarial round
+(`contest`) begins with the student it is to better: OUT = {critic/, 04/}.
 """
 
 from __future__ import annotations
@@ -18,28 +19,27 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from cascade import attention, checkpoint, store
+from cascade.adversarial import Contest, judged, new_critic, reading
 from cascade.config import fingerprint, parse, plain
 from cascade.data.source import Source, open_source
-from cascade.diffusion import Diffusion, Prediction
+from cascade.diffusion import Prediction
 from cascade.errors import ConfigError
 from cascade.examples import Pooled, pool_of
+from cascade.lesson import Lesson
 from cascade.loading import load_stage, save_stage
 from cascade.preview import Preview as Sheet
-from cascade.sampler import Denoise, Rule, ddim, keep_known
+from cascade.sampler import Rule
 from cascade.settings import StageConfig, TrainConfig
-from cascade.stage import Batch, Stage
+from cascade.stage import Stage
 from cascade.text import Text, text_source
 from cascade.train import Preview, fit, settings
-from cascade.unet import Cond
 
 if TYPE_CHECKING:
     from cascade.tasks import Request
 
-HIGHEST = 25.0  # weight of an example
 log = logging.getLogger("cascade")
 
 
@@ -48,6 +48,7 @@ class Method(Enum):
 
     PROGRESSIVE = "progressive"  # halving, Salimans & Ho 2022
     CONSISTENCY = "consistency"  # multistep consistency distillation, Heek et al. 2024
+    ADVERSARIAL = "adversarial"  # no fewer steps, but better ones, by a critic of real clips, Lin et al. 2025
 
 
 @dataclass(kw_only=True)
@@ -65,6 +66,9 @@ class DistillConfig:
     lr: float = 3e-4  # at the start of every round, falling linearly to zero
     warmup: int = 50  # steps; a new optimizer's first steps would throw the teacher's weights away
     ema: float = 0.99
+    critic_steps: int = 1000  # in which the critic of an adversarial round learns alone
+    critic_lr: float = 1e-3  # then, and at the start of the round
+    share: float = 0.25  # of a step's clips that the student makes for it; it sees all of them as they are
 
     def __post_init__(self) -> None:
         halves = all(2 * after == before for before, after in zip(self.steps, self.steps[1:], strict=False))
@@ -72,138 +76,22 @@ class DistillConfig:
             raise ValueError(f"steps is {self.steps}, expected such as [16, 8, 4], each half of the one before")
         if len(self.guidance) != 2 or not 0 <= self.guidance[0] <= self.guidance[1]:
             raise ValueError(f"guidance is {self.guidance}, expected the lowest and the highest w, such as [0, 4]")
-        for name, low in (("round_steps", 1), ("guidance_steps", 0), ("grid", 1)):
+        for name, low in (("round_steps", 1), ("guidance_steps", 0), ("grid", 1), ("critic_steps", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {low}")
+        if self.lr <= 0:
+            raise ValueError(f"lr is {self.lr}, expected a number above 0")
+        if not 0 < self.critic_lr <= 1:
+            raise ValueError(f"critic_lr is {self.critic_lr}, expected a number above 0, at most 1")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share is {self.share}, expected a number above 0, at most 1")
+        if self.method is Method.ADVERSARIAL and len(self.steps) > 1:
+            raise ValueError(f"steps is {self.steps}, expected one number: an adversarial student keeps its steps")
 
     @property
     def drawn(self) -> int:
         """Steps of the grid along which the method draws a student together; 0 where it halves."""
         return self.grid if self.method is Method.CONSISTENCY else 0
-
-
-# what a student learns -----------------------------------------------------------------------------------------------
-
-
-def halved(
-    diffusion: Diffusion,
-    denoise: Denoise,
-    z: Tensor,
-    t: Tensor,
-    middle: Tensor,
-    s: Tensor,
-    then: Denoise | None = None,
-) -> Tensor:
-    """x~ whose one DDIM step from t to s ends where one to `middle` and one on to s do, the second by `then`.
-
-    With the teacher in both it is that of Salimans & Ho (2022, algorithm 2), x~ = (z'' - (sigma''/sigma) z) /
-    (alpha'' - (sigma''/sigma) alpha) for t -> middle -> s; with the student itself in the second that of multistep
-    consistency models (Heek et al. 2024, algorithm 2). Written out, z cancels: x~ is a mean of the two x_hat, the
-    second weighing alpha'' - (sigma''/sigma') alpha' over that divisor. So short steps lose nothing to rounding, at
-    s = 0 it is the second x_hat exactly, and the first one where middle = s.
-    """
-    x = denoise(z, t)
-    x_middle = (then or denoise)(ddim(diffusion, z, x, t, middle), middle)
-    weight = _share(diffusion, middle, s) / _share(diffusion, t, s)
-    return torch.lerp(x, x_middle, weight.to(x.dtype))
-
-
-def _share(diffusion: Diffusion, t: Tensor, s: Tensor) -> Tensor:
-    """What x_hat counts in a DDIM step from t to s, (B, 1, 1, 1, 1) float64."""
-    alpha, sigma = diffusion.alpha_sigma(t, torch.float64)
-    alpha_s, sigma_s = diffusion.alpha_sigma(s, torch.float64)
-    return alpha_s - alpha * torch.where(sigma > 0, sigma_s / sigma, 1)  # 0 for an empty step at s = t = 0
-
-
-def predict(
-    diffusion: Diffusion, net: Callable[..., Tensor], z: Tensor, t: Tensor, cond: Cond, w: Tensor | None
-) -> Tensor:
-    """x_hat (B, C, F, H, W) of a network, told w (B,) if it knows guidance weights."""
-    return diffusion.split(z, net(z, diffusion.level(t), cond, w), t)[0]
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """The loss of one round, as `cascade.train.fit` takes it: (batch, student's network) -> (B,).
-
-    `student` tells how the student will be sampled; `teacher` is a network in eval mode. Where `w_range` is set, w is
-    drawn from it for every example and the student is told; a teacher that is not (`branches`) gives
-    x_hat = (1 + w) x_c - w x_u from two evaluations. With `grid` = 0 the teacher takes both halves of a student's
-    step; else it takes one of `grid` steps from any time on, and the student itself the rest (consistency).
-    """
-
-    student: Stage
-    teacher: nn.Module
-    branches: bool
-    steps: int  # of the student; 0: it answers as the teacher does, at any time (guidance distillation)
-    grid: int = 0
-
-    def __call__(self, batch: Batch, net: Callable[..., Tensor]) -> Tensor:
-        """Squared error of x_hat weighted by max(1, SNR), "truncated SNR" (Salimans & Ho 2022, sec. 4).
-
-        Of v that is max(alpha^2, sigma^2) times the squared error, within a factor of 2 of training's own weights,
-        SNR + 1. Unlike eps' weights, SNR, neither vanishes at t = 1, where a student's first step begins. It is cut at
-        HIGHEST: an x_hat of limited precision at the smallest times would else be all that counts.
-        """
-        diffusion, cond, w = self.student.cfg.diffusion, batch.cond, self.weight(batch)
-        t = self.times(batch)[0]
-        z = diffusion.noised(batch.x, batch.eps, t)
-        target = self.target(batch, net)
-        torch.clear_autocast_cache()  # what the student's weights were cast to without a gradient has none
-        x = predict(diffusion, net, z, t, cond, w)
-        weight = diffusion.log_snr(t).exp().clamp(1, HIGHEST).to(x.dtype)
-        return weight * (x - target).square().mean((1, 2, 3, 4))
-
-    def weight(self, batch: Batch) -> Tensor | None:
-        """w (B,), or None for a stage without guidance."""
-        if self.student.cfg.w_range is None:
-            return None
-        low, high = self.student.cfg.w_range
-        return low + (high - low) * batch.u
-
-    def times(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Where a step of the student begins, where the teacher halts, where it ends: (B,) each, as batch.t falls."""
-        if self.steps == 0:
-            return batch.t, batch.t, batch.t
-        i = (batch.t * self.steps).floor().clamp(max=self.steps - 1) + 1
-        start, end = i / self.steps, (i - 1) / self.steps
-        if not self.grid:
-            return start, (i - 0.5) / self.steps, end
-        t = ((batch.t * self.grid).floor().clamp(max=self.grid - 1) + 1) / self.grid
-        return t, torch.maximum(t - 1 / self.grid, end), end
-
-    @torch.no_grad()
-    def target(self, batch: Batch, net: Callable[..., Tensor] | None = None) -> Tensor:
-        """The x_hat that the student should give (B, C, F, H, W); `net` is the student, for consistency."""
-        diffusion, w = self.student.cfg.diffusion, self.weight(batch)
-        t, middle, s = self.times(batch)
-        z = diffusion.noised(batch.x, batch.eps, t)
-
-        def taught(z: Tensor, t: Tensor) -> Tensor:
-            told_w = None if self.branches else w
-            x = predict(diffusion, self.teacher, z, t, batch.cond, told_w)
-            if not self.branches or w is None:
-                return x
-            dropped = predict(diffusion, self.teacher, z, t, batch.cond.without_text(), None)
-            return x + w.view(-1, 1, 1, 1, 1) * (x - dropped)
-
-        def as_sampled(denoise: Denoise) -> Denoise:
-            def limited(z: Tensor, t: Tensor) -> Tensor:
-                x = self.student.cfg.sampler.limit(denoise(z, t), z, t)
-                return keep_known(batch.x, batch.cond.mask)(x, z, t) if self.student.rule.KEEPS_KNOWN else x
-
-            return limited
-
-        if self.steps == 0:
-            return taught(z, t)
-        if not self.grid:
-            return halved(diffusion, as_sampled(taught), z, t, middle, s)
-        assert net is not None, "a consistency student learns from itself"
-
-        def own(z: Tensor, t: Tensor) -> Tensor:
-            return predict(diffusion, net, z, t, batch.cond, w)
-
-        return halved(diffusion, as_sampled(taught), z, t, middle, s, as_sampled(own))
 
 
 # the ladder ----------------------------------------------------------------------------------------------------------
@@ -296,6 +184,67 @@ def ladder(
     return directory
 
 
+def contest(
+    student: Stage,
+    key: str,
+    source: Source,
+    encode: Callable[[list[str]], Text],
+    cfg: DistillConfig,
+    train: TrainConfig,
+    out: Path,
+    *,
+    preview: Callable[[Stage], Preview] | None = None,
+    progress: bool = True,
+    inputs: Any = None,
+    pool: Pooled | None = None,
+) -> Path:
+    """Betters a student in as many steps as it has: see `adversarial`. Arguments, result and errors are `ladder`'s."""
+    from accelerate import PartialState
+
+    everyone = PartialState(cpu=student.device.type == "cpu")
+    device = student.device if everyone.num_processes == 1 else everyone.device
+    (step,) = rounds(cfg, train, guided=False)
+    directory = out / step.name / "weights"
+    own = replace(step.train, init=key)
+    inputs = [inputs, cfg.critic_steps, cfg.critic_lr, cfg.share]
+    alone = replace(own, steps=cfg.critic_steps, lr=cfg.critic_lr, init=None)
+    student = Stage(student_config(student.cfg, student.cfg.w_range, step.steps), student.rule, student.net)
+    identity = fingerprint([settings(student, own, own=False), inputs])
+    with store.lock(out) if everyone.is_main_process else nullcontext():
+        done = finished(directory, identity)
+        everyone.wait_for_everyone()
+        if done:
+            return directory
+        log.info("%s: %s", student.cfg.name, recipe(step, student.cfg.w_range, cfg.method))
+        critic = new_critic(student.cfg, own).to(device)
+        average = fit(
+            Stage(student.cfg, student.rule, critic), source, encode, alone, out / "critic", loss=reading,
+            progress=progress, inputs=inputs, pool=pool,
+        )  # fmt: skip
+        checkpoint.apply(critic, average, "the critic")
+        student.net.to(device).requires_grad_(True)
+        both = Stage(student.cfg, student.rule, Contest(student, critic, cfg.share, cfg.critic_lr / own.lr))
+        shown = None if preview is None else preview(student)
+
+        def sheet(average: dict[str, Tensor], at: int) -> bytes:
+            assert shown is not None
+            return shown(of_student(average), at)
+
+        average = fit(
+            both, source, encode, own, directory.parent, loss=lambda batch, net: net(batch),
+            preview=None if shown is None else sheet, progress=progress, inputs=inputs, pool=pool,
+        )  # fmt: skip
+        if everyone.is_main_process:
+            save(directory, student.cfg, of_student(average), step, key, identity, cfg.method)
+        everyone.wait_for_everyone()
+    return directory
+
+
+def of_student(average: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A student's part of what a contest trains."""
+    return {name.removeprefix("student."): value for name, value in average.items() if name.startswith("student.")}
+
+
 def told(stage: StageConfig, cfg: DistillConfig) -> tuple[list[float] | None, bool]:
     """The range of w that students are told, and whether the teacher needs two evaluations for one guided x_hat.
 
@@ -310,6 +259,12 @@ def told(stage: StageConfig, cfg: DistillConfig) -> tuple[list[float] | None, bo
             f"{stage.w_range[1]:g}",
             fix=f"distill.guidance={stage.w_range}",
         )
+    check_weights(stage, low, high)
+    return [low, high], stage.w_range is None
+
+
+def check_weights(stage: StageConfig, low: float, high: float) -> None:
+    """Raises ConfigError for a sampler whose guidance a student would not know."""
     sampler = stage.sampler
     for w in (sampler.guidance, sampler.guidance if sampler.guidance_low is None else sampler.guidance_low):
         if not low <= w <= high:
@@ -317,7 +272,18 @@ def told(stage: StageConfig, cfg: DistillConfig) -> tuple[list[float] | None, bo
                 f"{stage.name}: the sampler's guidance is {w:g}, the student would know w from {low:g} to {high:g}",
                 fix=f"distill.guidance=[{min(low, w):g},{max(high, w):g}]",
             )
-    return [low, high], stage.w_range is None
+
+
+def check_student(stage: StageConfig, train: TrainConfig) -> None:
+    """Raises ConfigError for what an adversarial round cannot better."""
+    judged(stage, train)
+    if stage.w_range is not None:
+        check_weights(stage, *stage.w_range)
+    elif stage.sampler.guidance:
+        raise ConfigError(
+            f"{stage.name}: sampler.guidance is {stage.sampler.guidance:g}, which needs two evaluations: no student",
+            fix="distill.teacher=DIRECTORY of a guidance-distilled network, or sampler.guidance=0",
+        )
 
 
 def student_config(cfg: StageConfig, w_range: list[float] | None, steps: int) -> StageConfig:
@@ -346,6 +312,8 @@ def recipe(step: Round, w_range: list[float] | None, method: Method) -> str:
     told_w = "" if w_range is None else f", told the guidance weight w from {w_range[0]:g} to {w_range[1]:g}"
     if step.steps == 0:
         return f"guidance in one evaluation{told_w} (Meng et al. 2023)"
+    if method is Method.ADVERSARIAL:
+        return f"{step.steps} steps of DDIM, judged by a critic{told_w} (Lin et al. 2025)"
     if method is Method.CONSISTENCY:
         return f"{step.steps} steps of DDIM, each consistent along its span{told_w} (Heek et al. 2024)"
     return f"{step.steps} steps of DDIM, each doing two of the teacher's{told_w} (Salimans & Ho 2022)"
@@ -388,7 +356,8 @@ def stage_task(ask: Request) -> None:
             f"{ask.cfg.name}: predicts eps, which at t = 1, where a student begins, says nothing of the video",
             fix="train the teacher with diffusion.prediction=v",
         )
-    directory = checkpoint.locate(weights, ask.cfg.name, 2 * cfg.steps[0])
+    begun = cfg.steps[0] if cfg.method is Method.ADVERSARIAL else 2 * cfg.steps[0]  # steps of what it begins with
+    directory = checkpoint.locate(weights, ask.cfg.name, begun)
     teacher, key = load_stage(replace(ask.cfg, weights=str(directory)), ask.rule, ask.on.torch)
     made_for = checkpoint.load(directory).config.get("steps")
     if made_for is not None and cfg.method is Method.CONSISTENCY:
@@ -396,17 +365,21 @@ def stage_task(ask: Request) -> None:
             f"{ask.cfg.name}: consistency follows a teacher at any time, {weights} was made for {made_for} steps",
             fix="distill.teacher=DIRECTORY of a teacher or of guidance distillation",
         )
-    if made_for is not None and made_for != 2 * cfg.steps[0]:
+    if made_for is not None and made_for != begun:
+        fitting = made_for * cfg.steps[0] // begun
         raise ConfigError(
             f"{ask.cfg.name}: distill.steps begins with {cfg.steps[0]}, the teacher {weights} was made for {made_for}",
-            fix=f"distill.steps=[{made_for // 2}]" if made_for > 1 else "distill.teacher=DIRECTORY of more steps",
+            fix=f"distill.steps=[{fitting}]" if fitting else "distill.teacher=DIRECTORY of more steps",
         )
-    told(teacher.cfg, cfg)
+    if cfg.method is Method.ADVERSARIAL:
+        check_student(teacher.cfg, train)
+    else:
+        told(teacher.cfg, cfg)
     out, encoder = ask.out("distill"), text_source(ask.text)
     source = open_source(ask.data, ask.cfg.shape, ask.cfg.fps, out / "clips")
     pool, before = pool_of(teacher, source, encoder, train)
     with attention.use(ask.on.attention):
-        last = ladder(
+        last = (contest if cfg.method is Method.ADVERSARIAL else ladder)(
             teacher, key, source, encoder.encode, cfg, train, out,
             preview=lambda student: Sheet(student, source, encoder.encode, train),
             inputs=[plain(ask.data), encoder.fingerprint, *before], pool=pool,

@@ -34,6 +34,7 @@ class Run:
     after: After | None = None
 
 
+@torch.no_grad()
 def make(stage: Stage, low: Video | None, run: Run) -> Video:
     """A video from the one before, as the stage's windows say."""
     windows = stage.cfg.windows
@@ -132,7 +133,7 @@ def once(stage: Stage, low: Video | None, run: Run) -> Video:
 def told(stage: Stage, low: Video | None, text: Text, shape: Shape, noise: Draw) -> Cond:
     """What the network hears in a run, with the noise of conditioning augmentation."""
     cfg, here = stage.cfg, stage.device if low is None else low.frames.device
-    full = (len(text.mask), cfg.net.channels, *cfg.codec.inside(shape))
+    full = (len(text.mask), *cfg.incoming(shape))
     level = torch.full((full[0],), cfg.augment, device=here)
     eps = noise(full, 0, "augment").to(here) if cfg.augment > 0 else None
     # The network is told the rate it was trained at; the video keeps its own.

@@ -132,6 +132,8 @@ class Runner:
                 loading = ahead.pop(i, None) or load(i)
                 self.text([todo[0][0].prompt], cfg)  # its encoder loads meanwhile
                 stage = launched(loading.result()[0], self.on)
+                # While diffusers loads a codec, modules that other threads build get parameters without data.
+                stage.coder  # noqa: B018
                 if self.disk and i + 1 < len(stages):
                     ahead[i + 1] = load(i + 1)
                 self.make(stage, todo, inputs, preview=i == 0)

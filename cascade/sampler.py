@@ -132,7 +132,6 @@ def shared(noise: Draw) -> Draw:
     return lambda shape, step, purpose: noise((*shape[:2], 1, *shape[3:]), step, purpose).expand(*shape)
 
 
-@torch.no_grad()
 def sample(
     diffusion: Diffusion,
     denoise: StepDenoise,
@@ -146,7 +145,7 @@ def sample(
     after: After | None = None,
     device: torch.device | str = "cpu",
 ) -> Tensor:
-    """A video of `shape` (B, C, F, H, W): x_hat of the last step.
+    """A video of `shape` (B, C, F, H, W): x_hat of the last step. Gradients, where enabled, run through all steps.
 
     On a GPU the loop never waits for a result: launches run ahead of the device from the first step to the last.
     `noise` is asked for ("start", step 0) and, by the rules that need it, for ("step", step i). `start` (B, C, F, H, W)

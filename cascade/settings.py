@@ -162,6 +162,8 @@ class StageConfig:
             raise ValueError(f"w_range is {self.w_range}, expected null: this network is not told a guidance weight")
         if self.codec.kind is Kind.LATENT:
             self._check_latent()
+        if self.pixels_beside:
+            self._check_beside()
         self._check_sampling()
         multiple = self.net.multiple * self.codec.stride
         for setting, shape in self.shapes().items():
@@ -195,6 +197,26 @@ class StageConfig:
             raise ValueError(
                 f"sampler.threshold is {self.sampler.threshold.value}, expected none: latents do not end at -1 and 1"
             )
+
+    def _check_beside(self) -> None:
+        wanted = COLOURS if self.codec.kind is Kind.LATENT else None
+        if (given := self.incoming(self.shape)[0]) != wanted:
+            raise ValueError(
+                f"net.concat_channels is {given}, expected {wanted or 'null'} where codec.kind is "
+                f"{self.codec.kind.value}: the colours of pixels that stand beside latents"
+            )
+        if self.diffusion.path is Path.STRAIGHT:
+            raise ValueError("diffusion.path is straight, expected noise where net.concat_channels is set")
+
+    @property
+    def pixels_beside(self) -> bool:
+        """Whether what comes in is told as pixels, as large as the latents that it stands beside, not as latents."""
+        return isinstance(self.net, UNet3DConfig) and self.net.concat_channels is not None
+
+    def incoming(self, shape: Shape) -> tuple[int, int, int, int]:
+        """Size (C, F, H, W) of what the network is told of the incoming video for an output of `shape`."""
+        channels = self.net.incoming if isinstance(self.net, UNet3DConfig) else self.net.channels
+        return channels, *self.codec.inside(shape)
 
     @property
     def colours(self) -> int:
@@ -249,6 +271,14 @@ def from_text(cfg: StageConfig, rule: Rule) -> bool:
 
 def check_told(cfg: StageConfig, rule: Rule) -> None:
     """Raises ConfigError for a stage that would not heed what it is given, or cannot in the way that is asked for."""
+    if cfg.pixels_beside:
+        low, (_, height, width) = rule.takes(cfg), cfg.codec.inside(cfg.shape)
+        if (low.height, low.width) != (height, width):
+            raise ConfigError(
+                f"{cfg.name}: takes {low.height}x{low.width} pixels, expected {height}x{width}, the size of the "
+                "latents that they stand beside",
+                fix=f"an input of that size, or {cfg.name}.net.concat_channels=null",
+            )
     if rule.KEEPS_KNOWN:
         return
     if not cfg.told and not cfg.sampler.reconstruction:

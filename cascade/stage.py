@@ -108,18 +108,25 @@ class Stage:
 
         Without `eps` no level may be above 0.
         """
-        batch, c = len(text.mask), self.cfg.net.channels
+        batch = len(text.mask)
         rate = torch.full((batch,), fps, device=level.device)
         if low is None or not self.cfg.told:
-            blank = torch.zeros(batch, c, *self.cfg.codec.inside(shape), device=level.device)
+            blank = torch.zeros(batch, *self.cfg.incoming(shape), device=level.device)
             return Cond(blank, blank[:, :1, :, :1, :1], torch.zeros_like(level), rate, text)
-        concat, mask = self.rule.condition(low, self.cfg, shape)
-        concat, mask = self.encode(concat), self.cfg.codec.mask(mask)
+        concat, mask = self._incoming(low, shape)
         if eps is not None and bool((level > 0).any()):
             noised = (self.cfg.noising or AUGMENTATION).noised(concat, eps, level)
             clean = level.view(-1, 1, 1, 1, 1) == 0
             concat = torch.where(clean if self.cfg.augment_known else clean | (mask > 0), concat, noised)
         return Cond(concat, mask, level, rate, text)
+
+    def _incoming(self, low: Video, shape: Shape) -> tuple[Tensor, Tensor]:
+        """`low` as it stands beside z, encoded or in pixels of that size, and its mask."""
+        if self.cfg.pixels_beside:
+            frames, height, width = self.cfg.codec.inside(shape)
+            return self.rule.condition(low, self.cfg, Shape(frames=frames, height=height, width=width))
+        concat, mask = self.rule.condition(low, self.cfg, shape)
+        return self.encode(concat), self.cfg.codec.mask(mask)
 
     def example(
         self, video: Video, text: Text, rng: torch.Generator, before: Callable[[Video], Video] | None = None
@@ -134,7 +141,7 @@ class Stage:
         level = (2 * drawn - 1).clamp(min=0) * self.cfg.augment_max  # half of them without
         if before is not None and low is not None:
             low = before(low)
-        eps = torch.randn(x.shape, generator=rng, device=rng.device)
+        eps = torch.randn(len(x), *self.cfg.incoming(video.shape), generator=rng, device=rng.device)
         return x, self.condition(low, video.shape, text, video.fps, level, eps)
 
     def far(self, cond: Cond, eps: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ same tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,14 @@ from cascade.attention import attend
 from cascade.errors import ConfigError
 from cascade.layers import Norm, channels_last, sinusoid
 from cascade.unet import Cond, recomputed
+from cascade.unet3d_around import FramesThenSpace, Shift
 from cascade.unet3d_blocks import (
     AddedKV,
     Double,
     Halve,
     Resample,
     Resnet,
+    Rotary,
     SpatialTransformer,
     TemporalConvs,
     TemporalTransformer,
@@ -49,15 +52,15 @@ class Stack(nn.Module):
         attentions: int,
         scale: float,
         resample: Resample = Resample.NONE,
+        own: bool = True,
     ) -> None:
         """`widths`: the channels that come into each residual block; `attentions`: how many of them have one."""
         super().__init__()
         beside, added = cfg.time is Time.BESIDE, cfg.space is Space.ADDED_KV
-        attention = AddedKV if added else SpatialTransformer
         heads = cfg.temporal_heads.of(c)
         self.resnets = nn.ModuleList(Resnet(cin, c, cfg, scale) for cin in widths)
         self.temp_convs = nn.ModuleList(TemporalConvs(c, cfg) for _ in widths if beside)
-        self.attentions = nn.ModuleList(attention(c, cfg) for _ in range(attentions))
+        self.attentions = nn.ModuleList(_attention(c, cfg, own) for _ in range(attentions))
         self.temp_attentions = nn.ModuleList(
             TemporalTransformer(c, heads, c, cfg.groups) for _ in range(attentions) if beside
         )
@@ -75,6 +78,12 @@ class Stack(nn.Module):
         return h
 
 
+def _attention(c: int, cfg: UNet3DConfig, own: bool) -> nn.Module:
+    if cfg.space is Space.ADDED_KV:
+        return AddedKV(c, cfg)
+    return (FramesThenSpace if cfg.time is Time.AROUND else SpatialTransformer)(c, cfg, own)
+
+
 class TimestepEmbedding(nn.Module):
     """Cosines and sines of a timestep through two linear maps."""
 
@@ -89,6 +98,17 @@ class TimestepEmbedding(nn.Module):
         waves = sinusoid(timestep, self.waves, 1e4, closed=False).to(self.linear_1.weight.dtype)
         out: Tensor = self.linear_2(self.activation(self.linear_1(waves)))
         return out
+
+
+class LevelTable(nn.Embedding):
+    """An embedding for each of the 1000 noise levels; one between two of them is told as the nearer."""
+
+    def __init__(self, embedding: int) -> None:
+        super().__init__(TIMESTEPS, embedding)
+
+    def forward(self, level: Tensor) -> Tensor:
+        """(B,) -> (B, E)."""
+        return super().forward(level.round().long())
 
 
 class AttentionPool(nn.Module):
@@ -136,9 +156,9 @@ class UNet3D(nn.Module):
         super().__init__()
         self.cfg = cfg
         first, c = cfg.levels[0].channels, cfg.channels
-        self.conv_in = nn.Conv2d(c * (1 + cfg.concat) + cfg.mask, first, 3, padding=1)
+        self.conv_in = nn.Conv2d(c + cfg.concat * cfg.incoming + cfg.mask, first, 3, padding=1)
         self.time_embedding = TimestepEmbedding(first, cfg.embedding, cfg.activation)
-        self.class_embedding = TimestepEmbedding(first, cfg.embedding, cfg.activation) if cfg.noise_level else None
+        self.class_embedding = _level_embedding(cfg) if cfg.noise_level else None
         self.encoder_hid_proj = None if cfg.context is None else nn.Linear(cfg.text, cfg.context)
         self.add_embedding = None if cfg.pool is None else PooledText(cfg.text, cfg.embedding, cfg.pool)
         size = cfg.transformer_in
@@ -147,6 +167,12 @@ class UNet3D(nn.Module):
         middle = cfg.levels[-1].channels
         self.mid_block = Stack(cfg, [middle, middle], middle, 1, cfg.middle_scale)
         self.up_blocks = nn.ModuleList(_up(cfg))
+        around = cfg.levels if cfg.time is Time.AROUND else []
+        self.down_temporal_blocks = nn.ModuleList(Shift(level.channels, cfg) for level in around)
+        self.mid_temporal_block = Shift(middle, cfg) if around else None
+        self.up_temporal_blocks = nn.ModuleList(Shift(level.channels, cfg) for level in reversed(around))
+        # published once more by itself; every attention over frames has its own
+        self.temporal_rotary_emb = Rotary(cfg.rotary) if around and cfg.rotary else None
         self.conv_norm_out = Norm(first, cfg.groups, cfg.eps)
         self.conv_out = nn.Conv2d(first, c * (1 + cfg.variance), 3, padding=1)
         channels_last(self)
@@ -187,20 +213,23 @@ class UNet3D(nn.Module):
         if self.transformer_in is not None:
             h = self.transformer_in(h, told)
         skips = [h]
-        for block in _stacks(self.down_blocks):
+        for block, shift in _stacks(self.down_blocks, self.down_temporal_blocks):
             for i in range(len(block.resnets)):
-                h = self._step(block, i, h, told)
+                h = self._run(block.step, i, h, told)
                 skips.append(h)
             for halve in block.downsamplers:
                 h = halve(h, told)
                 skips.append(h)
+            h = h if shift is None else self._run(shift, h, told)
         for i in range(len(self.mid_block.resnets)):
-            h = self._step(self.mid_block, i, h, told)
-        for block in _stacks(self.up_blocks):
+            h = self._run(self.mid_block.step, i, h, told)
+        h = h if self.mid_temporal_block is None else self._run(self.mid_temporal_block, h, told)
+        for block, shift in _stacks(self.up_blocks, self.up_temporal_blocks):
             for i in range(len(block.resnets)):
-                h = self._step(block, i, torch.cat([h, skips.pop()], 1), told)
+                h = self._run(block.step, i, torch.cat([h, skips.pop()], 1), told)
             for double in block.upsamplers:
                 h = double(h, told)
+            h = h if shift is None else self._run(shift, h, told)
         h = self.conv_out(normed(self.cfg, self.conv_norm_out, h, told))
         return torch.unflatten(h, 0, (batch, frames)).transpose(1, 2)
 
@@ -216,8 +245,8 @@ class UNet3D(nn.Module):
         context = text if self.encoder_hid_proj is None else self.encoder_hid_proj(text)
         return Told(batch, frames, embedding.repeat_interleave(frames, 0), None, context)
 
-    def _step(self, block: Stack, i: int, h: Tensor, told: Told) -> Tensor:
-        out: Tensor = recomputed(block.step, i, h, told) if self.checkpointing else block.step(i, h, told)
+    def _run(self, part: Callable[..., Tensor], *given: Any) -> Tensor:
+        out: Tensor = recomputed(part, *given) if self.checkpointing else part(*given)
         return out
 
 
@@ -227,10 +256,17 @@ def timestep(t: Tensor) -> Tensor:
     return (TIMESTEPS * t.double() - 1).round(decimals=3).clamp(min=0).float()
 
 
-def _stacks(modules: nn.ModuleList) -> Iterator[Stack]:
-    for module in modules:
-        assert isinstance(module, Stack)
-        yield module
+def _level_embedding(cfg: UNet3DConfig) -> nn.Module:
+    if cfg.noise_label:
+        return LevelTable(cfg.embedding)
+    return TimestepEmbedding(cfg.levels[0].channels, cfg.embedding, cfg.activation)
+
+
+def _stacks(blocks: nn.ModuleList, shifts: nn.ModuleList) -> Iterator[tuple[Stack, nn.Module | None]]:
+    """Blocks, each with what corrects its result, if anything does."""
+    for i, block in enumerate(blocks):
+        assert isinstance(block, Stack)
+        yield block, shifts[i] if i < len(shifts) else None
 
 
 def _down(cfg: UNet3DConfig) -> Iterator[Stack]:
@@ -239,7 +275,7 @@ def _down(cfg: UNet3DConfig) -> Iterator[Stack]:
         widths = [c] + [level.channels] * (level.blocks - 1)
         c = level.channels
         resample = Resample.NONE if i == len(cfg.levels) - 1 else Resample.HALVE
-        yield Stack(cfg, widths, c, level.blocks * level.attention, cfg.scale, resample)
+        yield Stack(cfg, widths, c, level.blocks * level.attention, cfg.scale, resample, level.own)
 
 
 def _up(cfg: UNet3DConfig) -> Iterator[Stack]:
@@ -251,4 +287,4 @@ def _up(cfg: UNet3DConfig) -> Iterator[Stack]:
         c = level.channels
         widths = [a + b for a, b in zip(come, skips, strict=True)]
         resample = Resample.DOUBLE if i else Resample.NONE
-        yield Stack(cfg, widths, c, len(widths) * level.attention, cfg.scale, resample)
+        yield Stack(cfg, widths, c, len(widths) * level.attention, cfg.scale, resample, level.own)

@@ -117,13 +117,13 @@ class Double(nn.Module):
 
 
 class FrameConv(nn.Conv3d):
-    """A convolution over three frames. Its weight (C, C, 3, 1, 1) runs as that of a Conv2d on (B, C, F, H*W)."""
+    """A convolution over so many frames. Its weight (C, C, 3, 1, 1) runs as that of a Conv2d on (B, C, F, H*W)."""
 
-    def __init__(self, c: int) -> None:
-        super().__init__(c, c, (3, 1, 1))
+    def __init__(self, c: int, frames: int = 3) -> None:
+        super().__init__(c, c, (frames, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight[..., 0], self.bias, padding=(1, 0))
+        return F.conv2d(x, self.weight[..., 0], self.bias, padding=(self.kernel_size[0] // 2, 0))
 
 
 class TemporalConvs(nn.Module):
@@ -338,44 +338,59 @@ class TemporalTransformer(nn.Module):
 
 
 class TextBlock(nn.Module):
-    """Self-attention of a frame's positions, attention to the text, a feed-forward; LaVie's also over the frames."""
+    """Self-attention of a frame's positions, attention to the text, a feed-forward; LaVie's also over the frames.
 
-    def __init__(self, c: int, cfg: UNet3DConfig) -> None:
+    Without `own` the first attention is to the text as well.
+    """
+
+    TIME = "temp"  # ends the published names of what attends over frames
+
+    def __init__(self, c: int, cfg: UNet3DConfig, own: bool = True) -> None:
         super().__init__()
-        self.late = cfg.temporal_last
+        self.own, self.inside, self.late = own, cfg.inside, cfg.temporal_last
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(c) for _ in range(3))
-        self.attn1 = (SparseAttention if cfg.sparse else Attention)(c, cfg.heads.of(c))
-        self.attn2 = Attention(c, cfg.heads.of(c), cfg.width)
+        heads = cfg.heads.of(c)
+        self.attn1 = (SparseAttention if cfg.sparse else Attention)(c, heads) if own else Attention(c, heads, cfg.width)
+        self.attn2 = Attention(c, heads, cfg.width)
         self.ff = FeedForward(c)
-        self.norm_temp = nn.LayerNorm(c) if cfg.inside else None
-        self.attn_temp = TemporalAttention(c, cfg) if cfg.inside else None
+        if cfg.inside:
+            self.add_module(f"norm_{self.TIME}", nn.LayerNorm(c))
+            self.add_module(f"attn_{self.TIME}", TemporalAttention(c, cfg))
 
     def forward(self, x: Tensor, told: Told) -> Tensor:
         """x (B*F, HW, C)."""
-        x = x + self.attn1.within(self.norm1(x), told)
-        clip = torch.unflatten(self.norm2(x), 0, (told.batch, -1)).flatten(1, 2)  # the text's k and v once per clip
-        x = x + self.attn2(clip, told.context).view_as(x)
+        seen = self.norm1(x)
+        x = x + (self.attn1.within(seen, told) if self.own else self._text(self.attn1, seen, told))
+        x = x + self._text(self.attn2, self.norm2(x), told)
         x = x if self.late else self._time(x, told)
         x = x + self.ff(self.norm3(x))
         return self._time(x, told) if self.late else x
 
+    def _text(self, attention: Attention, x: Tensor, told: Told) -> Tensor:
+        clip = torch.unflatten(x, 0, (told.batch, -1)).flatten(1, 2)  # the text's k and v once per clip
+        out: Tensor = attention(clip, told.context)
+        return out.view_as(x)
+
     def _time(self, x: Tensor, told: Told) -> Tensor:
-        if self.attn_temp is None or self.norm_temp is None:
+        if not self.inside:
             return x
-        video = torch.unflatten(self.norm_temp(x), 0, (told.batch, told.frames))
-        out: Tensor = x + self.attn_temp(video).flatten(0, 1)
+        norm, attention = getattr(self, f"norm_{self.TIME}"), getattr(self, f"attn_{self.TIME}")
+        video = torch.unflatten(norm(x), 0, (told.batch, told.frames))
+        out: Tensor = x + attention(video).flatten(0, 1)
         return out
 
 
 class SpatialTransformer(nn.Module):
     """Residual transformer over the positions of each frame (Rombach et al. 2022)."""
 
-    def __init__(self, c: int, cfg: UNet3DConfig) -> None:
+    BLOCK = TextBlock
+
+    def __init__(self, c: int, cfg: UNet3DConfig, own: bool = True) -> None:
         super().__init__()
         self.norm = Norm(c, cfg.groups, TRANSFORMER_EPS)
         # Published as 1x1 convolutions by some, as linear maps by others: the same numbers in the same order.
         self.proj_in, self.proj_out = (nn.Linear(c, c) if cfg.linear else nn.Conv2d(c, c, 1) for _ in range(2))
-        self.transformer_blocks = nn.ModuleList([TextBlock(c, cfg)])
+        self.transformer_blocks = nn.ModuleList([self.BLOCK(c, cfg, own)])
 
     def forward(self, h: Tensor, told: Told) -> Tensor:
         x = _project(self.proj_in, tokens(self.norm(h)))

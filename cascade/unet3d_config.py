@@ -33,6 +33,7 @@ class Time(Enum):
     NONE = "none"  # an image model
     BESIDE = "beside"  # four convolutions after each residual block, a transformer after each attention (ModelScope)
     INSIDE = "inside"  # attention over frames inside each spatial transformer (LaVie)
+    AROUND = "around"  # that, a residual block along time before it, and a correction after each level (LaVie's VSR)
 
 
 @dataclass(kw_only=True)
@@ -61,10 +62,13 @@ class Level3D:
     channels: int
     blocks: int = 2
     attention: bool = True
+    own: bool = True  # positions attend to one another, then to the text; false: twice to the text
 
     def __post_init__(self) -> None:
         if self.channels < 1 or self.blocks < 1:
             raise ValueError(f"channels and blocks are {self.channels} and {self.blocks}, expected at least 1")
+        if not (self.own or self.attention):
+            raise ValueError("own is false, expected true where attention is false")
 
 
 @dataclass(kw_only=True)
@@ -79,8 +83,10 @@ class UNet3DConfig:
     context: int | None = None  # they are projected to this width for attention; None: read as they are
     pool: int | None = None  # heads of the attention that pools the text into the time embedding; None: it does not
     concat: bool = False  # the incoming video follows z on the channels
+    concat_channels: int | None = None  # of it, where it stays in pixels beside z, which is latents; None: those of z
     mask: bool = False  # and its mask follows that
     noise_level: bool = False  # the incoming video's noise level is embedded as well
+    noise_label: bool = False  # that by a table of 1000 levels, not by waves
     variance: bool = False  # the output's second half is the variance (learned range, Nichol & Dhariwal 2021)
     space: Space = Space.TRANSFORMER
     heads: Heads = field(default_factory=lambda: Heads(number=8))
@@ -123,13 +129,19 @@ class UNet3DConfig:
             raise ValueError(f"pool is {self.pool}, expected a divisor of text, {self.text}")
         if self.mask and not self.concat:
             raise ValueError("mask is true, expected false where concat is")
+        if self.concat_channels is not None and (self.concat_channels < 1 or not self.concat):
+            raise ValueError(f"concat_channels is {self.concat_channels}, expected 1 or more, null without concat")
+        if self.noise_label and not self.noise_level:
+            raise ValueError("noise_label is true, expected false where noise_level is")
         if self.shared_norm and self.scale_shift:
             raise ValueError("shared_norm is true, expected false where scale_shift is true")
         if self.inside and self.space is not Space.TRANSFORMER:
             raise ValueError(f"time is {self.time.value}, expected beside or none: attention is {self.space.value}")
+        if self.space is not Space.TRANSFORMER and not all(level.own for level in self.levels):
+            raise ValueError(f"levels have own false, expected true where space is {self.space.value}")
         if (self.rotary or self.buckets or self.temporal_last) and not self.inside:
             raise ValueError(
-                f"time is {self.time.value}, expected inside: rotary, buckets and temporal_last belong to it"
+                f"time is {self.time.value}, expected inside or around: rotary, buckets, temporal_last belong to them"
             )
         if self.rotary % 2 or self.buckets % 4:
             raise ValueError(f"rotary and buckets are {self.rotary} and {self.buckets}, expected multiples of 2 and 4")
@@ -149,7 +161,13 @@ class UNet3DConfig:
 
     @property
     def inside(self) -> bool:
-        return self.time is Time.INSIDE
+        """Whether spatial transformers attend over frames."""
+        return self.time in (Time.INSIDE, Time.AROUND)
+
+    @property
+    def incoming(self) -> int:
+        """Channels of the incoming video, heard or not."""
+        return self.channels if self.concat_channels is None else self.concat_channels
 
     @property
     def width(self) -> int:

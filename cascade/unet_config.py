@@ -98,11 +98,11 @@ class UNetConfig:
 # Fields that are younger than weights which exist, and the values those were made with.
 YOUNG = {"skip_scale": 1.0}
 YOUNG_IN_LEVELS = {"blocks_up": None}
+YOUNG_3D = {"concat_channels": None, "noise_label": False}  # of a UNet3D
+YOUNG_IN_LEVELS_3D = {"own": True}
 
 
 def completed(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """An architecture as it stands beside weights, with the fields of a `VideoUNet` that came after them."""
-    if "arch" in saved:  # a network of another kind
-        return dict(saved)
-    levels = [{**YOUNG_IN_LEVELS, **level} for level in saved.get("levels", [])]
-    return {**YOUNG, **saved, "levels": levels}
+    """An architecture as it stands beside weights, with the fields that came after them."""
+    of_all, of_levels = (YOUNG_3D, YOUNG_IN_LEVELS_3D) if "arch" in saved else (YOUNG, YOUNG_IN_LEVELS)
+    return {**of_all, **saved, "levels": [{**of_levels, **level} for level in saved.get("levels", [])]}

@@ -36,6 +36,7 @@ class Join(Enum):
     OVERWRITE = "overwrite"  # where windows overlap the later one counts
     CHAINED = "chained"  # the same, and a window's first frame is known: it is the finished one before it (Show-1)
     EXTEND = "extend"  # the frames of the one before are known where they overlap, beside what is given of the video
+    APART = "apart"  # side by side, the last one as short as the clip leaves it (LaVie)
     FIRST = "first"  # only the first window is sampled, the other frames stay as they come in
 
 
@@ -43,8 +44,9 @@ class Join(Enum):
 class Windows:
     """`frames` at once (0: all of them), neighbours sharing at least `overlap`.
 
-    Windows sampled by themselves have to fill the clip exactly, but for those of `extend`. With `same_noise` each of
-    them starts from the noise of the first one's frames, and the noise no longer belongs to the frame.
+    Windows sampled by themselves have to fill the clip exactly, but for those of `extend` and `apart`. With
+    `same_noise` each of them starts from the noise of the first one's frames, and the noise no longer belongs to the
+    frame.
     """
 
     frames: int = 0
@@ -61,6 +63,8 @@ class Windows:
             raise ValueError(f"frames is 0, expected at least 1 where rule is {self.rule.value}")
         if self.rule is Join.CHAINED and self.overlap != 1:
             raise ValueError(f"overlap is {self.overlap}, expected 1 where rule is chained: the frame that is known")
+        if self.rule is Join.APART and self.overlap:
+            raise ValueError(f"overlap is {self.overlap}, expected 0 where rule is apart")
 
     @property
     def in_turn(self) -> bool:
@@ -75,6 +79,13 @@ class Windows:
             return [(0, min(self.frames, total))]
         if self.rule is Join.EXTEND:
             return [(start, min(start + self.frames, total)) for start in self.starts(total, rate)]
+        if self.rule is Join.APART:
+            if self.frames % rate:
+                raise ConfigError(
+                    f"windows of {self.frames} frames side by side part the {rate} frames that are made of one",
+                    fix="windows.rule=overwrite",
+                )
+            return [(start, min(start + self.frames, total)) for start in range(0, total, self.frames)]
         hop = max(rate, (self.frames - self.overlap) // rate * rate)
         if total < self.frames or (total - self.frames) % hop:
             fits = max(0, (total - self.frames) // hop) * hop + self.frames

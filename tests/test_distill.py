@@ -20,8 +20,9 @@ from cascade.cond import Cond
 from cascade.config import parse
 from cascade.data.source import DataConfig
 from cascade.diffusion import Diffusion, Prediction
-from cascade.distill import DistillConfig, Lesson, halved, ladder, predict, rounds, told
+from cascade.distill import DistillConfig, ladder, rounds, told
 from cascade.errors import ConfigError
+from cascade.lesson import Lesson, halved, predict
 from cascade.loading import load_stage
 from cascade.loading import save_stage as save_weights
 from cascade.noise import Key, Noise, generator

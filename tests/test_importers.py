@@ -88,6 +88,24 @@ MODELSCOPE: dict[str, Any] = {
 }  # fmt: skip
 
 
+VSR: dict[str, Any] = {
+    "_class_name": "UNet3DVSRModel", "_diffusers_version": "0.9.0.dev0", "act_fn": "silu", "attention_head_dim": 8,
+    "block_out_channels": [256, 512, 512, 1024], "center_input_sample": False, "cross_attention_dim": 1024,
+    "down_block_types": ["DownBlock3D", *["CrossAttnDownBlock3D"] * 3], "downsample_padding": 1,
+    "dual_cross_attention": False, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 7, "layers_per_block": 2,
+    "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32, "num_class_embeds": 1000,
+    "only_cross_attention": [True, True, True, False], "out_channels": 4, "sample_size": 128,
+    "up_block_types": [*["CrossAttnUpBlock3D"] * 3, "UpBlock3D"], "use_linear_projection": True,
+    "down_temporal_idx": [0, 1, 2, 3], "mid_temporal": True, "up_temporal_idx": [0, 1, 2, 3],
+    "temporal_module_config": {
+        "num_attention_layers": 1, "attention_block_types": ["", ""], "cross_frame_attention_mode": "0_i-1_i",
+        "temporal_shift_fold_div": 2, "temporal_shift_direction": "right", "use_dcn_warpping": False,
+        "use_deformable_conv": True, "attention_dim_div": 2,
+    },
+    "use_first_frame": False, "video_condition": False, "freeze_pretrained_2d_upsampler": True,
+}  # fmt: skip
+
+
 def inflated(tree: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """Show-1's configuration of an image model's."""
     return {**json.loads(json.dumps(tree).replace("2D", "3D")), "transfromer_in_opt": False, **changes}
@@ -101,6 +119,7 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "modelscope": ("modelscope", MODELSCOPE),
     "lavie/base": ("lavie", SD),
     "lavie/interp": ("lavie_interp", SD | {"in_channels": 8}),
+    "lavie/vsr": ("lavie_vsr", VSR),
 }
 
 
@@ -178,12 +197,29 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("if_image", {"layers_per_block": [3, 3]}, "different lengths"),
     ("lavie", {"resnet_skip_time_act": True}, "resnet_skip_time_act is True"),
     ("lavie", {"attention_head_dim": 7}, "heads do not fit"),
+    ("lavie_vsr", {"in_channels": 8}, "in_channels is 8, expected 7"),
+    ("lavie_vsr", {"mid_temporal": False}, "mid_temporal: False is not one of True"),
+    ("lavie_vsr", {"up_temporal_idx": [0, 1, 2]}, "up_temporal_idx is [0, 1, 2], expected [0, 1, 2, 3]"),
+    ("lavie_vsr", {"only_cross_attention": [True, False]}, "only_cross_attention is [True, False], expected 4"),
+    ("lavie_vsr", {"num_class_embeds": 100}, "num_class_embeds: 100 is not one of 1000"),
+    ("lavie_vsr", {"video_condition": True}, "video_condition: True is not one of False"),
+    ("lavie_vsr", {"norm_num_groups": 16}, "norm_num_groups: 16 is not one of 32"),
+    (
+        "lavie_vsr",
+        {"temporal_module_config": {"attention_block_types": ["", "Temporal"]}},
+        "temporal_module_config.attention_block_types[1]: 'Temporal' is not one of",
+    ),
+    (
+        "lavie_vsr",
+        {"temporal_module_config": {"attention_block_types": ["", ""], "use_scale_shift": True}},
+        "temporal_module_config.use_scale_shift: True is not one of False",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("layout", "change", "message"), WRONG, ids=[f"{a} {next(iter(b))}" for a, b, _ in WRONG])
 def test_a_field_that_cannot_be_built_is_refused_by_name(layout: str, change: dict[str, Any], message: str) -> None:
-    tree = {"modelscope": MODELSCOPE, "if_image": IF_NETS["i_l"], "lavie": SD}[layout]
+    tree = {"modelscope": MODELSCOPE, "if_image": IF_NETS["i_l"], "lavie": SD, "lavie_vsr": VSR}[layout]
     with pytest.raises((ConfigError, ValueError)) as error:
         layout_of(layout).network(tree | change)
     assert message in str(error.value)
@@ -200,6 +236,11 @@ SMALL_IF = {
     **IF, **LARGER, **SMALL, "layers_per_block": 1, "encoder_hid_dim": 32, "addition_embed_type_num_heads": 2,
     "down_block_types": ["ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"], "time_embedding_dim": 64,
     "up_block_types": ["SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"],
+}  # fmt: skip
+SMALL_VSR = {
+    **VSR, **SMALL, "attention_head_dim": 2, "layers_per_block": 1, "only_cross_attention": [True, False],
+    "down_block_types": ["DownBlock3D", "CrossAttnDownBlock3D"], "up_block_types": ["CrossAttnUpBlock3D", "UpBlock3D"],
+    "down_temporal_idx": [0, 1], "up_temporal_idx": [0, 1],
 }  # fmt: skip
 SMALL_LAVIE = {
     **SD, **SMALL, "attention_head_dim": 1, "layers_per_block": 1,
@@ -335,14 +376,15 @@ def test_show_1_comes_in_with_its_heads(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("inside", ["ema", None])
-def test_lavie_comes_out_of_a_checkpoint(inside: str | None, tmp_path: Path) -> None:
-    net = UNet3D(layout_of("lavie").network(SMALL_LAVIE))
+@pytest.mark.parametrize(("layout", "tree"), [("lavie", SMALL_LAVIE), ("lavie_vsr", SMALL_VSR)], ids=["base", "vsr"])
+def test_lavie_comes_out_of_a_checkpoint(layout: str, tree: dict[str, Any], inside: str | None, tmp_path: Path) -> None:
+    net = UNet3D(layout_of(layout).network(tree))
     (tmp_path / "source").mkdir()
-    (tmp_path / "source/config.json").write_text(json.dumps(SMALL_LAVIE))
+    (tmp_path / "source/config.json").write_text(json.dumps(tree))
     others = {"opt": {"state": {0: {"step": torch.ones(1)}}, "param_groups": [{"lr": 1e-4, "params": [0]}]}}
     saved = net.state_dict() if inside is None else {inside: net.state_dict(), **others}
-    torch.save(saved, tmp_path / "source/lavie_base.pt")
-    weights = bring("lavie", tmp_path / "source", tmp_path / "ours")
+    torch.save(saved, tmp_path / "source/weights.pt")
+    weights = bring(layout, tmp_path / "source", tmp_path / "ours")
     assert weights.state.keys() == net.state_dict().keys()
     assert all(torch.equal(tensor, weights.state[name]) for name, tensor in net.state_dict().items())
 

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade import cli
-from cascade.config import parse
+from cascade import checkpoint, cli
+from cascade.chain import Chain, chain_settings
+from cascade.config import parse, plain
 from cascade.noise import Noise, generator, sample_id
 from cascade.pipeline import read_clip, video_bytes
 from cascade.text import TextConfig, text_source
@@ -216,3 +217,77 @@ def test_both_stages_of_if_make_the_images_that_diffusers_makes(tmp_path: Path) 
     with drawn("pipeline_if_superresolution", noise_of("sr"), "start", "augment"):
         image = second(image=small, height=32, width=32, guidance_scale=4.0, noise_level=250, **common).images
     assert (image - large).abs().max() <= 5e-3 and (image - large).square().mean() <= 1e-8
+
+
+def upscaler(folder: Path) -> Any:
+    """A small Stable Diffusion x4 upscaler whose sampler has LaVie's linear betas; its autoencoder is saved."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        DDPMScheduler,
+        StableDiffusionUpscalePipeline,
+        UNet2DConditionModel,
+    )
+
+    unet = UNet2DConditionModel(
+        sample_size=8, in_channels=7, block_out_channels=(32, 64, 96), layers_per_block=1, cross_attention_dim=128,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), attention_head_dim=2,
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
+        only_cross_attention=(True, True, False), num_class_embeds=1000,
+    )  # fmt: skip
+    blocks = ("DownEncoderBlock2D",) * 3, ("UpDecoderBlock2D",) * 3
+    vae = AutoencoderKL(
+        3, 3, *blocks, block_out_channels=(8, 8, 8), latent_channels=4, norm_num_groups=4, scaling_factor=0.08333
+    )
+    filled(vae).save_pretrained(folder / "vae")
+    betas: dict[str, Any] = {"beta_start": 0.0001, "beta_end": 0.02}
+    scheduler = DDIMScheduler(
+        **betas, beta_schedule="linear", prediction_type="v_prediction", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+    none = dict.fromkeys(("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker"))
+    pipeline = StableDiffusionUpscalePipeline(
+        vae=vae, unet=filled(unet), scheduler=scheduler,
+        low_res_scheduler=DDPMScheduler(**betas, beta_schedule="scaled_linear"), **none,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_lavie_super_resolution_of_single_frames_is_the_x4_upscaler_of_diffusers(tmp_path: Path) -> None:
+    """Its image model alone, so that each frame of the clip is one of their images."""
+    from diffusers.pipelines.stable_diffusion import pipeline_stable_diffusion_upscale as module
+
+    pipeline = upscaler(tmp_path)
+    net = {
+        "levels": "[{channels: 32, blocks: 1, attention: false},{channels: 64, blocks: 1, own: false},"
+        "{channels: 96, blocks: 1}]",
+        "embedding": 128, "text": 128, "heads": "{number: 2}", "shared_norm": "false", "time": "none", "rotary": 0,
+        "buckets": 0,
+    }  # fmt: skip
+    words = [
+        "stages=[vsr]", *(f"vsr.net.{name}={value}" for name, value in net.items()), "vsr.train=null",
+        "vsr.sampler.steps=4", "vsr.shape.frames=2", "vsr.shape.height=32", "vsr.shape.width=48",
+        f"vsr.codec.weights={tmp_path / 'vae'}", "vsr.reads.encoder=tiny/text", "vsr.reads.max_tokens=12",
+    ]  # fmt: skip
+    cfg = Chain.read(chain_settings("lavie", words)).stages[0]
+    card = {"kind": "ssr", "net": plain(cfg.net), "diffusion": plain(cfg.diffusion)}
+    checkpoint.save(tmp_path / "weights", pipeline.unet.state_dict(), card)
+    given = torch.rand(1, 3, 2, 8, 12, generator=generator("given")) * 2 - 1
+    (tmp_path / "given.safetensors").write_bytes(video_bytes(Video(given, 24.0)))
+    files = ["start=vsr", f"input={tmp_path / 'given.safetensors'}", f"vsr.weights={tmp_path / 'weights'}"]
+    ours = made(tmp_path / "out", "vsr", ["chain=lavie", "text.encoder=tiny/text", *words, *files])
+    assert cfg.reads is not None
+    text, noise, asked = text_source(cfg.reads), noise_of("vsr"), iter(("augment", "start"))
+    embeds = [text.encode([words]).tokens.expand(2, -1, -1) for words in (PROMPT, cfg.reads.negative)]
+
+    def draw(shape: tuple[int, ...], **_: Any) -> Tensor:
+        return noise((1, shape[1], 2, *shape[2:]), 0, next(asked))[0].transpose(0, 1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "randn_tensor", draw)
+        theirs = pipeline(
+            image=given[0].transpose(0, 1) * 0.5 + 0.5, prompt_embeds=embeds[0], negative_prompt_embeds=embeds[1],
+            num_inference_steps=4, guidance_scale=5.0, noise_level=50, output_type="pt",
+        ).images  # fmt: skip
+    assert ours.std() > 0.1 and (ours * 0.5 + 0.5 - theirs).abs().max() <= 1e-4

@@ -32,7 +32,7 @@ from cascade.stage import Stage
 from cascade.text import TextConfig, known_width
 from cascade.unet_config import LevelSpec, Mixer
 from cascade.video import Shape, Video
-from cascade.windows import Windows
+from cascade.windows import Join, Windows
 
 CHAINS = sorted(path.stem for path in (package_root() / "conf" / "chain").glob("*.yaml"))
 FIELDS = {
@@ -157,6 +157,14 @@ def test_a_clip_in_windows_costs_the_sum_of_its_windows(stage_config: Make) -> N
     part = stage_config("base")
     whole = stage_config("base", shape=Shape(frames=12, height=8, width=8), windows=Windows(frames=4))
     assert numbers(whole).flops == 3 * numbers(part).flops
+
+
+def test_windows_apart_cost_as_much_as_clips_of_their_own(stage_config: Make) -> None:
+    def flops(frames: int, windows: Windows) -> int:
+        return int(numbers(stage_config("ssr", shape=Shape(frames=frames, height=8, width=8), windows=windows)).flops)
+
+    apart = flops(10, Windows(frames=4, rule=Join.APART))
+    assert apart == 2 * flops(4, Windows()) + flops(2, Windows())
 
 
 def test_latents_are_smaller_than_pixels(stage_config: Make, net_config: Make) -> None:

@@ -21,7 +21,7 @@ from cascade import plan as planning
 from cascade.chain import Chain, Device, chain_settings
 from cascade.compose import compose
 from cascade.config import plugin
-from cascade.diffusion import Diffusion
+from cascade.diffusion import Diffusion, Path, Prediction
 from cascade.errors import CascadeError, ConfigError
 from cascade.guidance import Per, dynamic_threshold
 from cascade.noise import Noise, generator, sample_id
@@ -41,7 +41,7 @@ SMALL = {  # height and width of every stage: the least that their networks and 
     "if_image": {"base": (8, 8), "sr": (32, 32)},
     "modelscope": {"base": (64, 64)},
     "zeroscope": {"base": (64, 128), "xl": (128, 192)},
-    "lavie": {"base": (64, 64), "interp": (64, 64)},
+    "lavie": {"base": (64, 64), "interp": (64, 64), "vsr": (256, 256)},
 }
 TEXT, NEGATIVE = 1.0, -1.0  # what all tokens are
 NOISE = Noise(0, "stage", (sample_id("a"),))
@@ -157,6 +157,7 @@ def test_a_chain_runs_through_with_the_frames_and_the_calls_that_its_stages_say(
         ("if_image", "base", [990, 980, 970], 0),  # DDPM, leading
         ("lavie", "base", [981, 961, 941], 1),
         ("lavie", "interp", [999, 979, 958], 0),  # evenly from end to end
+        ("lavie", "vsr", [981, 961, 941], 1),
         ("show1", "sr2", [799, 779, 759], 20),  # 40 of 50, linspace without its last point
         ("zeroscope", "xl", [599, 579, 559], 20),
     ],
@@ -165,14 +166,15 @@ def test_the_network_is_told_the_timesteps_of_its_training(name: str, which: str
     steps = next(cfg for cfg in chain(name).stages if cfg.name == which).sampler.steps
     made = stage(name, which, steps=steps, sampler={"guidance": 0.0})
     run(made, None if which == "base" else clip(made))
+    windows = len(made.cfg.windows.spans(made.cfg.shape.frames, made.rule.rate(made.cfg)))
     told = [entry[1] for entry in heard(made)]
-    assert told[:3] == first and told[-1] == last and len(told) == steps
+    assert told[:3] == first and told[-1] == last and told == told[:steps] * windows
 
 
 def test_guidance_scales_are_those_of_the_demos() -> None:
     scales = {name: [1 + cfg.sampler.guidance for cfg in chain(name).stages] for name in CHAINS}
     assert scales == {
-        "show1": [9, 4, 4, 7, 15], "if_image": [7, 4], "modelscope": [9], "zeroscope": [9, 15], "lavie": [7.5, 4],
+        "show1": [9, 4, 4, 7, 15], "if_image": [7, 4], "modelscope": [9], "zeroscope": [9, 15], "lavie": [7.5, 4, 5],
     }  # fmt: skip
 
 
@@ -370,6 +372,82 @@ def test_lavie_interpolation_sees_every_latent_four_times_less_the_ends() -> Non
     near(x[:, 4:], latents.repeat_interleave(4, 2)[:, :, 1:-2], 1e-6)
 
 
+X4 = {"beta_schedule": "scaled_linear", "beta_start": 0.0001, "beta_end": 0.02}  # of the x4 upscaler's input
+
+
+def test_lavie_super_resolution_sees_noised_pixels_beside_latents_eight_frames_at_a_time() -> None:
+    from diffusers import DDPMScheduler
+
+    made = stage("lavie", "vsr")
+    low = clip(made, 24.0)
+    got = run(made, low).frames
+    starts = heard(made)[::4]  # two steps of two branches
+    assert [x.shape for x, *_ in starts] == [(1, 7, 8, 64, 64)] * 7 + [(1, 7, 5, 64, 64)]
+    start, eps = NOISE((1, 4, 61, 64, 64), 0, "start"), NOISE((1, 3, 61, 64, 64), 0, "augment")
+    noised = DDPMScheduler(**X4).add_noise(low.frames, eps, torch.tensor([50]))
+    for number, (x, _, _, level) in enumerate(starts):
+        part = slice(8 * number, min(8 * number + 8, 61))
+        near(x[:, :4], start[:, :, part])
+        near(x[:, 4:], noised[:, :, part])
+        assert level == 50
+
+    def later(shape: Sequence[int], step: int, purpose: str) -> Tensor:
+        return NOISE((*shape[:2], 61, *shape[3:]), step, purpose)[:, :, 56:]
+
+    alone = stage("lavie", "vsr", windows=Windows())
+    last = run(alone, Video(low.frames[:, :, 56:], 24.0), later)
+    assert torch.equal(last.frames, got[:, :, 56:])
+
+
+def test_lavie_super_resolution_can_make_its_windows_in_one_run_that_overlap() -> None:
+    made = stage("lavie", "vsr", windows=Windows(frames=8, overlap=2))
+    low = clip(made, 24.0)
+    assert run(made, low).frames.shape == (1, 3, 61, 256, 256)
+    first, second = (x for x, *_ in heard(made)[:2])
+    near(first[:, :, 6:], second[:, :, :2])
+
+
+def test_lavie_super_resolution_takes_the_steps_of_the_upscaler_with_linear_betas() -> None:
+    from diffusers import DDIMScheduler
+
+    made = stage("lavie", "vsr", steps=5, windows=Windows())
+    low = Video(clip(made, 24.0).frames[:, :, :3], 24.0)
+    got = run(made, low)
+    scheduler = DDIMScheduler(
+        beta_schedule="linear", beta_start=0.0001, beta_end=0.02, prediction_type="v_prediction", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
+    scheduler.set_timesteps(5)
+    z, beside = NOISE((1, 4, 3, 64, 64), 0, "start"), heard(made)[0][0][:, 4:]
+    for t in scheduler.timesteps:
+        x = torch.cat([z, beside], 1)
+        tokens = (text(value, made.cfg.net).tokens for value in (NEGATIVE, TEXT))
+        negative, positive = (made.net.run(x, t.view(1), part) for part in tokens)  # type: ignore[operator]
+        z = scheduler.step(guide(negative, positive, 4.0), t, z).prev_sample
+    near(got.frames, made.coder.decode(z), 1e-5)
+    assert got.frames.std() > 0.1
+
+
+def test_pixels_beside_latents_are_the_same_in_training() -> None:
+    made = stage("lavie", "vsr", windows=Windows())
+    whole = Video(torch.rand(8, 3, 1, 256, 256, generator=generator("whole")) * 2 - 1, 24.0)
+    words = Text(torch.zeros(8, 4, 8), torch.ones(8, 4, dtype=torch.bool))
+    x, cond = made.example(whole, words, generator("example"))
+    assert x.shape == (8, 4, 1, 64, 64) and cond.concat.shape == (8, 3, 1, 64, 64)
+    small, noised = whole.resize(64, 64).frames, cond.level > 0
+    assert 0 < noised.sum() < 8 and cond.level.max() <= made.cfg.augment_max and made.cfg.noising is not None
+    near(cond.concat[~noised], small[~noised])
+    eps = made.cfg.noising.noise_in(cond.concat, small, cond.level)[noised]
+    assert eps.mean().abs() < 0.02 and abs(eps.std() - 1) < 0.02
+
+
+def test_no_straight_path_leads_from_pixels_to_latents() -> None:
+    cfg = chain("lavie").stages[2]
+    straight = {"diffusion": Diffusion(prediction=Prediction.X, path=Path.STRAIGHT)}
+    with pytest.raises(ValueError, match="path is straight, expected noise where"):
+        replace(cfg, **straight, sampler=Sampler(steps=2, threshold=Threshold.NONE))
+
+
 def test_the_nearest_frame_fills_as_the_blend_does_where_frames_are_known() -> None:
     x = torch.rand(1, 3, 3, 2, 2, generator=generator("x"))
     for frames in (7, 9):
@@ -404,6 +482,7 @@ def test_latent_stages_draw_latent_noise(name: str) -> None:
         ({"rule": Join.CHAINED, "frames": 8, "overlap": 2}, "overlap is 2, expected 1 where rule is chained"),
         ({"rule": Join.OVERWRITE}, "frames is 0, expected at least 1 where rule is overwrite"),
         ({"frames": 8, "same_noise": True}, "expected false where rule is blend"),
+        ({"rule": Join.APART, "frames": 8, "overlap": 2}, "overlap is 2, expected 0 where rule is apart"),
     ],
 )
 def test_windows_that_mean_nothing_are_refused(settings: dict[str, Any], words: str) -> None:
@@ -467,6 +546,26 @@ FAULTS = {
     ),
     "threshold of latents": ("lavie", "interp.sampler.threshold=dynamic", "latents do not end at -1 and 1"),
     "fps": ("lavie", "interp.fps=30", "interp: fps is 30, but 4 x base's 6 is 24"),
+    "pixels of another size than the latents": (
+        "lavie",
+        "vsr.scale=2",
+        "takes 640x1024 pixels, expected 320x512, the size of the latents that they stand beside",
+    ),
+    "pixels of another number of colours": (
+        "lavie",
+        "vsr.net.concat_channels=4",
+        "concat_channels is 4, expected 3 where codec.kind is latent",
+    ),
+    "pixels beside pixels": (
+        "if_image",
+        "sr.net.concat_channels=3",
+        "concat_channels is 3, expected null where codec.kind is pixel",
+    ),
+    "windows side by side that part what is made of one frame": (
+        "lavie",
+        "interp.windows={frames: 5, rule: apart}",
+        "interp: windows of 5 frames side by side part the 4 frames",
+    ),
 }
 
 

@@ -288,7 +288,7 @@ RUNS = [
     Run("lavie base", DDPM, 50, LAVIE | RAW | {"steps_offset": 1}, 2, OFFSET),
     Run("lavie interp's grid", DDPM, 50, LAVIE | RAW | {"timestep_spacing": "linspace"}, 2, SPACED),
     Run("ddim", DDIM, 50, LAVIE | RAW, 2, STEPPED),
-    Run("lavie vsr", DDIM, 50, LAVIE | V | RAW, 2, STEPPED, Prediction.V),
+    Run("lavie vsr", DDIM, 50, LAVIE | V | STABLE, 2, LEADING, Prediction.V),
     Run("modelscope", DDIM, 50, LATENT | STABLE, 1, LEADING),
 ]
 

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cascade import checkpoint
 from cascade.compose import compose
 from cascade.cond import Cond
-from cascade.config import package_root, parse
-from cascade.errors import ConfigError
+from cascade.config import package_root, parse, plain
+from cascade.errors import ConfigError, InputError
 from cascade.layers import Clip, channels_last
 from cascade.text import Text
 from cascade.unet3d import UNet3D, timestep
@@ -32,6 +33,7 @@ from cascade.unet3d_blocks import (
     Told,
 )
 from cascade.unet3d_config import Act, Heads, Level3D, Space, Time, UNet3DConfig
+from cascade.unet_config import YOUNG_3D, YOUNG_IN_LEVELS_3D, completed
 
 BATCH, FRAMES, TOKENS, WIDTH = 2, 3, 7, 32
 SR_SCALE = 1.4142271248762552
@@ -100,8 +102,17 @@ def lavie(**changes: Any) -> UNet3DConfig:
     return latents(**({**settings, **heads, "rotary": 4} | changes))
 
 
+def vsr(**changes: Any) -> UNet3DConfig:
+    """LaVie's super-resolution, tiny: a level without attention, one that attends to the text alone, one with all."""
+    levels = [Level3D(channels=c, blocks=1, attention=c > 32, own=c != 64) for c in (32, 64, 96)]
+    ports = {"concat": True, "concat_channels": 3, "noise_level": True, "noise_label": True}
+    heads = {"heads": Heads(number=2), "temporal_heads": Heads(number=2)}
+    settings = {"levels": levels, "linear": True, "time": Time.AROUND, "rotary": 32}
+    return lavie(**({**settings, **ports, **heads} | changes))
+
+
 def inputs(cfg: UNet3DConfig, frames: int = FRAMES) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    channels = cfg.channels * (1 + cfg.concat) + cfg.mask
+    channels = cfg.channels + cfg.concat * cfg.incoming + cfg.mask
     x, text = uniform(1001, BATCH, channels, frames, 8, 12), uniform(1002, BATCH, TOKENS, WIDTH)
     return x, TIMES, text, LEVELS if cfg.noise_level else None
 
@@ -124,6 +135,7 @@ COUNTS: dict[str, tuple[int | None, int, int]] = {  # tensors, parameters, and h
     "show1/sr1": (1639, 796_343_046, 9),
     "modelscope": (1480, 1_411_233_860, 10),
     "lavie/base": (830, 909_100_000, 4),
+    "lavie/vsr": (1158, 691_036_420, 9),  # as its authors' code has them
 }
 
 
@@ -215,7 +227,7 @@ def image_model(cfg: UNet3DConfig) -> Any:
     }  # fmt: skip
     return UNet2DConditionModel(
         sample_size=32,
-        in_channels=cfg.channels * (1 + cfg.concat) + cfg.mask,
+        in_channels=cfg.channels + cfg.concat * cfg.incoming + cfg.mask,
         out_channels=cfg.channels * (1 + cfg.variance),
         block_out_channels=[level.channels for level in cfg.levels],
         layers_per_block=[level.blocks for level in cfg.levels],
@@ -225,7 +237,9 @@ def image_model(cfg: UNet3DConfig) -> Any:
         attention_head_dim=cfg.heads.size or cfg.heads.number,
         act_fn=cfg.activation.value,
         use_linear_projection=cfg.linear,
-        class_embed_type="timestep" if cfg.noise_level else None,
+        only_cross_attention=[not level.own for level in cfg.levels],
+        class_embed_type="timestep" if cfg.noise_level and not cfg.noise_label else None,
+        num_class_embeds=1000 if cfg.noise_label else None,
         time_embedding_dim=cfg.embedding,
         time_embedding_act_fn=cfg.time_act and cfg.time_act.value,
         resnet_skip_time_act=cfg.skip_time_act,
@@ -245,6 +259,7 @@ IMAGES = {
     "if-i": pixels(time=Time.NONE),
     "if-ii": larger(time=Time.NONE),
     "stable diffusion": lavie(time=Time.NONE, shared_norm=False, rotary=0, buckets=0),
+    "stable diffusion's x4 upscaler": vsr(time=Time.NONE, shared_norm=False, rotary=0, buckets=0),
 }
 
 
@@ -462,6 +477,7 @@ INFLATED = {
     "modelscope": latents(),
     "lavie": lavie(),
     "lavie interpolation": lavie(rotary=0, buckets=0, temporal_last=True, concat=True),
+    "lavie super-resolution": vsr(),
 }
 
 
@@ -501,7 +517,7 @@ def test_a_convolution_over_frames_is_the_published_one() -> None:
     near(conv(x), F.conv3d(x[..., None], conv.weight, conv.bias, padding=(1, 0, 0))[..., 0], 1e-12)
 
 
-@pytest.mark.parametrize("cfg", [latents(), larger(), lavie()], ids=["modelscope", "sr", "lavie"])
+@pytest.mark.parametrize("cfg", [latents(), larger(), lavie(), vsr()], ids=["modelscope", "sr", "lavie", "vsr"])
 def test_activations_stay_channels_last(cfg: UNet3DConfig) -> None:
     """In front of every norm and convolution: else each would copy what it gets."""
     net, seen = weighted(UNet3D(cfg)).float(), []
@@ -522,6 +538,18 @@ def test_recomputed_activations_give_the_same_gradients(one_thread: None) -> Non
         net.run(*inputs(cfg)).square().mean().backward()
         gradients.append([parameter.grad for parameter in net.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_weights_that_are_older_than_a_setting_fit_where_it_is_off() -> None:
+    old = plain(lavie(concat=True))
+    for name in YOUNG_3D:
+        del old[name]
+    for level in old["levels"]:
+        for name in YOUNG_IN_LEVELS_3D:
+            del level[name]
+    checkpoint.compatible(completed(old), plain(lavie(concat=True)), "w")
+    with pytest.raises(InputError, match="concat_channels is None in the weights"):
+        checkpoint.compatible(completed(old), plain(lavie(concat=True, concat_channels=3)), "w")
 
 
 # in a stage ----------------------------------------------------------------------------------------------------------
@@ -635,6 +663,10 @@ def test_a_plan_measures_it(cfg: UNet3DConfig, stage_config: Any) -> None:
         ({"time": Time.INSIDE}, "time is inside"),
         ({"shared_norm": True}, "shared_norm is true"),
         ({"embedding": 0}, "embedding is 0"),
+        ({"concat_channels": 3}, "concat_channels is 3, expected 1 or more, null without concat"),
+        ({"noise_label": True}, "noise_label is true"),
+        ({"levels": [Level3D(channels=96, own=False)]}, "levels have own false"),
+        ({"time": Time.AROUND}, "time is around"),
     ],
 )
 def test_an_architecture_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
@@ -645,6 +677,11 @@ def test_an_architecture_that_cannot_be_is_refused(changes: dict[str, Any], mess
 def test_rotary_channels_fit_into_a_head() -> None:
     with pytest.raises(ValueError, match="rotary is 16"):
         lavie(rotary=16)
+
+
+def test_a_level_without_attention_has_none_to_leave_out() -> None:
+    with pytest.raises(ValueError, match="own is false, expected true"):
+        Level3D(channels=32, attention=False, own=False)
 
 
 @pytest.mark.parametrize("changes", [{}, {"size": 8, "number": 8}, {"size": 0}, {"number": -1}])

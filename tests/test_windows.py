@@ -65,6 +65,23 @@ def test_windows_that_extend_make_every_frame_once_and_see_what_is_before_it(
 
 
 @settings(max_examples=40, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 20))
+def test_windows_apart_hold_every_frame_once_and_the_last_is_as_short_as_it_must_be(total: int, frames: int) -> None:
+    windows = Windows(frames=frames, rule=Join.APART)
+    spans = windows.spans(total)
+    assert [f for first, end in spans for f in range(first, end)] == list(range(total))
+    assert {end - first for first, end in spans[:-1]} <= {frames} and 0 < spans[-1][1] - spans[-1][0] <= frames
+    assert windows.borders(total) == list(range(frames, total, frames))
+
+
+def test_windows_apart_do_not_part_frames_that_are_made_of_one() -> None:
+    windows = Windows(frames=6, rule=Join.APART)
+    assert windows.spans(16, 2) == [(0, 6), (6, 12), (12, 16)]
+    with pytest.raises(ConfigError, match="windows of 6 frames side by side part the 4 frames that are made of one"):
+        windows.spans(16, 4)
+
+
+@settings(max_examples=40, deadline=None)
 @given(plans())
 def test_borders_are_where_other_windows_see_a_frame(plan: tuple[int, Windows, int]) -> None:
     total, windows, rate = plan
