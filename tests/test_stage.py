@@ -291,6 +291,12 @@ def test_known_frames_come_out_as_they_came_in(kind: str, augment: float, make_s
     assert out.frames.abs().max() <= 1 and out.shape == stage.cfg.shape
 
 
+def test_sampling_with_weights_in_training_keeps_no_graph(make_stage: Make, encode: Make) -> None:
+    stage = make_stage("base")
+    assert all(parameter.requires_grad for parameter in stage.net.parameters())
+    assert not stage.sample(None, encode(PROMPTS[:1]), None, noise()).frames.requires_grad
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_sample_is_the_same_alone_and_among_others(kind: str, make_stage: Make, encode: Make) -> None:
     stage = make_stage(kind, 0.1, augment=0.2, sampler=Sampler(steps=3, guidance=1.0))
