@@ -15,7 +15,7 @@ from cascade.noise import generator
 from cascade.plan import Plan, plan
 
 
-def near(got: Tensor, expected: Tensor, atol: float) -> None:
+def near(got: Tensor, expected: Tensor, atol: float = 1e-6) -> None:
     """Not torch.testing, whose first comparison imports torch.distributed for seconds."""
     assert got.shape == expected.shape and got.dtype == expected.dtype
     assert (got - expected).abs().max() <= atol
