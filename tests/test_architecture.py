@@ -23,7 +23,7 @@ foreign grid sampler encoders prior attention layers text clip media frames code
 unet unet3d_config unet3d_blocks unet3d_around unet3d windows offload compiled |
 settings making stage temporal checkpoint | assets |
 chain loading pipeline given data metrics count memory plan textfit | examples |
-train preview exam marks evaluate importers lesson adversarial |
+train preview exam marks evaluate importers lesson reward |
 distill export api bridge tune tasks series gates plots results report recipe merge | cli
 """
 RANK = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}

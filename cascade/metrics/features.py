@@ -88,7 +88,9 @@ def contrast(clips: Tensor) -> Tensor:
     A shape is one in every colour; shown to the network, that need not be learnt for each.
     """
     edges = torch.cat([clips[..., 0, :], clips[..., -1, :], clips[..., :, 0], clips[..., :, -1]], 3).flatten(2)
-    apart = (clips - edges.median(2).values[:, :, None, None, None]).square().sum(1, keepdim=True).sqrt()
+    square = (clips - edges.median(2).values[:, :, None, None, None]).square().sum(1, keepdim=True)
+    there = square > 0  # at 0 the root has no gradient
+    apart = torch.where(there, square, 1).sqrt() * there
     return apart / apart.amax((1, 2, 3, 4), keepdim=True).clamp(min=0.1)
 
 
@@ -222,4 +224,4 @@ def accuracy(net: Features, seed: int, count: int) -> dict[str, float]:
 if __name__ == "__main__":
     import sys
 
-    fit(Path(sys.argv[1]))
+    fit(Path(sys.argv[1]), seed=int((sys.argv[2:] or ["0"])[0]))
