@@ -187,8 +187,8 @@ def fit(out: Path, steps: int = 1100, seed: int = 0, size: int = 32, validate: i
     calibrate(net, seed)
     card = (
         f"# features\n\nA classifier of the procedural world ({', '.join(CLASSES)}), "
-        f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters; its {DIMENSIONS} features are what the "
-        "Fréchet video distance is measured in.\n\n"
+        f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters: {DIMENSIONS} features for Fréchet "
+        "distances, or classes for a judge of students, never the same network for both.\n\n"
         f"Made by `cascade.metrics.features.fit(out, steps={steps}, seed={seed}, size={size})`.\n\n"
         "Licence: Apache-2.0.\n"
     )
