@@ -4,14 +4,15 @@ A round is one run of `cascade.train.fit` with the loss `Lesson`, in a directory
 the next round's teacher and starting point, so a ladder that was cut short goes on after the last whole round, and
 within a round from the last checkpoint.
 
-OUT = {guidance/, 16/, 08/, 04/, ...}, each with weights/ and the checkpoints of its training. An adversarial round
-(`contest`) begins with the student it is to better: OUT = {critic/, 04/}.
+OUT = {guidance/, 16/, 08/, 04/, ...}, each with weights/ and the checkpoints of its training. A round of `rewarded`
+begins with the student that it is to better, in as many steps.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -22,15 +23,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from cascade import attention, checkpoint, store
-from cascade.adversarial import Contest, judged, new_critic, reading
-from cascade.config import fingerprint, parse, plain
+from cascade.codec import Kind
+from cascade.config import fingerprint, locate, parse, plain
 from cascade.data.source import Source, open_source
 from cascade.diffusion import Prediction
 from cascade.errors import ConfigError
 from cascade.examples import Pooled, pool_of
 from cascade.lesson import Lesson
 from cascade.loading import load_stage, save_stage
+from cascade.metrics import features
 from cascade.preview import Preview as Sheet
+from cascade.reward import Rewarded
 from cascade.sampler import Rule
 from cascade.settings import StageConfig, TrainConfig
 from cascade.stage import Stage
@@ -48,7 +51,7 @@ class Method(Enum):
 
     PROGRESSIVE = "progressive"  # halving, Salimans & Ho 2022
     CONSISTENCY = "consistency"  # multistep consistency distillation, Heek et al. 2024
-    ADVERSARIAL = "adversarial"  # no fewer steps, but better ones, by a critic of real clips, Lin et al. 2025
+    REWARD = "reward"  # no fewer steps, but better ones, by a judge of what they make, Clark et al. 2024
 
 
 @dataclass(kw_only=True)
@@ -66,9 +69,8 @@ class DistillConfig:
     lr: float = 3e-4  # at the start of every round, falling linearly to zero
     warmup: int = 50  # steps; a new optimizer's first steps would throw the teacher's weights away
     ema: float = 0.99
-    critic_steps: int = 1000  # in which the critic of an adversarial round learns alone
-    critic_lr: float = 1e-3  # then, and at the start of the round
-    share: float = 0.25  # of a step's clips that the student makes for it; it sees all of them as they are
+    judge: str | None = None  # weights of the network that says what a clip shows, for `reward`
+    stay: float = 1.0  # what the change of a clip counts beside that
 
     def __post_init__(self) -> None:
         halves = all(2 * after == before for before, after in zip(self.steps, self.steps[1:], strict=False))
@@ -76,17 +78,15 @@ class DistillConfig:
             raise ValueError(f"steps is {self.steps}, expected such as [16, 8, 4], each half of the one before")
         if len(self.guidance) != 2 or not 0 <= self.guidance[0] <= self.guidance[1]:
             raise ValueError(f"guidance is {self.guidance}, expected the lowest and the highest w, such as [0, 4]")
-        for name, low in (("round_steps", 1), ("guidance_steps", 0), ("grid", 1), ("critic_steps", 1)):
+        for name, low in (("round_steps", 1), ("guidance_steps", 0), ("grid", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {low}")
         if self.lr <= 0:
             raise ValueError(f"lr is {self.lr}, expected a number above 0")
-        if not 0 < self.critic_lr <= 1:
-            raise ValueError(f"critic_lr is {self.critic_lr}, expected a number above 0, at most 1")
-        if not 0 < self.share <= 1:
-            raise ValueError(f"share is {self.share}, expected a number above 0, at most 1")
-        if self.method is Method.ADVERSARIAL and len(self.steps) > 1:
-            raise ValueError(f"steps is {self.steps}, expected one number: an adversarial student keeps its steps")
+        if not 0 <= self.stay < math.inf:
+            raise ValueError(f"stay is {self.stay}, expected a number of at least 0")
+        if self.method is Method.REWARD and len(self.steps) > 1:
+            raise ValueError(f"steps is {self.steps}, expected one number: a rewarded student keeps its steps")
 
     @property
     def drawn(self) -> int:
@@ -184,7 +184,7 @@ def ladder(
     return directory
 
 
-def contest(
+def rewarded(
     student: Stage,
     key: str,
     source: Source,
@@ -198,51 +198,43 @@ def contest(
     inputs: Any = None,
     pool: Pooled | None = None,
 ) -> Path:
-    """Betters a student in as many steps as it has: see `adversarial`. Arguments, result and errors are `ladder`'s."""
+    """Betters a student in as many steps as it has: see `reward`. Arguments, result and errors are those of `ladder`,
+    and InputError for a judge that is none."""
     from accelerate import PartialState
 
     everyone = PartialState(cpu=student.device.type == "cpu")
     device = student.device if everyone.num_processes == 1 else everyone.device
+    assert cfg.judge is not None
+    judge, by = features.load(locate(cfg.judge))
     (step,) = rounds(cfg, train, guided=False)
-    directory = out / step.name / "weights"
-    own = replace(step.train, init=key)
-    inputs = [inputs, cfg.critic_steps, cfg.critic_lr, cfg.share]
-    alone = replace(own, steps=cfg.critic_steps, lr=cfg.critic_lr, init=None)
-    student = Stage(student_config(student.cfg, student.cfg.w_range, step.steps), student.rule, student.net)
-    identity = fingerprint([settings(student, own, own=False), inputs])
+    directory, own = out / step.name / "weights", replace(step.train, init=key)
+    before = copy.deepcopy(student.net).to(device).eval().requires_grad_(False)
+    student.net.requires_grad_(True)
+    as_made = Stage(student_config(student.cfg, student.cfg.w_range, step.steps), student.rule, student.net)
+    stage = Stage(as_made.cfg, as_made.rule, Rewarded(as_made, before, judge.to(device), cfg.stay))
+    inputs = [inputs, by, cfg.stay]
+    identity = fingerprint([settings(stage, own, own=False), inputs])
     with store.lock(out) if everyone.is_main_process else nullcontext():
         done = finished(directory, identity)
         everyone.wait_for_everyone()
         if done:
             return directory
-        log.info("%s: %s", student.cfg.name, recipe(step, student.cfg.w_range, cfg.method))
-        critic = new_critic(student.cfg, own).to(device)
+        log.info("%s: %s", stage.cfg.name, recipe(step, stage.cfg.w_range, cfg.method))
+        shown = None if preview is None else preview(as_made)
         average = fit(
-            Stage(student.cfg, student.rule, critic), source, encode, alone, out / "critic", loss=reading,
+            stage, source, encode, own, directory.parent, loss=lambda batch, net: net(batch),
+            preview=None if shown is None else lambda average, at: shown(of_student(average), at),
             progress=progress, inputs=inputs, pool=pool,
         )  # fmt: skip
-        checkpoint.apply(critic, average, "the critic")
-        student.net.to(device).requires_grad_(True)
-        both = Stage(student.cfg, student.rule, Contest(student, critic, cfg.share, cfg.critic_lr / own.lr))
-        shown = None if preview is None else preview(student)
-
-        def sheet(average: dict[str, Tensor], at: int) -> bytes:
-            assert shown is not None
-            return shown(of_student(average), at)
-
-        average = fit(
-            both, source, encode, own, directory.parent, loss=lambda batch, net: net(batch),
-            preview=None if shown is None else sheet, progress=progress, inputs=inputs, pool=pool,
-        )  # fmt: skip
         if everyone.is_main_process:
-            save(directory, student.cfg, of_student(average), step, key, identity, cfg.method)
+            save(directory, stage.cfg, of_student(average), step, key, identity, cfg.method)
         everyone.wait_for_everyone()
     return directory
 
 
 def of_student(average: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A student's part of what a contest trains."""
-    return {name.removeprefix("student."): value for name, value in average.items() if name.startswith("student.")}
+    """The weights of what `Rewarded` holds."""
+    return {name.removeprefix("student."): value for name, value in average.items()}
 
 
 def told(stage: StageConfig, cfg: DistillConfig) -> tuple[list[float] | None, bool]:
@@ -274,9 +266,10 @@ def check_weights(stage: StageConfig, low: float, high: float) -> None:
             )
 
 
-def check_student(stage: StageConfig, train: TrainConfig) -> None:
-    """Raises ConfigError for what an adversarial round cannot better."""
-    judged(stage, train)
+def check_student(stage: StageConfig) -> None:
+    """Raises ConfigError for a student that a judge cannot better."""
+    if stage.codec.kind is Kind.LATENT:
+        raise ConfigError(f"{stage.name}: a judge sees pixels, not latents", fix="distill.method=consistency")
     if stage.w_range is not None:
         check_weights(stage, *stage.w_range)
     elif stage.sampler.guidance:
@@ -312,8 +305,8 @@ def recipe(step: Round, w_range: list[float] | None, method: Method) -> str:
     told_w = "" if w_range is None else f", told the guidance weight w from {w_range[0]:g} to {w_range[1]:g}"
     if step.steps == 0:
         return f"guidance in one evaluation{told_w} (Meng et al. 2023)"
-    if method is Method.ADVERSARIAL:
-        return f"{step.steps} steps of DDIM, judged by a critic{told_w} (Lin et al. 2025)"
+    if method is Method.REWARD:
+        return f"{step.steps} steps of DDIM, judged by what they make{told_w} (Clark et al. 2024)"
     if method is Method.CONSISTENCY:
         return f"{step.steps} steps of DDIM, each consistent along its span{told_w} (Heek et al. 2024)"
     return f"{step.steps} steps of DDIM, each doing two of the teacher's{told_w} (Salimans & Ho 2022)"
@@ -349,6 +342,8 @@ def stage_task(ask: Request) -> None:
     cfg = parse(ask.own.get("distill", {}), DistillConfig, "distill")
     train, weights = ask.training, ask.cfg.weights if cfg.teacher is None else cfg.teacher
     rounds(cfg, train, guided=True)  # says what is wrong with the settings before anything is read
+    if cfg.method is Method.REWARD and cfg.judge is None:
+        raise ConfigError(f"{ask.cfg.name}: distill.judge is missing", fix="distill.judge=checkpoints/tiny/judge")
     if weights is None:
         raise ConfigError(f"{ask.cfg.name} has no weights to learn from", fix="distill.teacher=DIRECTORY")
     if ask.cfg.diffusion.prediction is Prediction.EPS:
@@ -356,7 +351,7 @@ def stage_task(ask: Request) -> None:
             f"{ask.cfg.name}: predicts eps, which at t = 1, where a student begins, says nothing of the video",
             fix="train the teacher with diffusion.prediction=v",
         )
-    begun = cfg.steps[0] if cfg.method is Method.ADVERSARIAL else 2 * cfg.steps[0]  # steps of what it begins with
+    begun = cfg.steps[0] if cfg.method is Method.REWARD else 2 * cfg.steps[0]  # steps of what it begins with
     directory = checkpoint.locate(weights, ask.cfg.name, begun)
     teacher, key = load_stage(replace(ask.cfg, weights=str(directory)), ask.rule, ask.on.torch)
     made_for = checkpoint.load(directory).config.get("steps")
@@ -371,15 +366,15 @@ def stage_task(ask: Request) -> None:
             f"{ask.cfg.name}: distill.steps begins with {cfg.steps[0]}, the teacher {weights} was made for {made_for}",
             fix=f"distill.steps=[{fitting}]" if fitting else "distill.teacher=DIRECTORY of more steps",
         )
-    if cfg.method is Method.ADVERSARIAL:
-        check_student(teacher.cfg, train)
+    if cfg.method is Method.REWARD:
+        check_student(teacher.cfg)
     else:
         told(teacher.cfg, cfg)
     out, encoder = ask.out("distill"), text_source(ask.text)
     source = open_source(ask.data, ask.cfg.shape, ask.cfg.fps, out / "clips")
     pool, before = pool_of(teacher, source, encoder, train)
     with attention.use(ask.on.attention):
-        last = (contest if cfg.method is Method.ADVERSARIAL else ladder)(
+        last = (rewarded if cfg.method is Method.REWARD else ladder)(
             teacher, key, source, encoder.encode, cfg, train, out,
             preview=lambda student: Sheet(student, source, encoder.encode, train),
             inputs=[plain(ask.data), encoder.fingerprint, *before], pool=pool,

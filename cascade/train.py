@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -40,19 +40,6 @@ LOGISTIC = ("checkpoint_every", "sample_every", "keep", "workers", "micro_batch"
 SAMPLING = ("sampler", "windows", "augment")  # settings of a stage that its own loss does not see
 
 
-@runtime_checkable
-class Own(Protocol):
-    """A network that has its own way to be trained."""
-
-    def optimizer(self, cfg: TrainConfig) -> torch.optim.Optimizer:
-        """Of all parameters in their order; a group's `share`, if it has one, multiplies a step's learning rate."""
-        ...
-
-
-def adam(net: nn.Module, cfg: TrainConfig) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True)
-
-
 @dataclass
 class State:
     """What a checkpoint of a training holds."""
@@ -65,7 +52,9 @@ class State:
 
     @staticmethod
     def new(net: nn.Module, cfg: TrainConfig, scaler: Any) -> State:
-        optimizer = net.optimizer(cfg) if isinstance(net, Own) else adam(net, cfg)
+        optimizer = torch.optim.AdamW(
+            net.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True
+        )
         return State(net, {name: value.detach().clone() for name, value in net.named_parameters()}, optimizer, scaler)
 
     def meta(self) -> dict[str, Any]:
@@ -214,7 +203,7 @@ def fit(
             while state.step < cfg.steps and not stop:
                 rate = learning_rate(cfg, state.step)
                 for group in optimizer.param_groups:
-                    group["lr"] = rate * group.get("share", 1.0)
+                    group["lr"] = rate
                 value, norm = one_step(accelerator, model, optimizer, objective, loader, cfg, state.step)
                 state.step += 1
                 state.update_average(cfg.ema)

@@ -89,7 +89,9 @@ def contrast(clips: Tensor) -> Tensor:
     A shape is one in every colour; shown to the network, that need not be learnt for each.
     """
     edges = torch.cat([clips[..., 0, :], clips[..., -1, :], clips[..., :, 0], clips[..., :, -1]], 3).flatten(2)
-    apart = (clips - edges.median(2).values[:, :, None, None, None]).square().sum(1, keepdim=True).sqrt()
+    square = (clips - edges.median(2).values[:, :, None, None, None]).square().sum(1, keepdim=True)
+    there = square > 0  # at 0 the root has no gradient
+    apart = torch.where(there, square, 1).sqrt() * there
     return apart / apart.amax((1, 2, 3, 4), keepdim=True).clamp(min=0.1)
 
 
@@ -186,8 +188,8 @@ def fit(out: Path, steps: int = 1100, seed: int = 0, size: int = 32, validate: i
     calibrate(net, seed)
     card = (
         f"# features\n\nA classifier of the procedural world ({', '.join(CLASSES)}), "
-        f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters; its {DIMENSIONS} features are what the "
-        "Fréchet video distance is measured in.\n\n"
+        f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters: {DIMENSIONS} features for Fréchet "
+        "distances, or classes for a judge of students, never the same network for both.\n\n"
         f"Made by `cascade.metrics.features.fit(out, steps={steps}, seed={seed}, size={size})`.\n\n"
         "Licence: Apache-2.0.\n"
     )
@@ -223,4 +225,4 @@ def accuracy(net: Features, seed: int, count: int) -> dict[str, float]:
 if __name__ == "__main__":
     import sys
 
-    fit(Path(sys.argv[1]))
+    fit(Path(sys.argv[1]), seed=int((sys.argv[2:] or ["0"])[0]))

@@ -1,0 +1,74 @@
+"""A student that is judged by what it makes: tuned on a differentiable reward, through all of its steps.
+
+A student of halving or consistency learns its teacher's answers, and so its teacher's faults. Here it makes whole clips
+in its own few steps, and a network that knows what clips show says whether they show what real clips of the same
+captions do; the gradient runs back through every step (Clark et al. 2024, DRaFT; for few-step video Li et al. 2024,
+T2V-Turbo). A judge can be pleased by what nobody sees. So the student is held to what it made of the same noise before,
+and the judge sees what it makes through a little noise. Numbers in the judge's own features prove nothing afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cascade.lesson import predict
+from cascade.metrics.features import Features, prepare
+from cascade.sampler import keep_known, sample
+from cascade.stage import Batch, Stage
+
+OWN = 0.5  # share of clips made at the sampler's own weight w; the others' are drawn from the student's range
+BLUR = 0.05  # standard deviation of the noise through which the judge looks, of values from -1 to 1
+
+
+class Rewarded(nn.Module):
+    """A student in training; `forward` is its loss, so that several processes share one call.
+
+    `before`, the student as it was, and `judge` are fixed and no part of what is saved.
+    """
+
+    def __init__(self, stage: Stage, before: nn.Module, judge: Features, stay: float) -> None:
+        super().__init__()
+        self.cfg, self.rule, self.stay = stage.cfg, stage.rule, stay
+        self.student = stage.net
+        self.fixed = (before, judge)  # a tuple: no submodules
+
+    def forward(self, batch: Batch) -> Tensor:
+        """What the judge sees against what it sees in the real clips, and `stay` times the change, (B,).
+
+        The first is the cross-entropy of the judge's classes, with its own answers for the real clip of the same
+        caption as the truth. The change is the mean absolute difference: better much in few pixels than grain in all.
+        """
+        before, judge = self.fixed
+        made = self.made(batch, self.student)
+        with torch.no_grad():
+            truth = judge.classify(judge(prepare(batch.x)))
+            held = self.made(batch, before)
+        seen = judge.classify(judge(prepare(made + BLUR * batch.eps.roll(1, 0))))
+        parts = [F.cross_entropy(seen[name], truth[name].softmax(1), reduction="none") for name in truth]
+        return torch.stack(parts).sum(0) + self.stay * (made - held).abs().mean((1, 2, 3, 4))
+
+    def made(self, batch: Batch, net: Callable[..., Any]) -> Tensor:
+        """What `net` makes from the batch's noise (B, C, F, H, W), with a gradient through all steps."""
+        diffusion, w = self.cfg.diffusion, self.weight(batch)
+
+        def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
+            return predict(diffusion, net, z, t, batch.cond, w)
+
+        def noise(shape: Sequence[int], step: int, purpose: str) -> Tensor:
+            return batch.eps
+
+        hooks = [keep_known(batch.x, batch.cond.mask)] if self.rule.KEEPS_KNOWN else []
+        return sample(diffusion, denoise, self.cfg.sampler, noise, batch.x.shape, hooks=hooks, device=batch.x.device)
+
+    def weight(self, batch: Batch) -> Tensor | None:
+        """w (B,) by batch.u: the sampler's own for a share OWN of the clips, else any that the student knows."""
+        if self.cfg.w_range is None:
+            return None
+        low, high = self.cfg.w_range
+        other = low + (high - low) * (batch.u - OWN) / (1 - OWN)
+        return torch.where(batch.u < OWN, self.cfg.sampler.guidance, other)

@@ -1,0 +1,310 @@
+"""Laws of a student that is judged: what is judged is what it samples, through all of its steps; cut == uncut."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cascade import checkpoint, distill
+from cascade.codec import Codec, Kind
+from cascade.cond import Cond
+from cascade.config import package_root, parse
+from cascade.diffusion import Diffusion, Prediction
+from cascade.distill import DistillConfig, rewarded
+from cascade.errors import ConfigError, InputError
+from cascade.metrics import features
+from cascade.noise import Key, generator
+from cascade.reward import BLUR, Rewarded
+from cascade.sampler import Sampler, Threshold
+from cascade.settings import StageConfig, TrainConfig
+from cascade.stage import Batch, Stage
+from cascade.unet_config import LevelSpec, UNetConfig
+from cascade.video import Shape
+from stages import base
+from tests.test_distill import CAPTIONS, WIDTH, Cut, Cutting, Dots, Linear, encode, request, small_stage
+from tests.test_distill import save_weights as save
+
+SHAPE = Shape(frames=2, height=8, width=8)
+JUDGE = str(package_root() / "checkpoints/tiny/judge")
+
+
+def config(w_range: list[float] | None = None, **changes: Any) -> StageConfig:
+    fields: dict[str, Any] = {
+        "diffusion": Diffusion(prediction=Prediction.V),
+        "net": UNetConfig(levels=[LevelSpec(channels=8)], embedding=16, text=WIDTH),
+        "sampler": Sampler(steps=3, guidance=0.0 if w_range is None else w_range[1], threshold=Threshold.NONE),
+        "w_range": w_range,
+        **changes,
+    }
+    return base.Config(name="base", kind="base", shape=SHAPE, fps=4, **fields)
+
+
+def examples(batch: int, dtype: torch.dtype = torch.float32) -> Batch:
+    drawn = [Dots().sample(SHAPE, 4, "reward", i) for i in range(batch)]
+    x, text = torch.stack([clip for clip, _ in drawn]).to(dtype), encode([caption for _, caption in drawn])
+    eps = torch.randn(x.shape, generator=generator("eps"), dtype=dtype)
+    zero, u = torch.zeros(batch, dtype=dtype), (torch.arange(batch, dtype=dtype) + 0.5) / batch
+    cond = Cond(torch.zeros_like(x), zero.view(-1, 1, 1, 1, 1).expand(-1, 1, 2, 1, 1), zero, zero + 4, text)
+    return Batch(x, eps, u, u, cond)
+
+
+@pytest.fixture(scope="module")
+def judge() -> features.Features:
+    return features.load(Path(JUDGE))[0]
+
+
+class Brightness(nn.Module):
+    """A judge that knows two classes, and sees in a clip which of two channels is brighter."""
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return 4 * clips.mean((2, 3, 4))[:, :2]
+
+    def classify(self, features: Tensor) -> dict[str, Tensor]:
+        return {"channel": features}
+
+
+def taught(
+    student: nn.Module, before: nn.Module | None = None, judge: Any = None, stay: float = 0.0, **changes: Any
+) -> Rewarded:
+    stage = Stage(config(**changes), base, student)  # type: ignore[arg-type]
+    return Rewarded(stage, before or Linear(), judge or Brightness(), stay)
+
+
+def training(**changes: Any) -> TrainConfig:
+    return TrainConfig(**{"steps": 4, "batch": 4, "lr": 1e-3, "ema": 0.9, "checkpoint_every": 2, **changes})
+
+
+# the loss ------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_judged_is_what_sampling_makes() -> None:
+    net = Linear()
+    with torch.no_grad():
+        net.z[1], net.bias[1] = 0.05, 0.1  # hears w
+    task = taught(net, w_range=[0.0, 2.0])
+    batch = examples(3)
+    batch.u = torch.zeros(3)  # the sampler's own weight
+    stage = Stage(task.cfg, base, net)  # type: ignore[arg-type]
+    video = stage.sample(None, batch.cond.text, None, lambda shape, step, purpose: batch.eps)
+    assert torch.equal(task.made(batch, net).detach().clamp(-1, 1), video.frames)
+
+
+class Curved(nn.Module):
+    """Linear in nothing, so that no step's gradient is that of another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.z, self.bias = (nn.Parameter(torch.tensor([value], dtype=torch.float64)) for value in (0.8, 0.1))
+
+    def forward(self, z: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
+        return torch.tanh(self.z * z + self.bias * (1 - t.to(z)).view(-1, 1, 1, 1, 1))
+
+
+def shifted() -> Curved:
+    net = Curved()
+    with torch.no_grad():
+        net.bias += 0.3
+    return net
+
+
+def test_the_gradient_is_that_of_the_whole_run() -> None:
+    student = Curved()
+    task, batch = taught(student, shifted(), stay=0.7), examples(2, torch.float64)
+    task(batch).sum().backward()
+    for parameter in student.parameters():
+        assert parameter.grad is not None
+        flat, step = parameter.data.view(-1), 1e-6
+        with torch.no_grad():
+            flat[0] += step
+            above = task(batch).sum()
+            flat[0] -= 2 * step
+            below = task(batch).sum()
+            flat[0] += step
+        assert float(parameter.grad.view(-1)[0]) == pytest.approx(float(above - below) / (2 * step), rel=1e-5)
+    assert all(parameter.grad is None for parameter in task.fixed[0].parameters())
+
+
+def test_the_loss_is_the_papers_cross_entropy_and_the_mean_change() -> None:
+    student, before, judge = Curved(), shifted(), Brightness()
+    batch = examples(3, torch.float64)
+    made, held = (taught(net).made(batch, net) for net in (student, before))
+    p = judge(features.prepare(batch.x)).softmax(1)
+    q = judge(features.prepare(made + BLUR * batch.eps[[2, 0, 1]])).log_softmax(1)
+    got = taught(student, before, stay=0.7)(batch)
+    assert torch.allclose(got, -(p * q).sum(1) + 0.7 * (made - held).abs().mean((1, 2, 3, 4)), atol=1e-12)
+
+
+def test_a_student_that_did_not_change_pays_for_what_it_shows_alone() -> None:
+    student = Curved()
+    batch = examples(3, torch.float64)
+    assert torch.equal(taught(student, student, stay=5.0)(batch), taught(student, student)(batch))
+
+
+def test_known_frames_stay() -> None:
+    net, batch = Linear(), examples(2)
+    batch.cond.mask = torch.tensor([1.0, 0.0]).view(1, 1, 2, 1, 1).expand(2, -1, -1, -1, -1)
+    made = taught(net).made(batch, net)
+    assert torch.equal(made[:, :, 0], batch.x[:, :, 0]) and not torch.equal(made[:, :, 1], batch.x[:, :, 1])
+
+
+def test_half_of_the_clips_are_made_at_the_samplers_own_weight() -> None:
+    batch = examples(4)
+    batch.u = torch.tensor([0.0, 0.49, 0.5, 0.75])
+    w = taught(Linear(), w_range=[1.0, 3.0]).weight(batch)
+    assert w is not None and w.tolist() == [3.0, 3.0, 1.0, 2.0]
+    assert taught(Linear()).weight(batch) is None
+
+
+def test_the_judge_has_a_gradient_everywhere(judge: features.Features) -> None:
+    """A flat clip too, whose every pixel is the colour of the border."""
+    for clips in (torch.zeros(2, 3, 8, 32, 32), torch.randn(2, 3, 8, 32, 32, generator=generator("clips"))):
+        clips.requires_grad_()
+        sum(logits.sum() for logits in judge.classify(judge(clips)).values()).backward()  # type: ignore[union-attr]
+        assert clips.grad is not None and bool(clips.grad.isfinite().all())
+
+
+def test_the_judge_is_not_the_network_that_measures() -> None:
+    hashes = {features.load(package_root() / path)[1] for path in (JUDGE, features.WEIGHTS)}
+    assert len(hashes) == 2
+
+
+# the round -----------------------------------------------------------------------------------------------------------
+
+PLAN = DistillConfig(
+    steps=[3], round_steps=4, method=distill.Method.REWARD, judge=JUDGE, lr=1e-3, warmup=1, ema=0.9
+)  # fmt: skip
+
+
+def student() -> Stage:
+    return Stage(config([0.0, 2.0]), base, small_stage().net)  # type: ignore[arg-type]
+
+
+def better(out: Path, source: Dots | None = None, cfg: DistillConfig = PLAN, key: str = "student") -> Path:
+    return rewarded(student(), key, source or Dots(), encode, cfg, training(), out, progress=False)
+
+
+def digest(weights: Path) -> str:
+    return hashlib.sha256((weights / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted round."""
+    return better(tmp_path_factory.mktemp("reward"))
+
+
+def test_a_round_leaves_a_student_of_the_same_steps_and_weights(whole: Path) -> None:
+    weights = checkpoint.load(whole)
+    assert whole.parts[-2:] == ("03", "weights")
+    assert weights.config["steps"] == 3 and weights.config["w_range"] == [0.0, 2.0]
+    assert weights.config["method"] == "reward" and weights.config["teacher"] == "student"
+    before = student().net.state_dict()
+    assert weights.state.keys() == before.keys()
+    assert not torch.equal(weights.state["conv_out.weight"].float(), before["conv_out.weight"])
+
+
+@pytest.mark.parametrize("at", [3, 9, 13])
+def test_cut_at_any_time_and_run_again_gives_the_same_bytes(whole: Path, tmp_path: Path, at: int) -> None:
+    with pytest.raises(Cut):
+        better(tmp_path, Cutting(at))
+    assert digest(better(tmp_path)) == digest(whole)
+
+
+def test_a_finished_round_is_not_run_again_nor_continued_with_other_settings(whole: Path) -> None:
+    out = whole.parent.parent
+    assert better(out, Cutting(0)) == whole
+    measuring = str(package_root() / features.WEIGHTS)
+    for changed in (replace(PLAN, stay=0.5), replace(PLAN, judge=measuring), replace(PLAN, lr=2e-3)):
+        with pytest.raises(ConfigError, match="other settings"):
+            better(out, cfg=changed)
+    with pytest.raises(ConfigError, match="other settings"):
+        better(out, key="another")
+
+
+@pytest.mark.parametrize(
+    ("tree", "why"), [({"steps": [4, 2]}, "keeps its steps"), ({"steps": [4], "stay": -1}, "stay is -1")]
+)
+def test_impossible_settings_are_refused(tree: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        parse({"round_steps": 1, "method": "reward", **tree}, DistillConfig, "distill")
+
+
+OWN: dict[str, Any] = {"steps": [3], "round_steps": 1, "method": "reward", "judge": JUDGE}
+
+
+def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
+    guided = small_stage()  # by two evaluations
+    save(tmp_path / "teacher", guided.cfg, guided.net.state_dict(), "A test.")
+    with pytest.raises(ConfigError, match="two evaluations"):
+        distill.stage_task(request(tmp_path, OWN))
+    with pytest.raises(ConfigError, match=r"distill\.judge is missing"):
+        distill.stage_task(request(tmp_path, {**OWN, "judge": None}))
+    latent = config(codec=Codec(kind=Kind.LATENT, weights="vae", channels=3, stride=8, scale=1.0))
+    with pytest.raises(ConfigError, match="not latents"):
+        distill.check_student(latent)
+    with pytest.raises(InputError):
+        better(tmp_path / "other", cfg=replace(PLAN, judge=str(tmp_path / "teacher")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_task_betters_a_student_of_as_many_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distill, "text_source", lambda cfg: SimpleNamespace(encode=encode, fingerprint="toy"))
+    monkeypatch.setattr(distill, "open_source", lambda *_: Dots())
+    before = student()
+    save(tmp_path / "teacher", before.cfg, before.net.state_dict(), "A test.", steps=3, w_range=[0.0, 2.0])
+    ask = request(tmp_path, OWN, shape=SHAPE)
+    with pytest.raises(ConfigError, match=r"made for 3.*steps=\[3\]"):
+        distill.stage_task(replace(ask, own={"distill": {**OWN, "steps": [4]}}))
+    distill.stage_task(ask)
+    assert capsys.readouterr().out.split() == [str(tmp_path / "out/03/weights")]
+
+
+# what it is for ------------------------------------------------------------------------------------------------------
+
+
+class Plain:
+    """Nothing but the caption's colour."""
+
+    def sample(self, shape: Shape, fps: float, *key: Key) -> tuple[Tensor, str]:
+        colour = int(torch.randint(2, (), generator=generator("plain", *key)))
+        clip = torch.full((3, shape.frames, shape.height, shape.width), -0.8)
+        clip[colour] = 0.8
+        return clip, CAPTIONS[colour]
+
+
+class Paint(nn.Module):
+    """Says one colour for each caption, whatever comes in: gray at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.colour = nn.Linear(WIDTH, 3)
+        nn.init.zeros_(self.colour.weight)
+        nn.init.zeros_(self.colour.bias)
+
+    def forward(self, z: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
+        return self.colour(cond.text.pooled()).tanh().view(-1, 3, 1, 1, 1).expand_as(z)  # type: ignore[no-any-return]
+
+
+def test_a_student_learns_from_the_judge_alone_what_a_caption_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No loss compares pixels: the one channel that the judge has no class for stays gray, the others part."""
+    monkeypatch.setattr(features, "load", lambda path: (Brightness(), "brightness"))
+    cfg = config(diffusion=Diffusion(prediction=Prediction.X))
+    stage = Stage(cfg, base, Paint())  # type: ignore[arg-type]
+    plan = replace(PLAN, round_steps=60, lr=5e-2, ema=0.8, stay=0.0)
+    weights = rewarded(stage, "gray", Plain(), encode, plan, training(batch=8), tmp_path, progress=False)
+    checkpoint.apply(stage.net, checkpoint.load(weights).state, "test")
+    made = stage.sample(None, encode(list(CAPTIONS[:2])), None, lambda *_: torch.zeros(2, 3, 2, 8, 8))
+    colours = made.frames.mean((2, 3, 4))
+    assert bool((colours[:, 2].abs() < 1e-6).all())
+    assert min(colours[0, 0] - colours[0, 1], colours[1, 1] - colours[1, 0]) > 1.2, colours
