@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from cascade.cond import Cond
 from cascade.diffusion import Diffusion
-from cascade.sampler import Denoise, ddim, keep_known
+from cascade.guidance import Denoise, keep_known
+from cascade.solvers import ddim
 from cascade.stage import Batch, Stage
-from cascade.unet import Cond
 
 HIGHEST = 25.0  # weight of an example
 

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cascade.guidance import keep_known
 from cascade.lesson import predict
 from cascade.metrics.features import Features, prepare
-from cascade.sampler import keep_known, sample
+from cascade.sampler import sample
 from cascade.stage import Batch, Stage
 
 OWN = 0.5  # share of clips made at the sampler's own weight w; the others' are drawn from the student's range

@@ -16,10 +16,8 @@ from torch import Tensor
 from cascade.diffusion import Diffusion
 from cascade.errors import NumericError
 from cascade.grid import End, Grid
-from cascade.guidance import Denoise, Hook, Per, dynamic_threshold, keep_known
+from cascade.guidance import Hook, Per, dynamic_threshold
 from cascade.solvers import ancestral, ddim, dpmpp_2m, heun, stochastic
-
-__all__ = ["Denoise", "ddim", "keep_known"]  # for those who import them from here
 
 StepDenoise = Callable[[Tensor, Tensor, int], Tensor]  # z, t, step -> x_hat with the step's guidance (see `sample`)
 After = Callable[[int, float, Tensor], Tensor]  # step, its t, the z it made -> z

@@ -33,8 +33,6 @@ from cascade.layers import (
 from cascade.text import Text
 from cascade.unet_config import LevelSpec, Mixer, UNetConfig
 
-__all__ = ["Cond"]  # for those who import it from here
-
 
 class Block(nn.Module):
     """Residual block with FiLM, then the level's mixers: space, text, time."""

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from cascade.attention import attend
+from cascade.cond import Cond
 from cascade.errors import ConfigError
 from cascade.layers import Norm, channels_last, sinusoid
-from cascade.unet import Cond, recomputed
+from cascade.unet import recomputed
 from cascade.unet3d_around import FramesThenSpace, Shift
 from cascade.unet3d_blocks import (
     AddedKV,
