@@ -14,8 +14,14 @@ from cascade import media
 from cascade.exam import REAL
 from cascade.series import Pooled, Series, largest
 
-COLOURS = {"teacher": "black", "progressive": "tab:blue", "consistency": "tab:orange", "straight": "tab:green"}
-OTHERS = ("tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
+COLOURS = {
+    "teacher": "black",
+    "progressive": "tab:blue",
+    "consistency": "tab:orange",
+    "straight": "tab:green",
+    "reward": "tab:red",
+}
+OTHERS = ("tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 MARKERS = "osD^vP*X"
 DASHES = ("-", "--", "-.", ":")
 ROWS = 6  # samplers in a picture of clips
