@@ -47,7 +47,7 @@ log = logging.getLogger("cascade")
 
 
 class Method(Enum):
-    """How the number of steps shrinks."""
+    """How a student comes by its steps."""
 
     PROGRESSIVE = "progressive"  # halving, Salimans & Ho 2022
     CONSISTENCY = "consistency"  # multistep consistency distillation, Heek et al. 2024
