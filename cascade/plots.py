@@ -135,14 +135,13 @@ def prompts(series: Series) -> list[tuple[int, str]]:
 
 def clips(series: Sequence[Series], stage: str) -> bytes | None:
     """A png: what the samplers made of each of the first prompts, one below the other, between input and truth."""
-    rows: list[tuple[str, list[Tensor]]] = []
-    picked = chosen(series)
-    for s in picked:
-        made = strips(s, stage, s.condition(stage))
-        if made:
-            rows.append((f"{s.name}, {s.steps_text} step{'s' * (s.steps_text != '1')}", made))
-    if not rows:
+    picked = chosen([s for s in series if strips(s, stage, s.condition(stage))])  # not all evaluations keep their clips
+    if not picked:
         return None
+    rows = [
+        (f"{s.name}, {s.steps_text} step{'s' * (s.steps_text != '1')}", strips(s, stage, s.condition(stage)))
+        for s in picked
+    ]
     rows = [("input", strips(picked[0], stage, "input")), *rows, ("truth", strips(picked[0], stage, "truth"))]
     rows = [(label, made) for label, made in rows if made]
     count = min(len(made) for _, made in rows)

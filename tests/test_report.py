@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from cascade import checkpoint, cli, evaluate, media, store
+from cascade import checkpoint, cli, evaluate, media, plots, store
 from cascade.chain import Device
 from cascade.compose import compose
 from cascade.config import parse, plain, plugin
@@ -45,7 +45,8 @@ def make(tmp_path: Path) -> Make:
         name: str, value: float = 1.0, *, steps: int = 8, seed: int = 0, n: int = 16, what: str = "stage",
         label: dict[str, str] | None = None, facts: dict[str, Any] | None = None,
         numbers: dict[tuple[str, str], float] | None = None,
-        stages: tuple[str, ...] = ("base",), seconds: float | None = None, root: str = "runs", **settings: Any,
+        stages: tuple[str, ...] = ("base",), seconds: float | None = None, root: str = "runs",
+        kept: bool = True, **settings: Any,
     ) -> Path:  # fmt: skip
         sampler = {"steps": steps, "rule": "ddim", "guidance": 2.0}
         stage = {
@@ -69,7 +70,7 @@ def make(tmp_path: Path) -> Make:
             "command": f"cascade evaluate seed={seed} n={n}",
         }  # fmt: skip
         clip = media.png(torch.full((3, 2 * 16, 8 * 16), value / 10))
-        files = {"report.json": store.canonical(tree), "report.png": b"", "strips/made.png": clip}
+        files = {"report.json": store.canonical(tree), "report.png": b""} | ({"strips/made.png": clip} if kept else {})
         store.commit_into(tmp_path / root / name, files, kind="report", meta={"stages": list(stages)})
         if seconds is not None:
             time = Timing(
@@ -200,6 +201,17 @@ def test_a_method_is_as_labelled_or_as_the_weights_record_it(make: Make) -> None
     root = make("d", steps=4, facts={"teacher": "x"}, label={"method": "consistency", "gap": "with"}).parent
     names = {s.steps[0]: s.name for s in pool(collect(root))}
     assert names == {1: "student", 2: "straight", 3: "teacher", 4: "consistency, gap with"}
+
+
+def test_an_evaluation_that_kept_no_clips_takes_no_place_in_their_picture(make: Make) -> None:
+    """More of them than there are rows, all by name before the ones that did."""
+    shown = [make("seen", 2.0, steps=9, label={"method": "z"}), make("also", 3.0, steps=8, label={"method": "y"})]
+    expected = plots.clips(pool(collect(shown[0].parent)), "base")
+    for number in range(plots.ROWS + 1):
+        make(f"blank {number}", steps=number + 1, label={"method": f"a{number}"}, kept=False)
+    found = pool(collect(shown[0].parent))
+    assert len(found) == plots.ROWS + 3 and expected is not None
+    assert plots.clips(found, "base") == expected
 
 
 # gates ---------------------------------------------------------------------------------------------------------------
