@@ -1,8 +1,8 @@
 """Distillation: guidance folded into one evaluation, then again and again half the steps; and what comes after it.
 
-A round is one run of `cascade.train.fit` with the loss `Lesson`, in a directory of its own. Its averaged weights are
-the next round's teacher and starting point, so a ladder that was cut short goes on after the last whole round, and
-within a round from the last checkpoint.
+A round is one run of `cascade.train.fit` with the loss `Lesson` or `Rewarded`, in a directory of its own. Its averaged
+weights are the next round's teacher and starting point, so a ladder that was cut short goes on after the last whole
+round, and within a round from the last checkpoint.
 
 OUT = {guidance/, 16/, 08/, 04/, ...}, each with weights/ and the checkpoints of its training. A round of `rewarded`
 begins with the student that it is to better, in as many steps.
@@ -12,18 +12,15 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from enum import Enum
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from cascade import attention, checkpoint, store
-from cascade.codec import Kind
+from cascade import attention, checkpoint, judge, store
 from cascade.config import fingerprint, locate, parse, plain
 from cascade.data.source import Source, open_source
 from cascade.diffusion import Prediction
@@ -31,152 +28,89 @@ from cascade.errors import ConfigError
 from cascade.examples import Pooled, pool_of
 from cascade.lesson import Lesson
 from cascade.loading import load_stage, save_stage
-from cascade.metrics import features
 from cascade.preview import Preview as Sheet
 from cascade.reward import Rewarded
+from cascade.rounds import DistillConfig, Method, Round, check_student, recipe, rounds, told
 from cascade.sampler import Rule
 from cascade.settings import StageConfig, TrainConfig
 from cascade.stage import Stage
 from cascade.text import Text, text_source
-from cascade.train import Preview, fit, settings
+from cascade.train import Loss, Preview, fit, settings
 
 if TYPE_CHECKING:
+    import torch
+    from accelerate import PartialState
+
     from cascade.tasks import Request
 
 log = logging.getLogger("cascade")
 
 
-class Method(Enum):
-    """How a student comes by its steps."""
-
-    PROGRESSIVE = "progressive"  # halving, Salimans & Ho 2022
-    CONSISTENCY = "consistency"  # multistep consistency distillation, Heek et al. 2024
-    REWARD = "reward"  # no fewer steps, but better ones, by a judge of what they make, Clark et al. 2024
-
-
-@dataclass(kw_only=True)
-class DistillConfig:
-    """How a stage is distilled (`task=distill`). What does not stand here, such as crop or seed, is as in `train`."""
-
-    steps: list[int]  # of each round's student, every entry half of the one before; the first teacher runs 2 steps[0]
-    round_steps: int  # training steps of a round of halving
-    guidance_steps: int = 0  # of guidance distillation; 0: the first round of halving folds the guidance in as well
-    guidance: list[float] = field(default_factory=lambda: [0.0, 4.0])  # lowest and highest w that a student is told
-    teacher: str | None = None  # weights to learn from; None: the stage's own
-    method: Method = Method.PROGRESSIVE
-    grid: int = 64  # teacher's steps along which a consistency student is drawn together
-    batch: int | None = None  # clips a step; None: as in `train`
-    lr: float = 3e-4  # at the start of every round, falling linearly to zero
-    warmup: int = 50  # steps; a new optimizer's first steps would throw the teacher's weights away
-    ema: float = 0.99
-    judge: str | None = None  # weights of the network that says what a clip shows, for `reward`
-    stay: float = 1.0  # what the change of a clip counts beside that
-
-    def __post_init__(self) -> None:
-        halves = all(2 * after == before for before, after in zip(self.steps, self.steps[1:], strict=False))
-        if not self.steps or min(self.steps) < 1 or not halves:
-            raise ValueError(f"steps is {self.steps}, expected such as [16, 8, 4], each half of the one before")
-        if len(self.guidance) != 2 or not 0 <= self.guidance[0] <= self.guidance[1]:
-            raise ValueError(f"guidance is {self.guidance}, expected the lowest and the highest w, such as [0, 4]")
-        for name, low in (("round_steps", 1), ("guidance_steps", 0), ("grid", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {low}")
-        if self.lr <= 0:
-            raise ValueError(f"lr is {self.lr}, expected a number above 0")
-        if not 0 <= self.stay < math.inf:
-            raise ValueError(f"stay is {self.stay}, expected a number of at least 0")
-        if self.method is Method.REWARD and len(self.steps) > 1:
-            raise ValueError(f"steps is {self.steps}, expected one number: a rewarded student keeps its steps")
-
-    @property
-    def drawn(self) -> int:
-        """Steps of the grid along which the method draws a student together; 0 where it halves."""
-        return self.grid if self.method is Method.CONSISTENCY else 0
-
-
-# the ladder ----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
-class Round:
-    """A student to train: `steps` of DDIM, or 0 for guidance distillation."""
+class Course:
+    """What the rounds of a distillation share; `out` is theirs.
 
-    name: str
-    steps: int
-    train: TrainConfig
-
-
-def rounds(cfg: DistillConfig, train: TrainConfig, guided: bool) -> list[Round]:
-    """The rounds of a ladder; guidance distillation comes first if the teacher is `guided` by two evaluations.
-
-    Every round has a seed of its own, and so clips and noise that no round before it saw. No clip goes without its
-    caption: a student is never asked for the unconditional branch. No step is of images: a student makes whole clips.
+    `preview(student)` makes the contact sheets of a round; `inputs` and `pool` are those of `fit`.
     """
 
-    def training(steps: int, number: int) -> TrainConfig:
-        batch = train.batch if cfg.batch is None else cfg.batch
-        try:
-            return replace(
-                train, steps=steps, batch=batch, lr=cfg.lr, warmup=cfg.warmup, ema=cfg.ema, drop_text=0.0,
-                images=0.0, seed=train.seed + number,
-            )  # fmt: skip
-        except ValueError as error:
-            raise ConfigError(f"distill: {error}") from error
+    source: Source
+    encode: Callable[[list[str]], Text]
+    cfg: DistillConfig
+    train: TrainConfig
+    out: Path
+    preview: Callable[[Stage], Preview] | None = None
+    progress: bool = True
+    inputs: Any = None
+    pool: Pooled | None = None
 
-    ladder = [Round(f"{steps:02d}", steps, training(cfg.round_steps, 2 + i)) for i, steps in enumerate(cfg.steps)]
-    if guided and cfg.guidance_steps:
-        ladder.insert(0, Round("guidance", 0, training(cfg.guidance_steps, 1)))
-    return ladder
+    @contextmanager
+    def begun(self, device: torch.device) -> Iterator[tuple[PartialState, torch.device]]:
+        """All processes, and where this one works. Raises LockedError while others distil in `out`."""
+        from accelerate import PartialState
+
+        everyone = PartialState(cpu=device.type == "cpu")
+        with store.lock(self.out) if everyone.is_main_process else nullcontext():
+            yield everyone, device if everyone.num_processes == 1 else everyone.device
+
+    def run(self, step: Round, student: Stage, task: Stage, loss: Loss, key: str, everyone: PartialState) -> Path:
+        """A round's weights; not trained again if they are there. `task` is what is trained, `student` what is kept."""
+        directory, own = self.out / step.name / "weights", replace(step.train, init=key)
+        identity = fingerprint(settings(task, own, own=False) | {"inputs": self.inputs})
+        done = finished(directory, identity)
+        everyone.wait_for_everyone()  # nobody writes what another has yet to look for
+        if done:
+            return directory
+        log.info("%s: %s", student.cfg.name, recipe(step, student.cfg.w_range, self.cfg.method))
+        sheet = None if self.preview is None else self.preview(student)
+        average = fit(
+            task, self.source, self.encode, own, directory.parent, loss=loss,
+            preview=None if sheet is None else lambda average, at: sheet(of_student(average), at),
+            progress=self.progress, inputs=self.inputs, pool=self.pool,
+        )  # fmt: skip
+        if everyone.is_main_process:
+            save(directory, student.cfg, of_student(average), step, key, identity, self.cfg.method)
+        everyone.wait_for_everyone()
+        return directory
 
 
-def ladder(
-    teacher: Stage,
-    key: str,
-    source: Source,
-    encode: Callable[[list[str]], Text],
-    cfg: DistillConfig,
-    train: TrainConfig,
-    out: Path,
-    *,
-    preview: Callable[[Stage], Preview] | None = None,
-    progress: bool = True,
-    inputs: Any = None,
-    pool: Pooled | None = None,
-) -> Path:
+def ladder(teacher: Stage, key: str, course: Course) -> Path:
     """Runs every round that is not yet done and returns the last student's weights, a directory.
 
     A round starts from the student of the one before. That is also its teacher in halving; consistency students all
-    learn from the guidance-distilled network (or from `teacher`, if that needs no guidance).
-    `key` names the teacher's weights (their hash), `inputs` what else decides the result (see `fit`);
-    `preview(student)` makes the contact sheets of a round. Raises ConfigError if `out` holds a distillation with other
-    settings, LockedError while another one works there, and what `fit` raises.
+    learn from the guidance-distilled network (or from `teacher`, if that needs no guidance). `key` names the teacher's
+    weights (their hash). Raises ConfigError if the course's `out` holds a distillation with other settings,
+    LockedError while another one works there, and what `fit` raises.
     """
-    from accelerate import PartialState
-
-    everyone = PartialState(cpu=teacher.device.type == "cpu")
-    device = teacher.device if everyone.num_processes == 1 else everyone.device
+    cfg = course.cfg
     w_range, branches = told(teacher.cfg, cfg)
-    blank = copy.deepcopy(teacher.net).to(device)
-    state, lore, directory = teacher.net.state_dict(), teacher.net.state_dict(), out
-    with store.lock(out) if everyone.is_main_process else nullcontext():
-        for step in rounds(cfg, train, branches):
-            directory = out / step.name / "weights"
+    state, lore, directory = teacher.net.state_dict(), teacher.net.state_dict(), course.out
+    with course.begun(teacher.device) as (everyone, device):
+        blank = copy.deepcopy(teacher.net).to(device)
+        for step in rounds(cfg, course.train, branches):
             student = Stage(student_config(teacher.cfg, w_range, step.steps), teacher.rule, network(blank, state))
-            own = replace(step.train, init=key)
-            identity = fingerprint(settings(student, own, own=False) | {"inputs": inputs})
-            done = finished(directory, identity)
-            everyone.wait_for_everyone()  # nobody writes what another has yet to look for
-            if not done:
-                log.info("%s: %s", student.cfg.name, recipe(step, w_range, cfg.method))
-                master = network(blank, lore).eval().requires_grad_(False)
-                lesson = Lesson(student, master, branches, step.steps, cfg.drawn)
-                average = fit(
-                    student, source, encode, own, directory.parent, loss=lesson, progress=progress, inputs=inputs,
-                    preview=None if preview is None else preview(student), pool=pool,
-                )  # fmt: skip
-                if everyone.is_main_process:
-                    save(directory, student.cfg, average, step, key, identity, cfg.method)
-                everyone.wait_for_everyone()
+            master = network(blank, lore).eval().requires_grad_(False)
+            lesson = Lesson(student, master, branches, step.steps, cfg.drawn)
+            directory = course.run(step, student, student, lesson, key, everyone)
             weights = checkpoint.load(directory)
             state, key = weights.state, weights.hash
             if cfg.method is Method.PROGRESSIVE or not step.steps:
@@ -184,99 +118,25 @@ def ladder(
     return directory
 
 
-def rewarded(
-    student: Stage,
-    key: str,
-    source: Source,
-    encode: Callable[[list[str]], Text],
-    cfg: DistillConfig,
-    train: TrainConfig,
-    out: Path,
-    *,
-    preview: Callable[[Stage], Preview] | None = None,
-    progress: bool = True,
-    inputs: Any = None,
-    pool: Pooled | None = None,
-) -> Path:
+def rewarded(student: Stage, key: str, course: Course) -> Path:
     """Betters a student in as many steps as it has: see `reward`. Arguments, result and errors are those of `ladder`,
     and InputError for a judge that is none."""
-    from accelerate import PartialState
-
-    everyone = PartialState(cpu=student.device.type == "cpu")
-    device = student.device if everyone.num_processes == 1 else everyone.device
+    cfg = course.cfg
     assert cfg.judge is not None
-    judge, by = features.load(locate(cfg.judge))
-    (step,) = rounds(cfg, train, guided=False)
-    directory, own = out / step.name / "weights", replace(step.train, init=key)
-    before = copy.deepcopy(student.net).to(device).eval().requires_grad_(False)
-    student.net.requires_grad_(True)
-    as_made = Stage(student_config(student.cfg, student.cfg.w_range, step.steps), student.rule, student.net)
-    stage = Stage(as_made.cfg, as_made.rule, Rewarded(as_made, before, judge.to(device), cfg.stay))
-    inputs = [inputs, by, cfg.stay]
-    identity = fingerprint([settings(stage, own, own=False), inputs])
-    with store.lock(out) if everyone.is_main_process else nullcontext():
-        done = finished(directory, identity)
-        everyone.wait_for_everyone()
-        if done:
-            return directory
-        log.info("%s: %s", stage.cfg.name, recipe(step, stage.cfg.w_range, cfg.method))
-        shown = None if preview is None else preview(as_made)
-        average = fit(
-            stage, source, encode, own, directory.parent, loss=lambda batch, net: net(batch),
-            preview=None if shown is None else lambda average, at: shown(of_student(average), at),
-            progress=progress, inputs=inputs, pool=pool,
-        )  # fmt: skip
-        if everyone.is_main_process:
-            save(directory, stage.cfg, of_student(average), step, key, identity, cfg.method)
-        everyone.wait_for_everyone()
-    return directory
+    net, by = judge.load(locate(cfg.judge))
+    (step,) = rounds(cfg, course.train, guided=False)
+    with course.begun(student.device) as (everyone, device):
+        before = copy.deepcopy(student.net).to(device).eval().requires_grad_(False)
+        student.net.requires_grad_(True)
+        better = Stage(student_config(student.cfg, student.cfg.w_range, step.steps), student.rule, student.net)
+        task = Stage(better.cfg, better.rule, Rewarded(better, before, net.to(device), cfg.stay))
+        judged = replace(course, inputs=[course.inputs, by, cfg.stay])
+        return judged.run(step, better, task, lambda batch, net: net(batch), key, everyone)
 
 
 def of_student(average: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of what `Rewarded` holds."""
+    """The weights of a student, by themselves or as `Rewarded` holds them."""
     return {name.removeprefix("student."): value for name, value in average.items()}
-
-
-def told(stage: StageConfig, cfg: DistillConfig) -> tuple[list[float] | None, bool]:
-    """The range of w that students are told, and whether the teacher needs two evaluations for one guided x_hat.
-
-    Raises ConfigError for a range that the teacher does not know, or that the stage's sampler leaves.
-    """
-    if stage.w_range is None and stage.sampler.guidance == 0:
-        return None, False
-    low, high = cfg.guidance
-    if stage.w_range is not None and not stage.w_range[0] <= low <= high <= stage.w_range[1]:
-        raise ConfigError(
-            f"{stage.name}: distill.guidance is {cfg.guidance}, the teacher knows w from {stage.w_range[0]:g} to "
-            f"{stage.w_range[1]:g}",
-            fix=f"distill.guidance={stage.w_range}",
-        )
-    check_weights(stage, low, high)
-    return [low, high], stage.w_range is None
-
-
-def check_weights(stage: StageConfig, low: float, high: float) -> None:
-    """Raises ConfigError for a sampler whose guidance a student would not know."""
-    sampler = stage.sampler
-    for w in (sampler.guidance, sampler.guidance if sampler.guidance_low is None else sampler.guidance_low):
-        if not low <= w <= high:
-            raise ConfigError(
-                f"{stage.name}: the sampler's guidance is {w:g}, the student would know w from {low:g} to {high:g}",
-                fix=f"distill.guidance=[{min(low, w):g},{max(high, w):g}]",
-            )
-
-
-def check_student(stage: StageConfig) -> None:
-    """Raises ConfigError for a student that a judge cannot better."""
-    if stage.codec.kind is Kind.LATENT:
-        raise ConfigError(f"{stage.name}: a judge sees pixels, not latents", fix="distill.method=consistency")
-    if stage.w_range is not None:
-        check_weights(stage, *stage.w_range)
-    elif stage.sampler.guidance:
-        raise ConfigError(
-            f"{stage.name}: sampler.guidance is {stage.sampler.guidance:g}, which needs two evaluations: no student",
-            fix="distill.teacher=DIRECTORY of a guidance-distilled network, or sampler.guidance=0",
-        )
 
 
 def student_config(cfg: StageConfig, w_range: list[float] | None, steps: int) -> StageConfig:
@@ -298,18 +158,6 @@ def finished(directory: Path, identity: str) -> bool:
     if checkpoint.load(directory).config.get("identity") != identity:
         raise ConfigError(f"{directory} was distilled with other settings", fix="out=ANOTHER_DIRECTORY")
     return True
-
-
-def recipe(step: Round, w_range: list[float] | None, method: Method) -> str:
-    """What a round does, in words."""
-    told_w = "" if w_range is None else f", told the guidance weight w from {w_range[0]:g} to {w_range[1]:g}"
-    if step.steps == 0:
-        return f"guidance in one evaluation{told_w} (Meng et al. 2023)"
-    if method is Method.REWARD:
-        return f"{step.steps} steps of DDIM, judged by what they make{told_w} (Clark et al. 2024)"
-    if method is Method.CONSISTENCY:
-        return f"{step.steps} steps of DDIM, each consistent along its span{told_w} (Heek et al. 2024)"
-    return f"{step.steps} steps of DDIM, each doing two of the teacher's{told_w} (Salimans & Ho 2022)"
 
 
 def save(
@@ -373,10 +221,9 @@ def stage_task(ask: Request) -> None:
     out, encoder = ask.out("distill"), text_source(ask.text)
     source = open_source(ask.data, ask.cfg.shape, ask.cfg.fps, out / "clips")
     pool, before = pool_of(teacher, source, encoder, train)
+    course = Course(
+        source, encoder.encode, cfg, train, out, lambda student: Sheet(student, source, encoder.encode, train),
+        inputs=[plain(ask.data), encoder.fingerprint, *before], pool=pool,
+    )  # fmt: skip
     with attention.use(ask.on.attention):
-        last = (rewarded if cfg.method is Method.REWARD else ladder)(
-            teacher, key, source, encoder.encode, cfg, train, out,
-            preview=lambda student: Sheet(student, source, encoder.encode, train),
-            inputs=[plain(ask.data), encoder.fingerprint, *before], pool=pool,
-        )  # fmt: skip
-    print(last)
+        print((rewarded if cfg.method is Method.REWARD else ladder)(teacher, key, course))

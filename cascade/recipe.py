@@ -29,6 +29,7 @@ log = logging.getLogger("cascade")
 FITS = {  # what is no task of a stage: `python -m MODULE DIRECTORY [words]`
     "text": "cascade.textfit",
     "features": "cascade.metrics.features",
+    "judge": "cascade.judge",
     "merge": "cascade.merge",
 }
 PROFILES = ("cpu", "gpu")

@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade.guidance import keep_known
+from cascade.judge import Judge
 from cascade.lesson import predict
-from cascade.metrics.features import Features, prepare
+from cascade.metrics.features import prepare
 from cascade.sampler import sample
 from cascade.stage import Batch, Stage
 
 OWN = 0.5  # share of clips made at the sampler's own weight w; the others' are drawn from the student's range
-BLUR = 0.05  # standard deviation of the noise through which the judge looks, of values from -1 to 1
+BLUR = 0.1  # standard deviation of the noise through which the judge looks, of values from -1 to 1
 
 
 class Rewarded(nn.Module):
@@ -32,7 +33,7 @@ class Rewarded(nn.Module):
     `before`, the student as it was, and `judge` are fixed and no part of what is saved.
     """
 
-    def __init__(self, stage: Stage, before: nn.Module, judge: Features, stay: float) -> None:
+    def __init__(self, stage: Stage, before: nn.Module, judge: Judge, stay: float) -> None:
         super().__init__()
         self.cfg, self.rule, self.stay = stage.cfg, stage.rule, stay
         self.student = stage.net
@@ -47,11 +48,12 @@ class Rewarded(nn.Module):
         before, judge = self.fixed
         made = self.made(batch, self.student)
         with torch.no_grad():
-            truth = judge.classify(judge(prepare(batch.x)))
+            truth = judge(prepare(batch.x))
             held = self.made(batch, before)
-        seen = judge.classify(judge(prepare(made + BLUR * batch.eps.roll(1, 0))))
+        seen = judge(prepare(made + BLUR * batch.eps.roll(1, 0)))
         parts = [F.cross_entropy(seen[name], truth[name].softmax(1), reduction="none") for name in truth]
-        return torch.stack(parts).sum(0) + self.stay * (made - held).abs().mean((1, 2, 3, 4))
+        apart = torch.cat([part.reshape(len(made), -1) for part in parts], 1).sum(1)
+        return apart + self.stay * (made - held).abs().mean((1, 2, 3, 4))
 
     def made(self, batch: Batch, net: Callable[..., Any]) -> Tensor:
         """What `net` makes from the batch's noise (B, C, F, H, W), with a gradient through all steps."""

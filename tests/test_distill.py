@@ -20,13 +20,14 @@ from cascade.cond import Cond
 from cascade.config import parse
 from cascade.data.source import DataConfig
 from cascade.diffusion import Diffusion, Prediction
-from cascade.distill import DistillConfig, ladder, rounds, told
+from cascade.distill import Course, ladder
 from cascade.errors import ConfigError
 from cascade.lesson import Lesson, halved, predict
 from cascade.loading import load_stage
 from cascade.loading import save_stage as save_weights
 from cascade.noise import Key, Noise, generator
 from cascade.request import Prompts
+from cascade.rounds import DistillConfig, rounds, told
 from cascade.sampler import Rule, Sampler, Threshold, sample
 from cascade.settings import StageConfig, TrainConfig
 from cascade.solvers import ddim
@@ -425,9 +426,8 @@ def test_guidance_distillation_of_a_linear_teacher_is_its_guidance(tmp_path: Pat
     cfg = config(guidance=2.0)
     teacher = Linear()
     plan = DistillConfig(steps=[8], round_steps=1, guidance_steps=120, guidance=[0.0, 4.0], lr=0.1, warmup=0, ema=0.9)
-    ladder(
-        Stage(cfg, base, teacher), "teacher", Dots(), encode, plan, training(), tmp_path, progress=False  # type: ignore[arg-type]
-    )  # fmt: skip
+    course = Course(Dots(), encode, plan, training(), tmp_path, progress=False)
+    ladder(Stage(cfg, base, teacher), "teacher", course)  # type: ignore[arg-type]
     student = Linear()
     checkpoint.apply(student, checkpoint.load(tmp_path / "guidance/weights").state, "test")
     text = encode([CAPTIONS[i % 3] for i in range(32)])
@@ -464,7 +464,7 @@ ROUNDS = ("guidance", "04", "02")
 
 def climb(out: Path, source: Dots | None = None, cfg: DistillConfig = LADDER, key: str = "teacher") -> Path:
     train = training(batch=2, checkpoint_every=2)
-    return ladder(small_stage(), key, source or Dots(), encode, cfg, train, out, progress=False)
+    return ladder(small_stage(), key, Course(source or Dots(), encode, cfg, train, out, progress=False))
 
 
 def hashes(out: Path) -> dict[str, str]:
@@ -692,7 +692,7 @@ def test_a_student_beats_the_undistilled_sampler_at_equal_steps(tmp_path: Path) 
     state = fit(teacher, Dots(), encode, train, tmp_path / "teacher", progress=False)
     checkpoint.apply(teacher.net, state, "the average")
     plan = DistillConfig(steps=[8, 4, 2], round_steps=250, guidance_steps=250, guidance=[0.0, 3.0], lr=1e-3, warmup=10)
-    ladder(teacher, "teacher", Dots(), encode, plan, train, tmp_path / "ladder", progress=False)
+    ladder(teacher, "teacher", Course(Dots(), encode, plan, train, tmp_path / "ladder", progress=False))
     report = []
     for w in (0.5, 2.0):
         truth = samples(cfg, teacher.net, 32, w, None)

@@ -52,7 +52,7 @@ def test_only_brings_what_is_needed() -> None:
         ({"a": {"stage": "x", "set": ["@b"]}}, "there is no step b"),
         ({"a": {"stage": "x", "set": ["@b"]}, "b": {"stage": "x", "set": ["@a"]}}, "a needs b needs a"),
         ({"a": {"stage": "x", "fit": "text"}}, "stage and fit are x and text"),
-        ({"a": {"fit": "nothing"}}, "fit is nothing, expected one of text, features, merge"),
+        ({"a": {"fit": "nothing"}}, "fit is nothing, expected one of text, features, judge, merge"),
     ],
 )
 def test_what_cannot_run_is_refused(steps: dict[str, Any], message: str) -> None:
@@ -111,8 +111,8 @@ def test_what_ships_is_half_as_large_and_says_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
 def test_the_shipped_recipe_is_whole(profile: str) -> None:
     """Every step's settings compose and are known; every part of the chain ships."""
-    from cascade.distill import DistillConfig
     from cascade.exam import EvaluateConfig
+    from cascade.rounds import DistillConfig
     from cascade.tasks import request
 
     tree = compose("train", [])

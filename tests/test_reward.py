@@ -12,16 +12,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cascade import checkpoint, distill
+from cascade import checkpoint, distill, judge
 from cascade.codec import Codec, Kind
 from cascade.cond import Cond
 from cascade.config import package_root, parse
 from cascade.diffusion import Diffusion, Prediction
-from cascade.distill import DistillConfig, rewarded
+from cascade.distill import Course, rewarded
 from cascade.errors import ConfigError, InputError
 from cascade.metrics import features
 from cascade.noise import Key, generator
 from cascade.reward import BLUR, Rewarded
+from cascade.rounds import DistillConfig, Method, check_student
 from cascade.sampler import Sampler, Threshold
 from cascade.settings import StageConfig, TrainConfig
 from cascade.stage import Batch, Stage
@@ -56,18 +57,15 @@ def examples(batch: int, dtype: torch.dtype = torch.float32) -> Batch:
 
 
 @pytest.fixture(scope="module")
-def judge() -> features.Features:
-    return features.load(Path(JUDGE))[0]
+def shipped() -> judge.Judge:
+    return judge.load(Path(JUDGE))[0]
 
 
 class Brightness(nn.Module):
     """A judge that knows two classes, and sees in a clip which of two channels is brighter."""
 
-    def forward(self, clips: Tensor) -> Tensor:
-        return 4 * clips.mean((2, 3, 4))[:, :2]
-
-    def classify(self, features: Tensor) -> dict[str, Tensor]:
-        return {"channel": features}
+    def forward(self, clips: Tensor) -> dict[str, Tensor]:
+        return {"channel": 4 * clips.mean((2, 3, 4))[:, :2]}
 
 
 def taught(
@@ -132,11 +130,11 @@ def test_the_gradient_is_that_of_the_whole_run() -> None:
 
 
 def test_the_loss_is_the_papers_cross_entropy_and_the_mean_change() -> None:
-    student, before, judge = Curved(), shifted(), Brightness()
+    student, before, brightness = Curved(), shifted(), Brightness()
     batch = examples(3, torch.float64)
     made, held = (taught(net).made(batch, net) for net in (student, before))
-    p = judge(features.prepare(batch.x)).softmax(1)
-    q = judge(features.prepare(made + BLUR * batch.eps[[2, 0, 1]])).log_softmax(1)
+    p = brightness(features.prepare(batch.x))["channel"].softmax(1)
+    q = brightness(features.prepare(made + BLUR * batch.eps[[2, 0, 1]]))["channel"].log_softmax(1)
     got = taught(student, before, stay=0.7)(batch)
     assert torch.allclose(got, -(p * q).sum(1) + 0.7 * (made - held).abs().mean((1, 2, 3, 4)), atol=1e-12)
 
@@ -162,23 +160,36 @@ def test_half_of_the_clips_are_made_at_the_samplers_own_weight() -> None:
     assert taught(Linear()).weight(batch) is None
 
 
-def test_the_judge_has_a_gradient_everywhere(judge: features.Features) -> None:
-    """A flat clip too, whose every pixel is the colour of the border."""
+class PerColour(nn.Module):
+    """A judge that answers for every channel by itself."""
+
+    def forward(self, clips: Tensor) -> dict[str, Tensor]:
+        means = clips.mean((2, 3, 4))
+        return {"there": torch.stack([means, -means], 1), "first": means[:, :2]}
+
+
+def test_every_answer_of_a_judge_counts() -> None:
+    student, batch, asked = Curved(), examples(3, torch.float64), PerColour()
+    task = taught(student, student, asked)
+    seen = asked(features.prepare(task.made(batch, student) + BLUR * batch.eps[[2, 0, 1]]))
+    expected = torch.zeros(3, dtype=torch.float64)
+    for name, logits in asked(features.prepare(batch.x)).items():
+        expected -= (logits.softmax(1) * seen[name].log_softmax(1)).reshape(3, -1).sum(1)
+    assert torch.allclose(task(batch), expected, atol=1e-12)
+
+
+def test_the_judge_has_a_gradient_everywhere(shipped: judge.Judge) -> None:
+    """A flat clip too."""
     for clips in (torch.zeros(2, 3, 8, 32, 32), torch.randn(2, 3, 8, 32, 32, generator=generator("clips"))):
         clips.requires_grad_()
-        sum(logits.sum() for logits in judge.classify(judge(clips)).values()).backward()  # type: ignore[union-attr]
+        sum(logits.sum() for logits in shipped(clips).values()).backward()  # type: ignore[union-attr]
         assert clips.grad is not None and bool(clips.grad.isfinite().all())
-
-
-def test_the_judge_is_not_the_network_that_measures() -> None:
-    hashes = {features.load(package_root() / path)[1] for path in (JUDGE, features.WEIGHTS)}
-    assert len(hashes) == 2
 
 
 # the round -----------------------------------------------------------------------------------------------------------
 
 PLAN = DistillConfig(
-    steps=[3], round_steps=4, method=distill.Method.REWARD, judge=JUDGE, lr=1e-3, warmup=1, ema=0.9
+    steps=[3], round_steps=4, method=Method.REWARD, judge=JUDGE, lr=1e-3, warmup=1, ema=0.9
 )  # fmt: skip
 
 
@@ -187,7 +198,7 @@ def student() -> Stage:
 
 
 def better(out: Path, source: Dots | None = None, cfg: DistillConfig = PLAN, key: str = "student") -> Path:
-    return rewarded(student(), key, source or Dots(), encode, cfg, training(), out, progress=False)
+    return rewarded(student(), key, Course(source or Dots(), encode, cfg, training(), out, progress=False))
 
 
 def digest(weights: Path) -> str:
@@ -217,11 +228,12 @@ def test_cut_at_any_time_and_run_again_gives_the_same_bytes(whole: Path, tmp_pat
     assert digest(better(tmp_path)) == digest(whole)
 
 
-def test_a_finished_round_is_not_run_again_nor_continued_with_other_settings(whole: Path) -> None:
+def test_a_finished_round_is_not_run_again_nor_continued_with_other_settings(whole: Path, tmp_path: Path) -> None:
     out = whole.parent.parent
     assert better(out, Cutting(0)) == whole
-    measuring = str(package_root() / features.WEIGHTS)
-    for changed in (replace(PLAN, stay=0.5), replace(PLAN, judge=measuring), replace(PLAN, lr=2e-3)):
+    state = {name: value + 1 for name, value in checkpoint.load(Path(JUDGE)).state.items()}
+    checkpoint.save(tmp_path / "other", state, judge.CONFIG)
+    for changed in (replace(PLAN, stay=0.5), replace(PLAN, judge=str(tmp_path / "other")), replace(PLAN, lr=2e-3)):
         with pytest.raises(ConfigError, match="other settings"):
             better(out, cfg=changed)
     with pytest.raises(ConfigError, match="other settings"):
@@ -248,9 +260,10 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
         distill.stage_task(request(tmp_path, {**OWN, "judge": None}))
     latent = config(codec=Codec(kind=Kind.LATENT, weights="vae", channels=3, stride=8, scale=1.0))
     with pytest.raises(ConfigError, match="not latents"):
-        distill.check_student(latent)
-    with pytest.raises(InputError):
-        better(tmp_path / "other", cfg=replace(PLAN, judge=str(tmp_path / "teacher")))
+        check_student(latent)
+    for other in (tmp_path / "teacher", package_root() / features.WEIGHTS):  # what measures must not judge
+        with pytest.raises(InputError, match="are no judge"):
+            better(tmp_path / "other", cfg=replace(PLAN, judge=str(other)))
     assert not (tmp_path / "out").exists()
 
 
@@ -298,11 +311,11 @@ def test_a_student_learns_from_the_judge_alone_what_a_caption_asks_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No loss compares pixels: the one channel that the judge has no class for stays gray, the others part."""
-    monkeypatch.setattr(features, "load", lambda path: (Brightness(), "brightness"))
+    monkeypatch.setattr(judge, "load", lambda path: (Brightness(), "brightness"))
     cfg = config(diffusion=Diffusion(prediction=Prediction.X))
     stage = Stage(cfg, base, Paint())  # type: ignore[arg-type]
     plan = replace(PLAN, round_steps=60, lr=5e-2, ema=0.8, stay=0.0)
-    weights = rewarded(stage, "gray", Plain(), encode, plan, training(batch=8), tmp_path, progress=False)
+    weights = rewarded(stage, "gray", Course(Plain(), encode, plan, training(batch=8), tmp_path, progress=False))
     checkpoint.apply(stage.net, checkpoint.load(weights).state, "test")
     made = stage.sample(None, encode(list(CAPTIONS[:2])), None, lambda *_: torch.zeros(2, 3, 2, 8, 8))
     colours = made.frames.mean((2, 3, 4))

@@ -7,7 +7,8 @@ for shapes, and of few dimensions, so that a distance between a few hundred clip
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import count
 from pathlib import Path
@@ -166,35 +167,44 @@ def batch_of(source: Iterator[tuple[Tensor, dict[str, int]]], size: int) -> tupl
 def fit(out: Path, steps: int = 1100, seed: int = 0, size: int = 32, validate: int = 1000) -> dict[str, float]:
     """Trains the network and writes its weights (float16) to `out`; returns its accuracy on `validate` unseen clips.
 
-    AdamW, 3e-3 with 5 % linear warm-up and linear decay, sum of the classes' cross-entropies, `size` new clips a step.
+    The loss is the sum of the classes' cross-entropies, `size` new clips a step; see `learn`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Features().train()
-    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.02)
-    warm = max(1, steps // 20)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
-    )
     source = examples(seed, "train")
-    for _ in range(steps):
+
+    def loss() -> Tensor:
         clips, classes = batch_of(source, size)
         logits = net.classify(net(clips))
-        loss = torch.stack([F.cross_entropy(logits[name], known) for name, known in classes.items()]).sum()
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        optimizer.step()
-        schedule.step()
+        return torch.stack([F.cross_entropy(logits[name], known) for name, known in classes.items()]).sum()
+
+    learn(net, steps, loss)
     calibrate(net, seed)
     card = (
         f"# features\n\nA classifier of the procedural world ({', '.join(CLASSES)}), "
         f"{sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters: {DIMENSIONS} features for Fréchet "
-        "distances, or classes for a judge of students, never the same network for both.\n\n"
+        "distances.\n\n"
         f"Made by `cascade.metrics.features.fit(out, steps={steps}, seed={seed}, size={size})`.\n\n"
         "Licence: Apache-2.0.\n"
     )
     checkpoint.save(out, net.state_dict(), CONFIG, card=card, dtype=torch.float16)
     return accuracy(load(out)[0], seed, validate)
+
+
+def learn(net: nn.Module, steps: int, loss: Callable[[], Tensor], clip: float = math.inf) -> None:
+    """AdamW, 3e-3 with 5 % linear warm-up and linear decay; `clip` is the greatest norm of a gradient."""
+    optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3, weight_decay=0.02)
+    warm = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+    )
+    for _ in range(steps):
+        optimizer.zero_grad()
+        torch.autograd.backward(loss())
+        nn.utils.clip_grad_norm_(net.parameters(), clip)
+        optimizer.step()
+        schedule.step()
 
 
 @torch.no_grad()

@@ -1,0 +1,145 @@
+"""What a distillation consists of: its settings, its rounds, and which of them a stage allows."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+from cascade.codec import Kind
+from cascade.errors import ConfigError
+from cascade.settings import StageConfig, TrainConfig
+
+
+class Method(Enum):
+    """How a student comes by its steps."""
+
+    PROGRESSIVE = "progressive"  # halving, Salimans & Ho 2022
+    CONSISTENCY = "consistency"  # multistep consistency distillation, Heek et al. 2024
+    REWARD = "reward"  # no fewer steps, but better ones, by a judge of what they make, Clark et al. 2024
+
+
+@dataclass(kw_only=True)
+class DistillConfig:
+    """How a stage is distilled (`task=distill`). What does not stand here, such as crop or seed, is as in `train`."""
+
+    steps: list[int]  # of each round's student, every entry half of the one before; the first teacher runs 2 steps[0]
+    round_steps: int  # training steps of a round of halving
+    guidance_steps: int = 0  # of guidance distillation; 0: the first round of halving folds the guidance in as well
+    guidance: list[float] = field(default_factory=lambda: [0.0, 4.0])  # lowest and highest w that a student is told
+    teacher: str | None = None  # weights to learn from; None: the stage's own
+    method: Method = Method.PROGRESSIVE
+    grid: int = 64  # teacher's steps along which a consistency student is drawn together
+    batch: int | None = None  # clips a step; None: as in `train`
+    lr: float = 3e-4  # at the start of every round, falling linearly to zero
+    warmup: int = 50  # steps; a new optimizer's first steps would throw the teacher's weights away
+    ema: float = 0.99
+    judge: str | None = None  # weights of the network that says what a clip shows, for `reward`
+    stay: float = 1.0  # what the change of a clip counts beside that
+
+    def __post_init__(self) -> None:
+        halves = all(2 * after == before for before, after in zip(self.steps, self.steps[1:], strict=False))
+        if not self.steps or min(self.steps) < 1 or not halves:
+            raise ValueError(f"steps is {self.steps}, expected such as [16, 8, 4], each half of the one before")
+        if len(self.guidance) != 2 or not 0 <= self.guidance[0] <= self.guidance[1]:
+            raise ValueError(f"guidance is {self.guidance}, expected the lowest and the highest w, such as [0, 4]")
+        for name, low in (("round_steps", 1), ("guidance_steps", 0), ("grid", 1)):
+            if getattr(self, name) < low:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {low}")
+        if self.lr <= 0:
+            raise ValueError(f"lr is {self.lr}, expected a number above 0")
+        if not 0 <= self.stay < math.inf:
+            raise ValueError(f"stay is {self.stay}, expected a number of at least 0")
+        if self.method is Method.REWARD and len(self.steps) > 1:
+            raise ValueError(f"steps is {self.steps}, expected one number: a rewarded student keeps its steps")
+
+    @property
+    def drawn(self) -> int:
+        """Steps of the grid along which the method draws a student together; 0 where it halves."""
+        return self.grid if self.method is Method.CONSISTENCY else 0
+
+
+@dataclass(frozen=True)
+class Round:
+    """A student to train: `steps` of DDIM, or 0 for guidance distillation."""
+
+    name: str
+    steps: int
+    train: TrainConfig
+
+
+def rounds(cfg: DistillConfig, train: TrainConfig, guided: bool) -> list[Round]:
+    """The rounds of a ladder; guidance distillation comes first if the teacher is `guided` by two evaluations.
+
+    Every round has a seed of its own, and so clips and noise that no round before it saw. No clip goes without its
+    caption: a student is never asked for the unconditional branch. No step is of images: a student makes whole clips.
+    """
+
+    def training(steps: int, number: int) -> TrainConfig:
+        batch = train.batch if cfg.batch is None else cfg.batch
+        try:
+            return replace(
+                train, steps=steps, batch=batch, lr=cfg.lr, warmup=cfg.warmup, ema=cfg.ema, drop_text=0.0,
+                images=0.0, seed=train.seed + number,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ConfigError(f"distill: {error}") from error
+
+    ladder = [Round(f"{steps:02d}", steps, training(cfg.round_steps, 2 + i)) for i, steps in enumerate(cfg.steps)]
+    if guided and cfg.guidance_steps:
+        ladder.insert(0, Round("guidance", 0, training(cfg.guidance_steps, 1)))
+    return ladder
+
+
+def recipe(step: Round, w_range: list[float] | None, method: Method) -> str:
+    """What a round does, in words."""
+    told_w = "" if w_range is None else f", told the guidance weight w from {w_range[0]:g} to {w_range[1]:g}"
+    if step.steps == 0:
+        return f"guidance in one evaluation{told_w} (Meng et al. 2023)"
+    if method is Method.REWARD:
+        return f"{step.steps} steps of DDIM, judged by what they make{told_w} (Clark et al. 2024)"
+    if method is Method.CONSISTENCY:
+        return f"{step.steps} steps of DDIM, each consistent along its span{told_w} (Heek et al. 2024)"
+    return f"{step.steps} steps of DDIM, each doing two of the teacher's{told_w} (Salimans & Ho 2022)"
+
+
+def told(stage: StageConfig, cfg: DistillConfig) -> tuple[list[float] | None, bool]:
+    """The range of w that students are told, and whether the teacher needs two evaluations for one guided x_hat.
+
+    Raises ConfigError for a range that the teacher does not know, or that the stage's sampler leaves.
+    """
+    if stage.w_range is None and stage.sampler.guidance == 0:
+        return None, False
+    low, high = cfg.guidance
+    if stage.w_range is not None and not stage.w_range[0] <= low <= high <= stage.w_range[1]:
+        raise ConfigError(
+            f"{stage.name}: distill.guidance is {cfg.guidance}, the teacher knows w from {stage.w_range[0]:g} to "
+            f"{stage.w_range[1]:g}",
+            fix=f"distill.guidance={stage.w_range}",
+        )
+    check_weights(stage, low, high)
+    return [low, high], stage.w_range is None
+
+
+def check_weights(stage: StageConfig, low: float, high: float) -> None:
+    """Raises ConfigError for a sampler whose guidance a student would not know."""
+    sampler = stage.sampler
+    for w in (sampler.guidance, sampler.guidance if sampler.guidance_low is None else sampler.guidance_low):
+        if not low <= w <= high:
+            raise ConfigError(
+                f"{stage.name}: the sampler's guidance is {w:g}, the student would know w from {low:g} to {high:g}",
+                fix=f"distill.guidance=[{min(low, w):g},{max(high, w):g}]",
+            )
+
+
+def check_student(stage: StageConfig) -> None:
+    """Raises ConfigError for a student that a judge cannot better."""
+    if stage.codec.kind is Kind.LATENT:
+        raise ConfigError(f"{stage.name}: a judge sees pixels, not latents", fix="distill.method=consistency")
+    if stage.w_range is not None:
+        check_weights(stage, *stage.w_range)
+    elif stage.sampler.guidance:
+        raise ConfigError(
+            f"{stage.name}: sampler.guidance is {stage.sampler.guidance:g}, which needs two evaluations: no student",
+            fix="distill.teacher=DIRECTORY of a guidance-distilled network, or sampler.guidance=0",
+        )
