@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -212,6 +212,7 @@ def main() -> None:
     parser.add_argument("--log", type=Path, metavar="FILE", help="every round's answers, a line of JSON a part")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--parts", help="numbers of the parts of a full run, from 1, such as 1,3")
+    parser.add_argument("--tasks", default="forward,train", help="of each part, those of these that it has")
     parser.add_argument("--only", default="", help="these peers, separated by commas")
     parser.add_argument("--limit", type=float, default=900, help="seconds that one answer may take")
     parser.add_argument("--settings", type=Path, default=HERE / "peers.yaml")
@@ -221,6 +222,8 @@ def main() -> None:
     parts = QUICK if args.quick else FULL
     if args.parts:
         parts = [parts[int(number) - 1] for number in args.parts.split(",")]
+    tasks = args.tasks.split(",")
+    parts = [replace(part, tasks=tuple(task for task in part.tasks if task in tasks)) for part in parts]
     only = [name for name in args.only.split(",") if name]
     print(f"{machine()}; {args.rounds} rounds\n{versions()}")
     began, first, refused = time.perf_counter(), True, 0
