@@ -129,8 +129,8 @@ def rewarded(student: Stage, key: str, course: Course) -> Path:
         before = copy.deepcopy(student.net).to(device).eval().requires_grad_(False)
         student.net.requires_grad_(True)
         better = Stage(student_config(student.cfg, student.cfg.w_range, step.steps), student.rule, student.net)
-        task = Stage(better.cfg, better.rule, Rewarded(better, before, net.to(device), cfg.stay))
-        judged = replace(course, inputs=[course.inputs, by, cfg.stay])
+        task = Stage(better.cfg, better.rule, Rewarded(better, before, net.to(device), cfg))
+        judged = replace(course, inputs=[course.inputs, by, cfg.stay, cfg.last, cfg.blur])
         return judged.run(step, better, task, lambda batch, net: net(batch), key, everyone)
 
 

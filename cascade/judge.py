@@ -1,10 +1,9 @@
-"""The network that judges students: what does a clip show of every colour?
+"""The network that judges students: what does a clip show of one thing at a time?
 
-Of each colour it says which shape, size and motion a thing of that colour has, or that there is none, and beside that
-what the background is. So it can say of two things which is which. A colour looks where it is by attention of its own
-over each frame (slots, Locatello et al. 2020, here with fixed owners); where its weight lies from frame to frame is the
-path, and what it collects there is the shape. It learns from noisy clips: grain tells it nothing, so grain cannot
-please it. It is never what measures: those features are of another network (cascade/metrics/features.py).
+It knows single things, as the feature network does (cascade/metrics/features.py), and where each colour is. Of a clip
+with two things it is shown each by itself, the other one painted over with the background: so it can say which is
+which, and still sees the whole clip, in which nothing else may be. It learns from noisy clips, so that grain cannot
+please it. A network of features alone can judge single things. Neither is ever what measures.
 """
 
 from __future__ import annotations
@@ -19,132 +18,143 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade import checkpoint
-from cascade.data.captions import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES
+from cascade.data.captions import COLOURS
 from cascade.data.shapes import ShapesConfig, sample, truth
 from cascade.errors import InputError
-from cascade.metrics.features import FPS, INPUT, learn
+from cascade.metrics import features
+from cascade.metrics.features import CLASSES, FPS, INPUT, NONE, ORDERS, SHUFFLED, Features, backdrop, learn
 from cascade.noise import generator
 
-WIDTHS = (48, 96)  # channels at 16x16 and 8x8
-SLOT = 64
-PLACE = 16  # of a slot, what is kept frame by frame for the path
-MASKS = 100.0  # what the cross-entropy of where each colour is counts beside the others
-NOISE = 0.2  # greatest standard deviation of the noise on training clips
-HEADS = {"shape": SHAPES, "size": SIZES, "motion": MOTIONS}  # of every colour; one class more: there is none
-Example = tuple[Tensor, dict[str, Tensor], Tensor]  # clips, classes, the share of each pixel that is of each colour
-CONFIG = {"kind": "judge", "widths": list(WIDTHS), "slot": SLOT, "input": str(INPUT)}
+PLACES = 48  # channels of what finds colours
+MASKS = 50.0  # what the cross-entropy of where each colour is counts beside the classes'
+NOISE = 0.15  # greatest standard deviation of the noise on training clips
+SEEN = 0.1  # the share of a place from which on a colour is there
+LEAST = 0.008  # of all places: a smaller colour is no thing
+CONFIG = {"kind": "judge", "places": PLACES, "input": str(INPUT)}
 
 
-class Judge(nn.Module):
-    """(B, 3, 8, 32, 32) in [-1, 1] -> logits: "background" (B, 4), and each of HEADS (B, classes + 1, colours)."""
-
-    grid: Tensor
+class Judge(Features):
+    """(B, 3, 8, 32, 32) in [-1, 1] -> features, and `classify`, of single things; `where` each colour is."""
 
     def __init__(self) -> None:
         super().__init__()
-        a, b = WIDTHS
-        sizes = ((12, a, 1), (a, a, 1), (a, b, 2), (b, b, 1), (b, b, 1))
-        self.convs = nn.ModuleList(nn.Conv2d(i, o, 3, stride=s, padding=1, bias=False) for i, o, s in sizes)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(o) for _, o, _ in sizes)
-        self.look = nn.Conv2d(a + b, b, 1)
-        self.where = nn.Conv2d(a, len(COLOURS), 1)
-        self.slot = nn.Linear(b + 6, SLOT)
-        self.place = nn.Linear(SLOT + 6, PLACE)
-        self.path = nn.Sequential(nn.Linear(PLACE * INPUT.frames, 2 * SLOT), nn.ReLU())
-        self.thing = nn.Sequential(nn.Linear(2 * SLOT, 2 * SLOT), nn.ReLU())
-        self.heads = nn.ModuleDict({name: nn.Linear(2 * SLOT, len(values) + 1) for name, values in HEADS.items()})
-        self.background = nn.Linear(a, len(BACKGROUNDS))
-        y, x = (torch.linspace(-1, 1, side // 2) for side in (INPUT.height, INPUT.width))
-        y, x = torch.meshgrid(y, x, indexing="ij")
-        self.register_buffer("grid", torch.stack([x, y, x * x, y * y, x * y]).flatten(1), persistent=False)
+        sizes = ((12, PLACES, 3), (PLACES, PLACES, 3), (PLACES, len(COLOURS), 1))
+        self.eyes = nn.ModuleList(nn.Conv2d(i, o, k, padding=k // 2) for i, o, k in sizes)
 
-    def places(self, clips: Tensor) -> tuple[Tensor, Tensor]:
-        """What is seen (B F, channels, 16, 16) of clips, and logits of where each colour is (B F, colours, 16, 16)."""
+    def where(self, clips: Tensor) -> Tensor:
+        """Logits of the share of each 2x2 pixels that each colour has, (B, F, colours, 16, 16)."""
         h = F.pixel_unshuffle(clips.transpose(1, 2).flatten(0, 1), 2).contiguous(memory_format=torch.channels_last)
-        for i in (0, 1):
-            h = F.relu(self.norms[i](self.convs[i](h)))
-        return h, self.where(h)
+        for conv in self.eyes[:-1]:
+            h = F.relu(conv(h))
+        out: Tensor = self.eyes[-1](h)
+        return out.view(len(clips), -1, *out.shape[1:])
 
-    def forward(self, clips: Tensor) -> dict[str, Tensor]:
-        return self.answers(len(clips), *self.places(clips))
+    def things(self, real: Tensor, made: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each thing of the real clips by itself, in them and in the clips made of the same captions.
 
-    def answers(self, batch: int, h: Tensor, there: Tensor) -> dict[str, Tensor]:
-        """The logits of `batch` clips from their `places`."""
-        wide, there = h, there.flatten(2)
-        for i in (2, 3, 4):
-            wide = F.relu(self.norms[i](self.convs[i](wide)))
-        seen = F.relu(self.look(torch.cat([h, F.interpolate(wide, scale_factor=2, mode="nearest")], 1))).flatten(2)
-        grid = self.grid.expand(len(seen), -1, -1)
-        found = torch.einsum("nkp,ncp->nkc", there.softmax(2), torch.cat([seen, grid], 1))
-        at = torch.cat([found[..., -5:], there.sigmoid().mean(2)[..., None]], 2)  # moments of its places, and its area
-        slots = F.relu(self.slot(torch.cat([found[..., :-5], at], 2)))
-        place = F.relu(self.place(torch.cat([slots, at], 2)))
-        slots, place = (s.view(batch, -1, *s.shape[1:]).transpose(1, 2) for s in (slots, place))  # (B, colours, F, ...)
-        thing = self.thing(torch.cat([slots.mean(2), slots.amax(2)], 2))
-        path = self.path(place.flatten(2))
-        logits = {name: head(path if name == "motion" else thing).transpose(1, 2) for name, head in self.heads.items()}
-        logits["background"] = self.background(h.mean((2, 3)).view(batch, -1, h.shape[1]).mean(1))
-        return logits
+        (B, 3, 8, 32, 32) twice -> (things, 3, 8, 32, 32) twice, and which clip each is of, (things,).
+        """
+        with torch.no_grad():
+            there, found = (self.where(clips).sigmoid() for clips in (real, made))
+            present = (there > SEEN).float().mean((1, 3, 4)) > LEAST  # (B, colours)
+        clip, own = present.nonzero(as_tuple=True)
+        others = present[clip] & (torch.arange(len(COLOURS), device=own.device) != own[:, None])
+        alone = [
+            without(clips[clip], (places[clip] * others[:, None, :, None, None]).amax(2), places[clip, :, own])
+            for clips, places in ((real, there), (made, found))
+        ]
+        return alone[0], alone[1], clip
 
 
-def load(path: Path) -> tuple[Judge, str]:
-    """The judge in the directory `path`, ready to use, and the hash of its weights."""
+class Whole(Features):
+    """A feature network as the judge of clips of single things."""
+
+    def things(self, real: Tensor, made: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """All of each clip; see `Judge.things`."""
+        return real, made, torch.arange(len(real), device=real.device)
+
+
+def without(clips: Tensor, other: Tensor, own: Tensor) -> Tensor:
+    """Clips (B, 3, F, H, W) with the background where more of `other` is than of `own`, shares (B, F, H/2, W/2)."""
+    around = F.max_pool2d(other, 3, 1, 1)
+    hidden = (around > SEEN) & (around > own)
+    mask = hidden.repeat_interleave(2, -1).repeat_interleave(2, -2)[:, None]
+    return torch.where(mask, backdrop(clips), clips)
+
+
+def load(path: Path) -> tuple[Judge | Whole, str]:
+    """The judge in the directory `path`, ready to use, and the hash of its weights.
+
+    A feature network judges clips of single things. Raises InputError for one that measures, and for what is neither.
+    """
     weights = checkpoint.load(path)
-    if weights.config != CONFIG:
+    net: Judge | Whole = Whole() if weights.config == features.CONFIG else Judge()
+    if weights.config not in (CONFIG, features.CONFIG):
         raise InputError(f"weights {path}: are no judge", fix="distill.judge=checkpoints/tiny/judge")
-    net = Judge()
+    if weights.hash == features.shipped()[1]:
+        raise InputError(f"weights {path}: measure, and must not judge", fix="distill.judge=checkpoints/tiny/judge")
     checkpoint.apply(net, weights.state, str(path))
     return net.eval().requires_grad_(False), weights.hash
 
 
 # Training
 
+Example = tuple[Tensor, Tensor, Tensor, dict[str, int]]  # clip, shares of each colour, clip of one thing, its classes
+
 
 def examples(seed: int, purpose: str) -> Iterator[Example]:
-    """Endless clips (3, 8, 32, 32) of one and two things of all compositions; their classes, (colours,) or ()."""
-    world = ShapesConfig(two=0.6, split="all")
+    """Endless clips (3, 8, 32, 32) of one and two things of all compositions; one by itself, some of them shuffled."""
+    world = ShapesConfig(two=0.5, split="all")
     for index in numbers():
         clip, _, scene = sample(world, INPUT, FPS, "judge", seed, purpose, index)
-        classes = {name: torch.full((len(COLOURS),), len(values)) for name, values in HEADS.items()}
-        for thing in scene.spec.things:
-            for name, values in HEADS.items():
-                classes[name][COLOURS.index(thing.colour)] = values.index(getattr(thing, name))
+        rng = generator("judge", seed, purpose, index)
+        things = scene.spec.things
         shown = torch.from_numpy(truth(scene, INPUT.frames, INPUT.height, INPUT.width, FPS).masks)
-        masks = torch.zeros(INPUT.frames, len(COLOURS), INPUT.height, INPUT.width)
-        masks[:, [COLOURS.index(thing.colour) for thing in scene.spec.things]] = shown
-        classes["background"] = torch.tensor(BACKGROUNDS.index(scene.spec.background))
-        yield clip, classes, F.avg_pool2d(masks, 2)
+        shares = torch.zeros(INPUT.frames, len(COLOURS), INPUT.height // 2, INPUT.width // 2)
+        shares[:, [COLOURS.index(thing.colour) for thing in things]] = F.avg_pool2d(shown, 2)
+        thing = things[int(torch.randint(len(things), (), generator=rng))]
+        own = shares[:, COLOURS.index(thing.colour)]
+        alone = without(clip[None], (shares.amax(1) * (own < shares.amax(1)))[None], own[None])[0]
+        words = {**vars(thing), "background": scene.spec.background, "order": ORDERS[0]}
+        classes = {name: values.index(words[name]) for name, values in CLASSES.items()}
+        if torch.rand((), generator=rng) < SHUFFLED:
+            shuffled = alone[:, torch.randperm(INPUT.frames, generator=rng)]
+            if not torch.equal(shuffled, alone):
+                alone, classes = shuffled, {**classes, "order": 1, "motion": NONE}
+        yield clip, shares, alone, classes
 
 
-def batch_of(source: Iterator[Example], size: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """The next `size` examples: clips (B, 3, 8, 32, 32), classes (B, ...) and masks (B F, colours, 16, 16)."""
-    clips, classes, masks = zip(*[next(source) for _ in range(size)], strict=True)
-    stacked = {name: torch.stack([each[name] for each in classes]) for name in classes[0]}
-    return torch.stack(clips), stacked, torch.cat(masks)
+def batch_of(source: Iterator[Example], size: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """The next `size` examples."""
+    clips, shares, alone, classes = zip(*[next(source) for _ in range(size)], strict=True)
+    known = {name: torch.tensor([each[name] for each in classes]) for name in CLASSES}
+    return torch.stack(clips), torch.stack(shares), torch.stack(alone), known
 
 
-def fit(out: Path, steps: int = 1800, seed: int = 0, size: int = 32, validate: int = 1000) -> dict[str, float]:
+def fit(out: Path, steps: int = 2000, seed: int = 1, size: int = 32, validate: int = 1000) -> dict[str, float]:
     """Trains the network and writes its weights (float16) to `out`; returns its accuracy on `validate` unseen clips.
 
-    The loss is the sum of all answers' cross-entropies, and MASKS times that of where each colour is. See `learn`.
+    The loss is the sum of the classes' cross-entropies and MASKS times that of where colours are; see `learn`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = Judge().train()
     source, rng = examples(seed, "train"), generator("judge", seed, "noise")
 
-    def loss() -> Tensor:
-        clips, classes, masks = batch_of(source, size)
+    def noisy(clips: Tensor) -> Tensor:
         level = NOISE * torch.rand(size, 1, 1, 1, 1, generator=rng)
-        h, there = net.places(clips + level * torch.randn(clips.shape, generator=rng))
-        logits = net.answers(size, h, there)
-        parts = [F.cross_entropy(logits[name], known, reduction="sum") / size for name, known in classes.items()]
-        return torch.stack(parts).sum() + MASKS * F.binary_cross_entropy_with_logits(there, masks)
+        return clips + level * torch.randn(clips.shape, generator=rng)
 
-    learn(net, steps, loss, clip=5.0)
+    def loss() -> Tensor:
+        clips, shares, alone, classes = batch_of(source, size)
+        logits = net.classify(net(noisy(alone)))
+        parts = [F.cross_entropy(logits[name], known) for name, known in classes.items()]
+        return torch.stack(parts).sum() + MASKS * F.binary_cross_entropy_with_logits(net.where(noisy(clips)), shares)
+
+    learn(net, steps, loss)
     card = (
-        f"# judge\n\nSays of every colour which {', '.join(HEADS)} a thing of it has in a clip of the procedural "
-        f"world, or that there is none, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters. "
+        f"# judge\n\nSays of a thing in a clip of the procedural world which {', '.join(CLASSES)} it has, and finds "
+        f"each thing by its colour, {sum(p.numel() for p in net.parameters()) / 1e6:.2f} M parameters. "
         "It judges students (`distill.method=reward`) and measures nothing.\n\n"
         f"Made by `cascade.judge.fit(out, steps={steps}, seed={seed}, size={size})`.\n\n"
         "Licence: Apache-2.0.\n"
@@ -154,13 +164,13 @@ def fit(out: Path, steps: int = 1800, seed: int = 0, size: int = 32, validate: i
 
 
 @torch.no_grad()
-def accuracy(net: Judge, seed: int, count: int) -> dict[str, float]:
-    """The share of `count` clips that were not trained on whose classes are found, those of all colours at once."""
-    clips, classes, _ = batch_of(examples(seed, "validate"), count)
-    logits = [net(clips[first : first + 32]) for first in range(0, count, 32)]
-    right = {name: torch.cat([each[name] for each in logits]).argmax(1) == known for name, known in classes.items()}
-    return {name: float(found.reshape(count, -1).all(1).float().mean()) for name, found in right.items()}
+def accuracy(net: Features, seed: int, count: int) -> dict[str, float]:
+    """The share of `count` clips that were not trained on in which a thing's class is found, of each of CLASSES."""
+    _, _, alone, classes = batch_of(examples(seed, "validate"), count)
+    logits = net.classify(torch.cat([net(alone[first : first + 32]) for first in range(0, count, 32)]))
+    right = {name: (logits[name].argmax(1) == known)[known != NONE] for name, known in classes.items()}
+    return {name: float(found.float().mean()) for name, found in right.items()}
 
 
 if __name__ == "__main__":
-    fit(Path(sys.argv[1]), seed=int((sys.argv[2:] or ["0"])[0]))
+    fit(Path(sys.argv[1]), seed=int((sys.argv[2:] or ["1"])[0]))

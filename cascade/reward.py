@@ -17,14 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade.guidance import keep_known
-from cascade.judge import Judge
+from cascade.judge import Judge, Whole
 from cascade.lesson import predict
 from cascade.metrics.features import prepare
+from cascade.rounds import DistillConfig
 from cascade.sampler import sample
 from cascade.stage import Batch, Stage
 
 OWN = 0.5  # share of clips made at the sampler's own weight w; the others' are drawn from the student's range
-BLUR = 0.1  # standard deviation of the noise through which the judge looks, of values from -1 to 1
 
 
 class Rewarded(nn.Module):
@@ -33,27 +33,41 @@ class Rewarded(nn.Module):
     `before`, the student as it was, and `judge` are fixed and no part of what is saved.
     """
 
-    def __init__(self, stage: Stage, before: nn.Module, judge: Judge, stay: float) -> None:
+    def __init__(self, stage: Stage, before: nn.Module, judge: Judge | Whole, cfg: DistillConfig) -> None:
         super().__init__()
-        self.cfg, self.rule, self.stay = stage.cfg, stage.rule, stay
+        self.cfg, self.rule, self.reward = stage.cfg, stage.rule, cfg
         self.student = stage.net
         self.fixed = (before, judge)  # a tuple: no submodules
 
     def forward(self, batch: Batch) -> Tensor:
-        """What the judge sees against what it sees in the real clips, and `stay` times the change, (B,).
+        """What the judge sees against what it sees in real clips, `stay` times the change and `last` `finish`, (B,).
 
-        The first is the cross-entropy of the judge's classes, with its own answers for the real clip of the same
-        caption as the truth. The change is the mean absolute difference: better much in few pixels than grain in all.
+        The first is the cross-entropy of the judge's classes of every thing, with its own answers for the real clip of
+        the same caption as the truth. The change is the mean absolute difference: better much in few pixels than grain
+        in all.
         """
         before, judge = self.fixed
         made = self.made(batch, self.student)
+        real, shown, clip = judge.things(prepare(batch.x), prepare(made + self.reward.blur * batch.eps.roll(1, 0)))
         with torch.no_grad():
-            truth = judge(prepare(batch.x))
+            truth = judge.classify(judge(real))
             held = self.made(batch, before)
-        seen = judge(prepare(made + BLUR * batch.eps.roll(1, 0)))
+        seen = judge.classify(judge(shown))
         parts = [F.cross_entropy(seen[name], truth[name].softmax(1), reduction="none") for name in truth]
-        apart = torch.cat([part.reshape(len(made), -1) for part in parts], 1).sum(1)
-        return apart + self.stay * (made - held).abs().mean((1, 2, 3, 4))
+        apart = made.new_zeros(len(made)).index_add(0, clip, torch.stack(parts).sum(0).to(made.dtype))
+        loss = apart + self.reward.stay * (made - held).abs().mean((1, 2, 3, 4))
+        return loss + self.reward.last * self.finish(batch) if self.reward.last else loss
+
+    def finish(self, batch: Batch) -> Tensor:
+        """The mean absolute error of the last step on real clips, (B,): what a judge overlooks, that step still sees.
+
+        As pretraining's loss beside a reward (Ouyang et al. 2022).
+        """
+        diffusion = self.cfg.diffusion
+        t = torch.full_like(batch.t, 1 / self.cfg.sampler.steps)
+        z = diffusion.noised(batch.x, batch.eps, t)
+        x = predict(diffusion, self.student, z, t, batch.cond, self.weight(batch))
+        return (x - batch.x).abs().mean((1, 2, 3, 4))
 
     def made(self, batch: Batch, net: Callable[..., Any]) -> Tensor:
         """What `net` makes from the batch's noise (B, C, F, H, W), with a gradient through all steps."""

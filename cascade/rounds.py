@@ -36,6 +36,8 @@ class DistillConfig:
     ema: float = 0.99
     judge: str | None = None  # weights of the network that says what a clip shows, for `reward`
     stay: float = 1.0  # what the change of a clip counts beside that
+    last: float = 0.0  # and what the error of the last step on real clips does
+    blur: float = 0.05  # standard deviation of the noise through which the judge looks, of values from -1 to 1
 
     def __post_init__(self) -> None:
         halves = all(2 * after == before for before, after in zip(self.steps, self.steps[1:], strict=False))
@@ -48,8 +50,9 @@ class DistillConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {low}")
         if self.lr <= 0:
             raise ValueError(f"lr is {self.lr}, expected a number above 0")
-        if not 0 <= self.stay < math.inf:
-            raise ValueError(f"stay is {self.stay}, expected a number of at least 0")
+        for name in ("stay", "last", "blur"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number of at least 0")
         if self.method is Method.REWARD and len(self.steps) > 1:
             raise ValueError(f"steps is {self.steps}, expected one number: a rewarded student keeps its steps")
 

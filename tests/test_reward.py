@@ -21,7 +21,7 @@ from cascade.distill import Course, rewarded
 from cascade.errors import ConfigError, InputError
 from cascade.metrics import features
 from cascade.noise import Key, generator
-from cascade.reward import BLUR, Rewarded
+from cascade.reward import Rewarded
 from cascade.rounds import DistillConfig, Method, check_student
 from cascade.sampler import Sampler, Threshold
 from cascade.settings import StageConfig, TrainConfig
@@ -34,6 +34,11 @@ from tests.test_distill import save_weights as save
 
 SHAPE = Shape(frames=2, height=8, width=8)
 JUDGE = str(package_root() / "checkpoints/tiny/judge")
+
+
+PLAN = DistillConfig(
+    steps=[3], round_steps=4, method=Method.REWARD, judge=JUDGE, lr=1e-3, warmup=1, ema=0.9
+)  # fmt: skip
 
 
 def config(w_range: list[float] | None = None, **changes: Any) -> StageConfig:
@@ -64,15 +69,27 @@ def shipped() -> judge.Judge:
 class Brightness(nn.Module):
     """A judge that knows two classes, and sees in a clip which of two channels is brighter."""
 
-    def forward(self, clips: Tensor) -> dict[str, Tensor]:
-        return {"channel": 4 * clips.mean((2, 3, 4))[:, :2]}
+    def forward(self, clips: Tensor) -> Tensor:
+        return 4 * clips.mean((2, 3, 4))[:, :2]
+
+    def classify(self, features: Tensor) -> dict[str, Tensor]:
+        return {"channel": features}
+
+    def things(self, real: Tensor, made: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One a clip: all of it."""
+        return real, made, torch.arange(len(real))
 
 
 def taught(
-    student: nn.Module, before: nn.Module | None = None, judge: Any = None, stay: float = 0.0, **changes: Any
+    student: nn.Module,
+    before: nn.Module | None = None,
+    judge: Any = None,
+    stay: float = 0.0,
+    last: float = 0.0,
+    **changes: Any,
 ) -> Rewarded:
     stage = Stage(config(**changes), base, student)  # type: ignore[arg-type]
-    return Rewarded(stage, before or Linear(), judge or Brightness(), stay)
+    return Rewarded(stage, before or Linear(), judge or Brightness(), replace(PLAN, stay=stay, last=last))
 
 
 def training(**changes: Any) -> TrainConfig:
@@ -133,8 +150,8 @@ def test_the_loss_is_the_papers_cross_entropy_and_the_mean_change() -> None:
     student, before, brightness = Curved(), shifted(), Brightness()
     batch = examples(3, torch.float64)
     made, held = (taught(net).made(batch, net) for net in (student, before))
-    p = brightness(features.prepare(batch.x))["channel"].softmax(1)
-    q = brightness(features.prepare(made + BLUR * batch.eps[[2, 0, 1]]))["channel"].log_softmax(1)
+    p = brightness(features.prepare(batch.x)).softmax(1)
+    q = brightness(features.prepare(made + PLAN.blur * batch.eps[[2, 0, 1]])).log_softmax(1)
     got = taught(student, before, stay=0.7)(batch)
     assert torch.allclose(got, -(p * q).sum(1) + 0.7 * (made - held).abs().mean((1, 2, 3, 4)), atol=1e-12)
 
@@ -143,6 +160,17 @@ def test_a_student_that_did_not_change_pays_for_what_it_shows_alone() -> None:
     student = Curved()
     batch = examples(3, torch.float64)
     assert torch.equal(taught(student, student, stay=5.0)(batch), taught(student, student)(batch))
+
+
+def test_the_last_step_answers_for_real_clips() -> None:
+    """Of noised real clips at the time at which it begins, told what sampling tells it."""
+    net, batch = Curved(), examples(3, torch.float64)
+    t = torch.full((3,), 1 / 3, dtype=torch.float64)
+    diffusion = config().diffusion
+    z = diffusion.noised(batch.x, batch.eps, t)
+    error = diffusion.split(z, net(z, t, batch.cond), t)[0] - batch.x
+    got = taught(net, net, last=2.0)(batch) - taught(net, net)(batch)
+    assert torch.allclose(got, 2 * error.abs().mean((1, 2, 3, 4)), atol=1e-12)
 
 
 def test_known_frames_stay() -> None:
@@ -160,21 +188,26 @@ def test_half_of_the_clips_are_made_at_the_samplers_own_weight() -> None:
     assert taught(Linear()).weight(batch) is None
 
 
-class PerColour(nn.Module):
-    """A judge that answers for every channel by itself."""
+class Halves(Brightness):
+    """A judge that answers two questions, and finds in all clips but the first two things, one in each half."""
 
-    def forward(self, clips: Tensor) -> dict[str, Tensor]:
-        means = clips.mean((2, 3, 4))
-        return {"there": torch.stack([means, -means], 1), "first": means[:, :2]}
+    def classify(self, features: Tensor) -> dict[str, Tensor]:
+        return {"channel": features, "other": features.flip(1) / 2}
+
+    def things(self, real: Tensor, made: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        first, later = ([clips[:, :, i : i + 4] for i in (0, 4)] for clips in (real, made))
+        clip = torch.arange(len(real))
+        return torch.cat([first[0], first[1][1:]]), torch.cat([later[0], later[1][1:]]), torch.cat([clip, clip[1:]])
 
 
-def test_every_answer_of_a_judge_counts() -> None:
-    student, batch, asked = Curved(), examples(3, torch.float64), PerColour()
+def test_every_answer_about_every_thing_counts() -> None:
+    student, batch, asked = Curved(), examples(3, torch.float64), Halves()
     task = taught(student, student, asked)
-    seen = asked(features.prepare(task.made(batch, student) + BLUR * batch.eps[[2, 0, 1]]))
+    seen = features.prepare(task.made(batch, student) + PLAN.blur * batch.eps[[2, 0, 1]])
     expected = torch.zeros(3, dtype=torch.float64)
-    for name, logits in asked(features.prepare(batch.x)).items():
-        expected -= (logits.softmax(1) * seen[name].log_softmax(1)).reshape(3, -1).sum(1)
+    for real, made, clip in zip(*asked.things(features.prepare(batch.x), seen), strict=True):
+        p, q = (asked.classify(asked(clips[None])) for clips in (real, made))
+        expected[clip] -= sum(float((p[name].softmax(1) * q[name].log_softmax(1)).sum().detach()) for name in p)
     assert torch.allclose(task(batch), expected, atol=1e-12)
 
 
@@ -182,15 +215,11 @@ def test_the_judge_has_a_gradient_everywhere(shipped: judge.Judge) -> None:
     """A flat clip too."""
     for clips in (torch.zeros(2, 3, 8, 32, 32), torch.randn(2, 3, 8, 32, 32, generator=generator("clips"))):
         clips.requires_grad_()
-        sum(logits.sum() for logits in shipped(clips).values()).backward()  # type: ignore[union-attr]
+        sum(logits.sum() for logits in shipped.classify(shipped(clips)).values()).backward()  # type: ignore[union-attr]
         assert clips.grad is not None and bool(clips.grad.isfinite().all())
 
 
 # the round -----------------------------------------------------------------------------------------------------------
-
-PLAN = DistillConfig(
-    steps=[3], round_steps=4, method=Method.REWARD, judge=JUDGE, lr=1e-3, warmup=1, ema=0.9
-)  # fmt: skip
 
 
 def student() -> Stage:
@@ -241,11 +270,16 @@ def test_a_finished_round_is_not_run_again_nor_continued_with_other_settings(who
 
 
 @pytest.mark.parametrize(
-    ("tree", "why"), [({"steps": [4, 2]}, "keeps its steps"), ({"steps": [4], "stay": -1}, "stay is -1")]
+    ("tree", "why"),
+    [
+        ({"steps": [4, 2]}, "keeps its steps"),
+        ({"steps": [4], "stay": -1}, "stay is -1"),
+        ({"steps": [4], "blur": -1}, "blur"),
+    ],
 )
 def test_impossible_settings_are_refused(tree: dict[str, Any], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
-        parse({"round_steps": 1, "method": "reward", **tree}, DistillConfig, "distill")
+        parse({"steps": [4], "round_steps": 1, "method": "reward", **tree}, DistillConfig, "distill")
 
 
 OWN: dict[str, Any] = {"steps": [3], "round_steps": 1, "method": "reward", "judge": JUDGE}
@@ -261,8 +295,11 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
     latent = config(codec=Codec(kind=Kind.LATENT, weights="vae", channels=3, stride=8, scale=1.0))
     with pytest.raises(ConfigError, match="not latents"):
         check_student(latent)
-    for other in (tmp_path / "teacher", package_root() / features.WEIGHTS):  # what measures must not judge
-        with pytest.raises(InputError, match="are no judge"):
+    for other, why in (
+        (tmp_path / "teacher", "are no judge"),
+        (package_root() / features.WEIGHTS, "measure, and must"),
+    ):
+        with pytest.raises(InputError, match=why):
             better(tmp_path / "other", cfg=replace(PLAN, judge=str(other)))
     assert not (tmp_path / "out").exists()
 

@@ -89,11 +89,16 @@ def contrast(clips: Tensor) -> Tensor:
 
     A shape is one in every colour; shown to the network, that need not be learnt for each.
     """
-    edges = torch.cat([clips[..., 0, :], clips[..., -1, :], clips[..., :, 0], clips[..., :, -1]], 3).flatten(2)
-    square = (clips - edges.median(2).values[:, :, None, None, None]).square().sum(1, keepdim=True)
+    square = (clips - backdrop(clips)).square().sum(1, keepdim=True)
     there = square > 0  # at 0 the root has no gradient
     apart = torch.where(there, square, 1).sqrt() * there
     return apart / apart.amax((1, 2, 3, 4), keepdim=True).clamp(min=0.1)
+
+
+def backdrop(clips: Tensor) -> Tensor:
+    """The median colour of the border of clips (B, C, F, H, W), (B, C, 1, 1, 1)."""
+    edges = torch.cat([clips[..., 0, :], clips[..., -1, :], clips[..., :, 0], clips[..., :, -1]], 3).flatten(2)
+    return edges.median(2).values[:, :, None, None, None]
 
 
 def prepare(frames: Tensor) -> Tensor:
