@@ -56,13 +56,6 @@ def channels_last(net: nn.Module) -> None:
             parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
 
 
-def plus(h: Tensor, branch: Tensor) -> Tensor:
-    """h + branch; without a gradient in the memory of `branch`, which must be nobody else's."""
-    if torch.is_grad_enabled() or branch.dtype != h.dtype:  # autocast: the sum has the wider type
-        return h + branch
-    return branch.add_(h)
-
-
 def sinusoid(position: Tensor, width: int, longest: float, closed: bool = True) -> Tensor:
     """(N,) -> (N, width): cosines and sines with wavelengths 2 pi to 2 pi `longest` (Vaswani et al. 2017).
 
@@ -122,7 +115,7 @@ class TemporalConv(nn.Module):
     def forward(self, h: Tensor, clip: Clip) -> Tensor:
         height, width = h.shape[2:]
         x = as_video(self.norm(h, silu=True), clip)  # (B, F, HW, C)
-        return plus(h, from_video(along_time(self.conv, x, clip), height, width))
+        return h + from_video(along_time(self.conv, x, clip), height, width)
 
 
 class PseudoConv(nn.Module):
@@ -171,7 +164,7 @@ class TemporalAttention(nn.Module):
         x = as_video(self.norm(h), clip)  # (B, F, HW, C)
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)) for f in (self.q, self.k, self.v))  # (B, F, HW, h, D)
         out = attend(q, k, v, bias=self.bias(clip))
-        return plus(h, from_video(self.out(out.reshape(x.shape)), height, width))
+        return h + from_video(self.out(out.reshape(x.shape)), height, width)
 
 
 class SpatialAttention(nn.Module):
@@ -187,7 +180,7 @@ class SpatialAttention(nn.Module):
     def forward(self, h: Tensor, clip: Clip) -> Tensor:
         x = tokens(self.norm(h))  # (B*F, HW, C)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        return plus(h, untokens(self.out(attend(q, k, v).flatten(2)), h))
+        return h + untokens(self.out(attend(q, k, v).flatten(2)), h)
 
 
 class TextAttention(nn.Module):
@@ -212,7 +205,7 @@ class TextAttention(nn.Module):
         k, v, bias = text.once((self, h.dtype), lambda: self.context(text, h.dtype))
         q = self.q(tokens(self.norm(h))).reshape(clip.batch, -1, self.heads, h.shape[1] // self.heads)
         out = attend(q, k, v, bias=bias)  # (B, F*HW, h, D)
-        return plus(h, untokens(self.out(out.reshape(h.shape[0], -1, h.shape[1])), h))
+        return h + untokens(self.out(out.reshape(h.shape[0], -1, h.shape[1])), h)
 
     def context(self, text: Text, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """Keys and values (B, 1 + L, h, D) of null token and prompt; bias (B, 1, 1, 1 + L) that hides padding."""

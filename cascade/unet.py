@@ -27,7 +27,6 @@ from cascade.layers import (
     TemporalAttention,
     TemporalConv,
     TextAttention,
-    plus,
     sinusoid,
     zero,
 )
@@ -60,7 +59,7 @@ class Block(nn.Module):
         out = self.conv2(self.film(out, clip, silu=True))
         if self.time_conv2 is not None:
             out = self.time_conv2(out, clip)
-        h = plus(self.skip(h), out)
+        h = self.skip(h) + out
         if self.time_conv is not None:
             h = self.time_conv(h, clip)
         if self.space is not None:
