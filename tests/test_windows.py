@@ -97,7 +97,9 @@ def test_borders_are_where_other_windows_see_a_frame(plan: tuple[int, Windows, i
 def test_a_denoiser_of_single_frames_is_not_changed(plan: tuple[int, Windows, int]) -> None:
     total, windows, rate = plan
     z, cond = clip(total, rate)
-    assert (windowed(per_frame, z, cond, windows, rate) - per_frame(z, cond)).abs().max() <= 1e-6
+    expected = per_frame(z, cond)
+    apart = (windowed(per_frame, z, cond, windows, rate) - expected).abs().max()
+    assert apart <= 1e-6 * expected.abs().max()  # a mean over as many windows as there are frames rounds that often
 
 
 @settings(max_examples=40, deadline=None)
