@@ -163,13 +163,10 @@ def fit(out: Path, steps: int = 2000, seed: int = 1, size: int = 32, validate: i
     return accuracy(load(out)[0], seed, validate)
 
 
-@torch.no_grad()
 def accuracy(net: Features, seed: int, count: int) -> dict[str, float]:
     """The share of `count` clips that were not trained on in which a thing's class is found, of each of CLASSES."""
     _, _, alone, classes = batch_of(examples(seed, "validate"), count)
-    logits = net.classify(torch.cat([net(alone[first : first + 32]) for first in range(0, count, 32)]))
-    right = {name: (logits[name].argmax(1) == known)[known != NONE] for name, known in classes.items()}
-    return {name: float(found.float().mean()) for name, found in right.items()}
+    return features.found(net, alone, classes)
 
 
 if __name__ == "__main__":

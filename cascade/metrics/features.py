@@ -231,10 +231,15 @@ def calibrate(net: Features, seed: int) -> None:
 @torch.no_grad()
 def accuracy(net: Features, seed: int, count: int) -> dict[str, float]:
     """The share of `count` clips that were not trained on whose class is found, for each of CLASSES."""
-    clips, classes = batch_of(examples(seed, "validate"), count)
+    return found(net, *batch_of(examples(seed, "validate"), count))
+
+
+@torch.no_grad()
+def found(net: Features, clips: Tensor, classes: dict[str, Tensor]) -> dict[str, float]:
+    """The share of clips (B, 3, F, H, W) whose class is found, of those that have one."""
     logits = net.classify(extract(clips, net))
     right = {name: (logits[name].argmax(1) == known)[known != NONE] for name, known in classes.items()}
-    return {name: float(found.float().mean()) for name, found in right.items()}
+    return {name: float(each.float().mean()) for name, each in right.items()}
 
 
 if __name__ == "__main__":
