@@ -306,7 +306,8 @@ def test_auto_on_cuda_takes_xformers_or_says_once_why_not(
 ) -> None:
     q = SimpleNamespace(device=torch.device("cuda"), ndim=4)
     answers: list[str | None] = [None]
-    monkeypatch.setattr(attention, "_load", lambda name: SimpleNamespace(available=lambda q, bias: answers[0]))
+    theirs = SimpleNamespace(available=lambda q, bias: answers[0])
+    monkeypatch.setitem(attention._kernels, "xformers", theirs)  # type: ignore[arg-type]
     say_once.cache_clear()
     with caplog.at_level(logging.INFO, "cascade"):
         assert select("auto", q) == "xformers" and not caplog.records  # type: ignore[arg-type]
@@ -378,12 +379,36 @@ def test_xformers_cuda_kernels_would_take_the_aligned_bias(
 def test_a_new_file_is_a_new_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def available(q, bias=None): pass\ndef run(q, k, v, bias): return q + 1\n")
     monkeypatch.setattr(attention, "__path__", [*attention.__path__, str(tmp_path)])
-    kernels.cache_clear()
+    monkeypatch.setattr(attention, "_kernels", attention._find(attention.__path__))
     try:
         assert "mine" in kernels()
         q = torch.zeros(1, 2, 1, 8)
         assert torch.equal(attend(q, q, q, kernel="mine"), q + 1)
     finally:
-        kernels.cache_clear()
-        attention._load.cache_clear()
         sys.modules.pop("cascade.attention.mine", None)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize("kernel", ["auto", "reference", "sdpa", "temporal"])
+def test_a_graph_goes_through_the_door(kernel: str, positions: bool, biased: bool) -> None:
+    """No kernel of ours breaks the graph of what `torch.compile` makes of a network, forward or backward."""
+    if kernel == "temporal" and not positions:
+        return
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn((2, 6, 5, 2, 8) if positions else (2, 6, 2, 8), generator=g, requires_grad=True)
+    bias = torch.randn(2, 6, 6, generator=g, requires_grad=True) if biased else None
+
+    def packed(x: Tensor, bias: Tensor | None) -> Tensor:
+        return attend(x, 2 * x, x - 1, bias=bias)
+
+    torch._dynamo.reset()
+    with use(kernel):
+        whole = torch.compile(packed, fullgraph=True, backend="aot_eager")
+        leaves = [x] if bias is None else [x, bias]
+        for run in (whole, packed):
+            out = run(x, bias)
+            got = [out, *torch.autograd.grad(out.square().sum(), leaves)]
+            if run is whole:
+                first = got
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(first, got, strict=True))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from cascade.chain import Chain, Device
 from cascade.compiled import Compile, Graphed, Replay, compiled, regions
@@ -78,13 +79,15 @@ def test_regions_are_the_blocks(net: VideoUNet) -> None:
     assert regions(nn.Sequential(nn.Linear(2, 2))) == []
 
 
-def test_compiled_blocks_say_the_same(net: VideoUNet) -> None:
+def test_compiled_blocks_are_whole_and_say_the_same(net: VideoUNet) -> None:
     """By PyTorch's own kernels: inductor's, which take minutes to compile, are compared in docs/performance.md."""
     z, t, cond = asked("a")
     with torch.no_grad():
         expected = net(z, t, cond)
+        counters.clear()
         regional = compiled(net, Compile.REGIONAL, backend="aot_eager")
         assert (regional(z, t, cond) - expected).abs().max() < 1e-5
+    assert 0 < counters["stats"]["unique_graphs"] <= len(regions(net)) and not counters["graph_break"]
 
 
 def test_a_stage_says_how_it_is_launched(stage_config: Make, make_stage: Make) -> None:

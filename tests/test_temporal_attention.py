@@ -192,7 +192,9 @@ def test_auto_takes_it_on_cuda_for_positions_alone_or_says_why_not(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     reasons: dict[str, str | None] = {"temporal": None, "xformers": None}
-    monkeypatch.setattr(attention, "_load", lambda name: SimpleNamespace(available=lambda q, bias: reasons[name]))
+    for name in reasons:
+        answer = SimpleNamespace(available=lambda q, bias, name=name: reasons[name])
+        monkeypatch.setitem(attention._kernels, name, answer)  # type: ignore[arg-type]
     say_once.cache_clear()
     frames, space = (SimpleNamespace(device=torch.device("cuda"), ndim=n) for n in (5, 4))
     with caplog.at_level(logging.INFO, "cascade"):

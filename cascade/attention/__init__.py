@@ -8,10 +8,9 @@ the positions S that each attend by themselves: (B, M, S, h, D), xformers' BMGHK
 
 from __future__ import annotations
 
-import functools
 import importlib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Protocol, cast
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from cascade.errors import ConfigError
-from cascade.kernels import say_once
+from cascade.kernels import known, say_once
 
 __all__ = ["AUTO", "Kernel", "attend", "check", "kernels", "record", "select", "use"]
 
@@ -44,6 +43,14 @@ class Kernel(Protocol):
         """q (B, M, h, D), k and v (B, N, h, D) -> (B, M, h, D); bias has four dims, each full or 1, and q's dtype."""
 
 
+def _find(folders: Iterable[str]) -> dict[str, Kernel]:
+    names = sorted(module.name for module in pkgutil.iter_modules(folders))
+    return {name: cast(Kernel, importlib.import_module(f"{__name__}.{name}")) for name in names}
+
+
+_kernels = _find(__path__)  # all at once: code that is being compiled cannot import
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, kernel: str | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D) + bias) v (Vaswani et al. 2017, eq. 1).
 
@@ -58,10 +65,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, kerne
     _check(q, k, v)
     if bias is not None:
         bias = _four_dims(bias, q, k)
-    name = select(_default.get() if kernel is None else kernel, q, bias)
-    for names in _records.get():
-        names.append(name)
-    chosen = _load(name)
+    name = select(_preferred() if kernel is None else kernel, q, bias)
+    if not torch.compiler.is_compiling():
+        for names in _records.get():
+            names.append(name)
+    chosen = _kernels[name]
     if q.ndim == 4:
         return _in_launches(chosen, q, k, v, bias if bias is None else bias.to(q.dtype))
     if getattr(chosen, "POSITIONS", False):
@@ -95,10 +103,9 @@ def record() -> Iterator[list[str]]:
         _records.reset(token)
 
 
-@functools.cache
 def kernels() -> tuple[str, ...]:
     """The kernels there are: the files of this folder."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__)))
+    return tuple(_kernels)
 
 
 def select(kernel: str, q: Tensor, bias: Tensor | None = None) -> str:
@@ -113,12 +120,12 @@ def select(kernel: str, q: Tensor, bias: Tensor | None = None) -> str:
         if q.device.type != "cuda":
             return "sdpa"
         for name in ("temporal", "xformers") if q.ndim == 5 else ("xformers",):
-            reason = _load(name).available(q, bias)
+            reason = _kernels[name].available(q, bias)
             if reason is None:
                 return name
             say_once(f"attention=auto does not use {name}: {reason}")
         return "sdpa"
-    if reason := _load(kernel).available(q, bias):
+    if reason := _kernels[kernel].available(q, bias):
         raise ConfigError(f"attention {kernel!r} cannot run here: {reason}", fix="attention=auto")
     return kernel
 
@@ -130,9 +137,9 @@ def check(kernel: str) -> None:
         raise ConfigError(f"attention is {kernel!r}, expected one of {names}", fix="attention=auto")
 
 
-@functools.cache
-def _load(name: str) -> Kernel:
-    return cast(Kernel, importlib.import_module(f"{__name__}.{name}"))
+@known
+def _preferred() -> str:
+    return _default.get()
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cascade.kernels import temporal
+from cascade.kernels import once, temporal
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -52,12 +52,12 @@ def aligned(bias: Tensor, keys: int) -> Tensor:
     bias = bias.expand(*bias.shape[:-1], keys).contiguous()
     rows = bias.view(-1, keys)  # also renews the strides of dims of size 1, which contiguous() may leave odd
     step = 16 // bias.element_size()
-    if keys % step or bias.storage_offset() % step:
+    if torch.compiler.is_compiling() or keys % step or bias.storage_offset() % step:  # no graph knows where it lies
         rows = functional.pad(rows, (0, -keys % step))
     return rows.view(*bias.shape[:-1], -1)[..., :keys]
 
 
-@functools.cache
+@once
 def _reason(device: str) -> str | None:
     # xformers reports a library that does not load as a log of six lines; ours is one and names the repair.
     log = logging.getLogger("xformers")

@@ -9,13 +9,39 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "multiprocessors", "say_once", "unfit"]
+__all__ = ["DTYPES", "known", "multiprocessors", "once", "say_once", "unfit"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def known(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, called as code is compiled and then a constant of it: `torch.compile` does not look inside.
+
+    As `torch.compiler.assume_constant_result`, which would import the compiler, a second of every start.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def once(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` for arguments that can be hashed, called once for each: `functools.cache`, and `known`."""
+    remembered = functools.cache(function)
+
+    @functools.wraps(function)
+    def answer(*args: P.args, **kwargs: P.kwargs) -> R:
+        return remembered(*args, **kwargs)  # type: ignore[arg-type]
+
+    answer.cache_clear = remembered.cache_clear  # type: ignore[attr-defined]
+    return known(answer)
 
 
 def unfit(x: Tensor) -> str | None:
@@ -27,7 +53,7 @@ def unfit(x: Tensor) -> str | None:
     return _missing() or _old(x.device)
 
 
-@functools.cache
+@once
 def multiprocessors(device: torch.device) -> int:
     """How many programs run side by side at least; a few where there is no GPU (Triton's interpreter)."""
     if device.type != "cuda":
@@ -35,13 +61,13 @@ def multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@functools.cache
+@once
 def say_once(message: str) -> None:
     """A warning in the log, the first time."""
     logging.getLogger("cascade").warning(message)
 
 
-@functools.cache
+@once
 def _missing() -> str | None:
     try:
         importlib.import_module("triton")
@@ -51,7 +77,7 @@ def _missing() -> str | None:
     return None
 
 
-@functools.cache
+@once
 def _old(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if capability >= (8, 0):
