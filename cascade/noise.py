@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 
 Key = int | str
+
+MANY = 1 << 20  # numbers from which on threads are worth their start
 
 
 def generator(*key: Key, device: torch.device | str = "cpu") -> torch.Generator:
@@ -49,10 +53,19 @@ class Noise:
         batch, channels, frames, height, width = shape
         assert batch == len(self.samples), f"{batch} samples, {len(self.samples)} names"
         out = torch.empty(batch, frames, channels, height, width)
-        for b, sample in enumerate(self.samples):
-            for f in range(frames):
-                rng = generator(self.seed, self.stage, sample, self.start + f, step, purpose)
-                torch.randn((channels, height, width), generator=rng, out=out[b, f])
+
+        def draw(place: tuple[int, int]) -> None:
+            b, f = place
+            rng = generator(self.seed, self.stage, self.samples[b], self.start + f, step, purpose)
+            torch.randn((channels, height, width), generator=rng, out=out[b, f])
+
+        places = list(product(range(batch), range(frames)))
+        if out.numel() < MANY:
+            for place in places:
+                draw(place)
+        else:  # one generator is one thread, but each frame has its own
+            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+                list(pool.map(draw, places))
         return out.transpose(1, 2)
 
     def window(self, start: int) -> Noise:

@@ -21,19 +21,8 @@ from cascade.errors import ConfigError
 from cascade.layers import Norm, channels_last, sinusoid
 from cascade.unet import recomputed
 from cascade.unet3d_around import FramesThenSpace, Shift
-from cascade.unet3d_blocks import (
-    AddedKV,
-    Double,
-    Halve,
-    Resample,
-    Resnet,
-    Rotary,
-    SpatialTransformer,
-    TemporalConvs,
-    TemporalTransformer,
-    Told,
-    normed,
-)
+from cascade.unet3d_attention import AddedKV, Rotary, SpatialTransformer, TemporalTransformer
+from cascade.unet3d_blocks import Double, Halve, Resample, Resnet, TemporalConvs, Told, normed
 from cascade.unet3d_config import Act, Space, Time, UNet3DConfig
 
 TIMESTEPS = 1000  # of the discrete training of all these networks

@@ -12,15 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade.layers import Norm, from_video, zero
-from cascade.unet3d_blocks import (
-    TRANSFORMER_EPS,
-    FrameConv,
-    Resnet,
-    SpatialTransformer,
-    TextBlock,
-    Told,
-    frames_first,
-)
+from cascade.unet3d_attention import TRANSFORMER_EPS, SpatialTransformer, TextBlock
+from cascade.unet3d_blocks import FrameConv, Resnet, Told, frames_first
 from cascade.unet3d_config import UNet3DConfig
 
 

@@ -35,6 +35,11 @@ def test_batches_may_be_split_and_reordered() -> None:
     assert torch.equal(turned, WHOLE.flip(0))
 
 
+def test_threads_draw_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cascade.noise.MANY", 1)
+    assert torch.equal(NOISE(SHAPE, 3, "step"), WHOLE)
+
+
 def test_a_window_sees_the_noise_of_the_whole_video() -> None:
     assert torch.equal(NOISE.window(1)((3, 2, 2, 5, 6), 3, "step"), WHOLE[:, :, 1:3])
     assert torch.equal(NOISE.window(1).window(2)((3, 2, 1, 5, 6), 3, "step"), WHOLE[:, :, 3:4])

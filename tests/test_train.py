@@ -30,7 +30,8 @@ from cascade.settings import Gap, TrainConfig
 from cascade.stage import Batch, Stage
 from cascade.tasks import new_stage
 from cascade.text import T5Text, Text, TextConfig
-from cascade.train import Signals, State, fit, learning_rate, settings
+from cascade.train import fit, learning_rate, settings
+from cascade.train_state import Signals, State
 from cascade.video import Shape, Video
 
 TESTS = Path(__file__).resolve().parent

@@ -22,16 +22,8 @@ from cascade.errors import ConfigError, InputError
 from cascade.layers import Clip, channels_last
 from cascade.text import Text
 from cascade.unet3d import UNet3D, timestep
-from cascade.unet3d_blocks import (
-    FrameConv,
-    RelativeBias,
-    Rotary,
-    SparseAttention,
-    TemporalAttention,
-    TemporalConvs,
-    TemporalTransformer,
-    Told,
-)
+from cascade.unet3d_attention import RelativeBias, Rotary, SparseAttention, TemporalAttention, TemporalTransformer
+from cascade.unet3d_blocks import FrameConv, TemporalConvs, Told
 from cascade.unet3d_config import Act, Heads, Level3D, Space, Time, UNet3DConfig
 from cascade.unet_config import YOUNG_3D, YOUNG_IN_LEVELS_3D, completed
 
