@@ -72,8 +72,20 @@ class Course:
         with store.lock(self.out) if everyone.is_main_process else nullcontext():
             yield everyone, device if everyone.num_processes == 1 else everyone.device
 
-    def run(self, step: Round, student: Stage, task: Stage, loss: Loss, key: str, everyone: PartialState) -> Path:
-        """A round's weights; not trained again if they are there. `task` is what is trained, `student` what is kept."""
+    def run(
+        self,
+        step: Round,
+        student: Stage,
+        task: Stage,
+        loss: Loss,
+        key: str,
+        everyone: PartialState,
+        result: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+    ) -> Path:
+        """A round's weights; not trained again if they are there.
+
+        `task` is what is trained, `student` what is sampled, with the weights that `result` makes of the averaged ones.
+        """
         directory, own = self.out / step.name / "weights", replace(step.train, init=key)
         identity = fingerprint(settings(task, own, own=False) | {"inputs": self.inputs})
         done = finished(directory, identity)
@@ -84,11 +96,11 @@ class Course:
         sheet = None if self.preview is None else self.preview(student)
         average = fit(
             task, self.source, self.encode, own, directory.parent, loss=loss,
-            preview=None if sheet is None else lambda average, at: sheet(of_student(average), at),
+            preview=None if sheet is None else lambda average, at: sheet(result(average), at),
             progress=self.progress, inputs=self.inputs, pool=self.pool,
         )  # fmt: skip
         if everyone.is_main_process:
-            save(directory, student.cfg, of_student(average), step, key, identity, self.cfg.method)
+            save(directory, student.cfg, result(average), step, key, identity, self.cfg.method)
         everyone.wait_for_everyone()
         return directory
 
@@ -130,13 +142,15 @@ def rewarded(student: Stage, key: str, course: Course) -> Path:
         student.net.requires_grad_(True)
         better = Stage(student_config(student.cfg, student.cfg.w_range, step.steps), student.rule, student.net)
         task = Stage(better.cfg, better.rule, Rewarded(better, before, net.to(device), cfg))
-        judged = replace(course, inputs=[course.inputs, by, cfg.stay, cfg.last, cfg.blur])
-        return judged.run(step, better, task, lambda batch, net: net(batch), key, everyone)
+        old = before.state_dict()
 
+        def kept(average: dict[str, Tensor]) -> dict[str, Tensor]:
+            """A part of the way: what was taught, and less of what was forgotten for it (Wortsman et al. 2022)."""
+            new = {name.removeprefix("student."): value for name, value in average.items()}
+            return {name: old[name].to(value).lerp(value, cfg.kept) for name, value in new.items()}
 
-def of_student(average: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of a student, by themselves or as `Rewarded` holds them."""
-    return {name.removeprefix("student."): value for name, value in average.items()}
+        judged = replace(course, inputs=[course.inputs, by, cfg.stay, cfg.last, cfg.blur, cfg.kept])
+        return judged.run(step, better, task, lambda batch, net: net(batch), key, everyone, kept)
 
 
 def student_config(cfg: StageConfig, w_range: list[float] | None, steps: int) -> StageConfig:

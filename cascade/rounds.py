@@ -38,6 +38,7 @@ class DistillConfig:
     stay: float = 1.0  # what the change of a clip counts beside that
     last: float = 0.0  # and what the error of the last step on real clips does
     blur: float = 0.05  # standard deviation of the noise through which the judge looks, of values from -1 to 1
+    kept: float = 1.0  # of what the judge taught: 0.5 gives the mean of the weights before and after
 
     def __post_init__(self) -> None:
         halves = all(2 * after == before for before, after in zip(self.steps, self.steps[1:], strict=False))
@@ -53,6 +54,8 @@ class DistillConfig:
         for name in ("stay", "last", "blur"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number of at least 0")
+        if not 0 < self.kept <= 1:
+            raise ValueError(f"kept is {self.kept}, expected a number above 0 and up to 1")
         if self.method is Method.REWARD and len(self.steps) > 1:
             raise ValueError(f"steps is {self.steps}, expected one number: a rewarded student keeps its steps")
 

@@ -250,6 +250,12 @@ def test_a_round_leaves_a_student_of_the_same_steps_and_weights(whole: Path) -> 
     assert not torch.equal(weights.state["conv_out.weight"].float(), before["conv_out.weight"])
 
 
+def test_half_of_what_was_learned_is_the_mean(whole: Path, tmp_path: Path) -> None:
+    half, after = checkpoint.load(better(tmp_path, cfg=replace(PLAN, kept=0.5))), checkpoint.load(whole)
+    for name, value in student().net.state_dict().items():
+        assert torch.allclose(half.state[name], (value + after.state[name]) / 2, atol=1e-7)
+
+
 @pytest.mark.parametrize("at", [3, 9, 13])
 def test_cut_at_any_time_and_run_again_gives_the_same_bytes(whole: Path, tmp_path: Path, at: int) -> None:
     with pytest.raises(Cut):
@@ -262,9 +268,9 @@ def test_a_finished_round_is_not_run_again_nor_continued_with_other_settings(who
     assert better(out, Cutting(0)) == whole
     state = {name: value + 1 for name, value in checkpoint.load(Path(JUDGE)).state.items()}
     checkpoint.save(tmp_path / "other", state, judge.CONFIG)
-    for changed in (replace(PLAN, stay=0.5), replace(PLAN, judge=str(tmp_path / "other")), replace(PLAN, lr=2e-3)):
+    for changed in ({"stay": 0.5}, {"kept": 0.5}, {"judge": str(tmp_path / "other")}, {"lr": 2e-3}):
         with pytest.raises(ConfigError, match="other settings"):
-            better(out, cfg=changed)
+            better(out, cfg=replace(PLAN, **changed))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="other settings"):
         better(out, key="another")
 
@@ -275,6 +281,8 @@ def test_a_finished_round_is_not_run_again_nor_continued_with_other_settings(who
         ({"steps": [4, 2]}, "keeps its steps"),
         ({"steps": [4], "stay": -1}, "stay is -1"),
         ({"steps": [4], "blur": -1}, "blur"),
+        ({"steps": [4], "kept": 0}, "kept is 0"),
+        ({"steps": [4], "kept": 1.5}, "kept is 1.5"),
     ],
 )
 def test_impossible_settings_are_refused(tree: dict[str, Any], why: str) -> None:
