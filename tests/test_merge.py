@@ -29,6 +29,12 @@ def test_a_teacher_that_was_not_tuned_gives_the_student(tmp_path: Path) -> None:
     assert torch.equal(weights.state["a"], checkpoint.load(student).state["a"])
 
 
+def test_half_of_what_was_learned_is_the_mean(tmp_path: Path) -> None:
+    before, after = saved(tmp_path / "before", 2.0), saved(tmp_path / "after", 7.0)
+    weights = checkpoint.load(merge(tmp_path / "out", after, before, before, 0.5))
+    assert torch.equal(weights.state["a"], torch.full((8,), 4.5)) and weights.config["steps"] == 2.0
+
+
 def test_other_architectures_are_refused(tmp_path: Path) -> None:
     paths = [saved(tmp_path / name, 1.0, width) for name, width in (("tuned", 4), ("student", 8), ("teacher", 8))]
     with pytest.raises(InputError, match="width"):
