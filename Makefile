@@ -91,7 +91,7 @@ test: $(READY)  ## the whole suite, in JOBS=2 processes
 test-fast: $(READY)  ## the suite without the slow tests
 	$(PYTEST) -m "not slow" $(value ARGS)
 
-bench: $(BENCH)/.ready  ## our denoiser and cascade beside the peers' (90 minutes; fewer with ARGS="--quick --json FILE")
+bench: $(BENCH)/.ready  ## our denoiser and cascade beside the peers' (hours; minutes with ARGS="--quick --json FILE")
 	@$(BENCH)/bin/python benchmarks/peers.py $(value ARGS)
 
 lint: $(READY)  ## ruff: rules and format

@@ -1,7 +1,7 @@
 """Our denoiser and our cascade beside those of others, in one run: speed, memory, and the ceiling of the machine.
 
     make bench ARGS="--quick --json FILE"     10M parameters, 16x32x32, one thread, forward alone: minutes
-    make bench                                everything below: about 90 minutes on an idle machine
+    make bench                                everything below: hours on an idle machine
     make bench ARGS="--parts 1,7"              parts of that, numbered as in FULL
 
 Networks have random weights and as many parameters as each other (benchmarks/peers.yaml). Each is a process of its own
