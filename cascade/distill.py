@@ -149,7 +149,8 @@ def rewarded(student: Stage, key: str, course: Course) -> Path:
             new = {name.removeprefix("student."): value for name, value in average.items()}
             return {name: old[name].to(value).lerp(value, cfg.kept) for name, value in new.items()}
 
-        judged = replace(course, inputs=[course.inputs, by, cfg.stay, cfg.last, cfg.blur, cfg.kept])
+        own = [cfg.temperature, cfg.stay, cfg.last, cfg.patches, cfg.blur, cfg.kept]
+        judged = replace(course, inputs=[course.inputs, by, *own])
         return judged.run(step, better, task, lambda batch, net: net(batch), key, everyone, kept)
 
 

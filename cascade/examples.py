@@ -6,21 +6,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from cascade.compose import compose
-from cascade.config import fingerprint, parse, plain, plugin
 from cascade.data.pool import Pool
 from cascade.data.source import Source, World
 from cascade.errors import ConfigError
-from cascade.loading import load_stage
+from cascade.imitation import Imitate, imitation
 from cascade.noise import generator
-from cascade.settings import Before, Rule, TrainConfig
+from cascade.settings import TrainConfig
 from cascade.stage import Batch, Stage
 from cascade.text import T5Text, Text, TextSource
 from cascade.video import Shape, Video
@@ -77,14 +75,14 @@ class Examples(torch.utils.data.Dataset[Batch]):
 class Pooled:
     """Training examples of `stage` made a whole step at a time, on the stage's device, from scenes drawn beforehand.
 
-    `text(index)` embeds the captions of scenes, on that device; `before` is the stage before (see `Gap`).
+    `text(index)` embeds the captions of scenes, on that device; `before` are the stages before (see `Gap`).
     """
 
     stage: Stage
     pool: Pool
     text: Callable[[Tensor], Text]
     cfg: TrainConfig
-    before: Stage | None = None
+    before: Imitate | None = None
 
     @torch.no_grad()
     def step(self, step: int) -> Batch:
@@ -109,14 +107,14 @@ class Pooled:
         return Batch(x, eps, cfg.time(t), u, cond)
 
     def imitation(self, text: Text, rng: torch.Generator) -> Callable[[Video], Video] | None:
-        """Makes a share of the clips that come in as the stage before does."""
+        """Makes a share of the clips that come in as the stages before do."""
         gap, before = self.cfg.gap, self.before
         if gap is None or before is None or gap.share == 0:
             return None
 
         def mixed(low: Video) -> Video:
             with torch.autocast(rng.device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16"):
-                made = before.imitate(low, text, rng, gap.strength).to(rng.device)
+                made = before(low, text, rng).to(rng.device)
             chosen = torch.rand(len(low.frames), generator=rng, device=rng.device) < gap.share
             return Video(torch.where(chosen.view(-1, 1, 1, 1, 1), made.frames, low.frames), low.fps, low.known)
 
@@ -133,29 +131,15 @@ class Pooled:
 
 
 def pool_of(stage: Stage, source: Source, encoder: TextSource, cfg: TrainConfig) -> tuple[Pooled | None, list[str]]:
-    """Examples from a pool, if `cfg` asks for one, and what names the stage before, if its videos are among them.
+    """Examples from a pool, if `cfg` asks for one, and what names the stages before, if their videos are among them.
 
-    Raises ConfigError if the data or the text cannot be had that way, and what loading the stage before raises.
+    Raises ConfigError if the data or the text cannot be had that way, and what loading those stages raises.
     """
     pool, gap = pooled(stage, source, encoder, cfg), cfg.gap
     if pool is None or gap is None or gap.share == 0:
         return pool, []
-    before, key = stage_before(gap, stage.device)
-    return replace(pool, before=before), [key]
-
-
-def stage_before(before: Before, device: torch.device) -> tuple[Stage, str]:
-    """The stage that makes the input, and what names it: its weights' hash and its sampler."""
-    tree = compose("stage", [f"stage={before.stage}"])
-    rule = cast(Rule, plugin(str(tree["kind"])))
-    known = {f.name for f in fields(rule.Config)}
-    cfg = parse({key: value for key, value in tree.items() if key in known}, rule.Config, before.stage)
-    if before.weights is not None:
-        cfg = replace(cfg, weights=before.weights)
-    if before.steps is not None:
-        cfg = replace(cfg, sampler=replace(cfg.sampler, steps=before.steps))
-    stage, key = load_stage(cfg, rule, device)
-    return stage, fingerprint([key, plain(cfg.sampler)])
+    before, keys = imitation(gap, stage.device)
+    return replace(pool, before=before), keys
 
 
 def pooled(stage: Stage, source: Source, encoder: TextSource, cfg: TrainConfig) -> Pooled | None:

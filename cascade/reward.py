@@ -4,7 +4,8 @@ A student of halving or consistency learns its teacher's answers, and so its tea
 in its own few steps, and a network that knows what clips show says whether they show what real clips of the same
 captions do; the gradient runs back through every step (Clark et al. 2024, DRaFT; for few-step video Li et al. 2024,
 T2V-Turbo). A judge can be pleased by what nobody sees. So the student is held to what it made of the same noise before,
-and the judge sees what it makes through a little noise. Numbers in the judge's own features prove nothing afterwards.
+the judge sees what it makes through a little noise, and what it is blind to is compared without it: the patches of all
+clips. Numbers in the judge's own features prove nothing afterwards.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cascade import patches
 from cascade.guidance import keep_known
 from cascade.judge import Judge, Whole
 from cascade.lesson import predict
@@ -40,11 +42,10 @@ class Rewarded(nn.Module):
         self.fixed = (before, judge)  # a tuple: no submodules
 
     def forward(self, batch: Batch) -> Tensor:
-        """What the judge sees against what it sees in real clips, `stay` times the change and `last` `finish`, (B,).
+        """How far what the judge sees is from what it sees in real clips, `stay` times the change, `last` times
+        `finish` and `patches` times the distance of all clips' patches from real ones', (B,).
 
-        The first is the cross-entropy of the judge's classes of every thing, with its own answers for the real clip of
-        the same caption as the truth. The change is the mean absolute difference: better much in few pixels than grain
-        in all.
+        The change is the mean absolute difference: better much in few pixels than grain in all.
         """
         before, judge = self.fixed
         made = self.made(batch, self.student)
@@ -53,10 +54,14 @@ class Rewarded(nn.Module):
             truth = judge.classify(judge(real))
             held = self.made(batch, before)
         seen = judge.classify(judge(shown))
-        parts = [F.cross_entropy(seen[name], truth[name].softmax(1), reduction="none") for name in truth]
-        apart = made.new_zeros(len(made)).index_add(0, clip, torch.stack(parts).sum(0).to(made.dtype))
+        parts = torch.stack([softly(seen[name], truth[name], self.reward.temperature) for name in truth])
+        apart = made.new_zeros(len(made)).index_add(0, clip, parts.sum(0).to(made.dtype))
         loss = apart + self.reward.stay * (made - held).abs().mean((1, 2, 3, 4))
-        return loss + self.reward.last * self.finish(batch) if self.reward.last else loss
+        if self.reward.last:
+            loss = loss + self.reward.last * self.finish(batch)
+        if self.reward.patches:
+            loss = loss + self.reward.patches * patches.distance(batch.x, made, batch.eps)
+        return loss
 
     def finish(self, batch: Batch) -> Tensor:
         """The mean absolute error of the last step on real clips, (B,): what a judge overlooks, that step still sees.
@@ -89,3 +94,13 @@ class Rewarded(nn.Module):
         low, high = self.cfg.w_range
         other = low + (high - low) * (batch.u - OWN) / (1 - OWN)
         return torch.where(batch.u < OWN, self.cfg.sampler.guidance, other)
+
+
+def softly(seen: Tensor, truth: Tensor, temperature: float) -> Tensor:
+    """T KL(softmax(truth / T) || softmax(seen / T)) of logits (things, classes), (things,) (Hinton et al. 2015).
+
+    At T = 1 sure answers are never sure enough, and a student goes on exaggerating what it shows; the higher T, the
+    more the logits themselves are to be those of real clips.
+    """
+    log_p, log_q = ((logits / temperature).log_softmax(1) for logits in (truth, seen))
+    return temperature * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)

@@ -35,8 +35,10 @@ class DistillConfig:
     warmup: int = 50  # steps; a new optimizer's first steps would throw the teacher's weights away
     ema: float = 0.99
     judge: str | None = None  # weights of the network that says what a clip shows, for `reward`
+    temperature: float = 3.0  # of its answers, see `reward.softly`
     stay: float = 1.0  # what the change of a clip counts beside that
     last: float = 0.0  # and what the error of the last step on real clips does
+    patches: float = 0.0  # and what the distance of the patches of all its clips from those of real clips does
     blur: float = 0.05  # standard deviation of the noise through which the judge looks, of values from -1 to 1
     kept: float = 1.0  # of what the judge taught: 0.5 gives the mean of the weights before and after
 
@@ -49,9 +51,10 @@ class DistillConfig:
         for name, low in (("round_steps", 1), ("guidance_steps", 0), ("grid", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected at least {low}")
-        if self.lr <= 0:
-            raise ValueError(f"lr is {self.lr}, expected a number above 0")
-        for name in ("stay", "last", "blur"):
+        for name in ("lr", "temperature"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
+        for name in ("stay", "last", "patches", "blur"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number of at least 0")
         if not 0 < self.kept <= 1:

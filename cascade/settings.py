@@ -31,14 +31,16 @@ class Before:
     """The stage before, which makes a stage's input as it really comes.
 
     `stage` names its settings in conf/stage, `weights` its weights if not those. It makes the input from a degraded
-    real clip, so that the truth is known; a stage that starts from text alone goes on from the real clip noised to the
-    time `strength` (SDEdit, Meng et al. 2022). Its sampler takes `steps` steps (None: as its settings say).
+    real clip, so that the truth is known, or from what the stage `before` makes of that; a stage that starts from text
+    alone goes on from the real clip noised to the time `strength` (SDEdit, Meng et al. 2022). Its sampler takes `steps`
+    steps (None: as its settings say).
     """
 
     stage: str
     strength: float = 0.5
     weights: str | None = None
     steps: int | None = None
+    before: Before | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
@@ -47,7 +49,7 @@ class Before:
 
 @dataclass(kw_only=True)
 class Gap(Before):
-    """Cascade-gap training: a `share` of the clips come in as the stage before really makes them."""
+    """Cascade-gap training: a `share` of the clips come in as the stages before really make them."""
 
     share: float = 0.0
 

@@ -148,21 +148,29 @@ class Stage:
         """What z is at t = 1: noise, or on the straight path the incoming video."""
         return cond.concat if self.cfg.diffusion.path is Path.STRAIGHT else eps
 
-    def imitate(self, video: Video, text: Text, rng: torch.Generator, strength: float) -> Video:
+    def imitate(
+        self,
+        video: Video,
+        text: Text,
+        rng: torch.Generator,
+        strength: float,
+        before: Callable[[Video], Video] | None = None,
+    ) -> Video:
         """What this stage makes of its own input to `video` (B, C, F, H, W), of any size; noise is drawn from `rng`.
 
-        A stage whose input is text alone goes on from `video` noised to the time `strength`.
+        `before` turns that input, a degraded clip, into what comes in. A stage whose input is text alone goes on from
+        `video` noised to the time `strength`.
         """
         if video.shape != self.cfg.shape:
             cfg = replace(self.cfg, shape=video.shape, windows=Windows(), train=None)
-            return Stage(cfg, self.rule, self.net).imitate(video, text, rng, strength)
+            return Stage(cfg, self.rule, self.net).imitate(video, text, rng, strength, before)
 
         def draw(shape: Sequence[int], step: int, purpose: str) -> Tensor:
             return torch.randn(tuple(shape), generator=rng, device=rng.device)
 
         low = self.rule.degrade(video, self.cfg, rng)
         if low is not None and low.known is None:
-            return self.sample(low, text, None, draw)
+            return self.sample(low if before is None else before(low), text, None, draw)
         return self.sample(None, text, None, draw, start=(video, strength))
 
     def loss(self, batch: Batch, net: Callable[..., Tensor] | None = None) -> Tensor:

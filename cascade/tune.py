@@ -18,14 +18,13 @@ from cascade.data.source import open_source
 from cascade.errors import InputError
 from cascade.evaluate import kept, read_weights, subject
 from cascade.exam import Exam, Question, about
-from cascade.examples import stage_before
+from cascade.imitation import Imitate, imitation
 from cascade.loading import load_stage
 from cascade.marks import described, pivot
 from cascade.noise import generator
 from cascade.pipeline import precision
 from cascade.request import bars
 from cascade.settings import StageConfig
-from cascade.stage import Stage
 from cascade.sweep import Choice, Input, Sweep, TuneConfig, check, choose, sweep
 from cascade.text import Text, text_source
 from cascade.video import Video
@@ -37,8 +36,8 @@ JSON = "tune.json"
 LINE = re.compile(r"(?m)^(augment:[ \t]*)([^\s#]+)")  # of a stage's YAML, its value apart
 
 
-def imitated(before: Stage, strength: float, seed: int, folder: Path | None) -> Comes:
-    """What the stage `before` makes of degraded clips, whatever clips stand beside them; kept in `folder`."""
+def imitated(before: Imitate, seed: int, folder: Path | None) -> Comes:
+    """What the stages `before` make of degraded clips, whatever clips stand beside them; kept in `folder`."""
 
     def comes(low: Video, questions: Sequence[Question], text: Text) -> Video:
         file = None if folder is None else folder / f"{questions[0].number:06d}-{len(questions)}.safetensors"
@@ -49,7 +48,7 @@ def imitated(before: Stage, strength: float, seed: int, folder: Path | None) -> 
         made = []
         for i, question in enumerate(questions):
             clip, rng = Video(low.frames[i : i + 1], low.fps), generator("imitate", seed, question.number)
-            made.append(before.imitate(clip, text[i : i + 1], rng, strength).frames)
+            made.append(before(clip, text[i : i + 1], rng).frames)
         frames = torch.cat(made)
         if file is not None:
             store.commit_file(file, store.tensors_to_bytes({"frames": frames}), kind="inputs")
@@ -111,9 +110,9 @@ def stage_task(ask: Request) -> None:
     questions, out = cfg.exam(ask.run.seed, ask.rule), ask.out("tune")
     stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
     config, encoder = read_weights(ask.cfg).config, text_source(ask.text)
-    before, key = (None, "") if cfg.before is None else stage_before(cfg.before, ask.on.torch)
+    before, keys = (None, []) if cfg.before is None else imitation(cfg.before, ask.on.torch)
     others = [weights, encoder.fingerprint, about(questions.metrics or [])]
-    made_by = [key, plain(cfg.before)] if cfg.before is not None else []
+    made_by = [*keys, plain(cfg.before)] if cfg.before is not None else []
 
     def work(of: Input, variant: StageConfig) -> Path | None:
         return kept(ask, out, variant, questions, [*others, made_by if of is Input.BEFORE else []])
@@ -121,9 +120,9 @@ def stage_task(ask: Request) -> None:
     with store.lock(out), bars() as progress, attention.use(ask.on.attention), precision(ask.on):
         source = open_source(ask.data, ask.cfg.shape, ask.cfg.fps, out / "clips")
         comes = None
-        if before is not None and cfg.before is not None:
+        if before is not None:
             folder = work(Input.BEFORE, replace(stage.cfg, augment=0.0))
-            comes = imitated(before, cfg.before.strength, ask.run.seed, folder and out / "inputs" / folder.name)
+            comes = imitated(before, ask.run.seed, folder and out / "inputs" / folder.name)
         found = sweep(stage, Exam(source, questions), cfg, encoder.encode, comes, work, progress)
         choice = choose(found.compared, cfg.by.better, cfg.within)
         told = {stage.cfg.name: described(stage.cfg, weights, config)}
@@ -131,7 +130,7 @@ def stage_task(ask: Request) -> None:
             "subject": subject("stage", told, questions, stage.device, ask.on.dtype),
             "settings": {name: value for name, value in plain(cfg).items() if name != "write"},
             "seed": ask.run.seed,
-            "before": key,
+            "before": keys,
             "rows": [plain(row) for row in found.rows],
             "skipped": found.skipped,
             "choice": plain(choice),

@@ -22,8 +22,8 @@ errors config compose store noise video diffusion | kernels |
 foreign grid guidance solvers sampler encoders prior attention layers text media frames codec pickled | request |
 cond unet_config unet unet3d_config unet3d_blocks unet3d_attention unet3d_around unet3d windows offload compiled |
 settings making stage temporal checkpoint | assets |
-chain loading pipeline given data metrics count memory plan textfit | examples |
-train_state train preview exam answers marks evaluate importers lesson rounds judge reward |
+chain loading pipeline given data metrics count memory plan textfit imitation | examples |
+train_state train preview exam answers marks evaluate importers lesson rounds judge patches reward |
 distill export arguments api bridge sweep tune tasks series gates plots results report recipe merge
 generate embed about | cli
 """

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cascade import checkpoint, distill, judge
+from cascade import checkpoint, distill, judge, patches
 from cascade.codec import Codec, Kind
 from cascade.cond import Cond
 from cascade.config import package_root, parse
@@ -21,7 +21,7 @@ from cascade.distill import Course, rewarded
 from cascade.errors import ConfigError, InputError
 from cascade.metrics import features
 from cascade.noise import Key, generator
-from cascade.reward import Rewarded
+from cascade.reward import Rewarded, softly
 from cascade.rounds import DistillConfig, Method, check_student
 from cascade.sampler import Sampler, Threshold
 from cascade.settings import StageConfig, TrainConfig
@@ -86,10 +86,12 @@ def taught(
     judge: Any = None,
     stay: float = 0.0,
     last: float = 0.0,
+    drawn: float = 0.0,
     **changes: Any,
 ) -> Rewarded:
     stage = Stage(config(**changes), base, student)  # type: ignore[arg-type]
-    return Rewarded(stage, before or Linear(), judge or Brightness(), replace(PLAN, stay=stay, last=last))
+    plan = replace(PLAN, stay=stay, last=last, patches=drawn)
+    return Rewarded(stage, before or Linear(), judge or Brightness(), plan)
 
 
 def training(**changes: Any) -> TrainConfig:
@@ -146,14 +148,39 @@ def test_the_gradient_is_that_of_the_whole_run() -> None:
     assert all(parameter.grad is None for parameter in task.fixed[0].parameters())
 
 
-def test_the_loss_is_the_papers_cross_entropy_and_the_mean_change() -> None:
+def divergence(real: Tensor, seen: Tensor) -> Tensor:
+    """T KL of the answers at the temperature T."""
+    p, q = ((logits / PLAN.temperature).softmax(1) for logits in (real, seen))
+    return PLAN.temperature * (p * (p / q).log()).sum(1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_nothing_is_learned_from_answers_that_are_those_of_real_clips(temperature: float) -> None:
+    truth = 5 * torch.randn(4, 6, generator=generator("truth"), dtype=torch.float64)
+    seen = (truth + 2).requires_grad_()  # the same answers
+    found = softly(seen, truth, temperature)
+    found.sum().backward()
+    assert seen.grad is not None
+    assert found.abs().max() < 1e-12 and seen.grad.abs().max() < 1e-12
+
+
+def test_sure_answers_may_be_too_sure() -> None:
+    """At T = 1 hardly: p is 1 either way."""
+    truth = torch.tensor([[6.0, 0, 0]])
+    hardly, clearly = (float(softly(2 * truth, truth, temperature)) for temperature in (1.0, 3.0))
+    assert 0 < 20 * hardly < clearly
+
+
+def test_the_loss_is_how_far_answers_are_apart_and_the_mean_change() -> None:
     student, before, brightness = Curved(), shifted(), Brightness()
     batch = examples(3, torch.float64)
     made, held = (taught(net).made(batch, net) for net in (student, before))
-    p = brightness(features.prepare(batch.x)).softmax(1)
-    q = brightness(features.prepare(made + PLAN.blur * batch.eps[[2, 0, 1]])).log_softmax(1)
+    real, seen = (
+        brightness(features.prepare(batch.x)),
+        brightness(features.prepare(made + PLAN.blur * batch.eps[[2, 0, 1]])),
+    )
     got = taught(student, before, stay=0.7)(batch)
-    assert torch.allclose(got, -(p * q).sum(1) + 0.7 * (made - held).abs().mean((1, 2, 3, 4)), atol=1e-12)
+    assert torch.allclose(got, divergence(real, seen) + 0.7 * (made - held).abs().mean((1, 2, 3, 4)), atol=1e-12)
 
 
 def test_a_student_that_did_not_change_pays_for_what_it_shows_alone() -> None:
@@ -171,6 +198,14 @@ def test_the_last_step_answers_for_real_clips() -> None:
     error = diffusion.split(z, net(z, t, batch.cond), t)[0] - batch.x
     got = taught(net, net, last=2.0)(batch) - taught(net, net)(batch)
     assert torch.allclose(got, 2 * error.abs().mean((1, 2, 3, 4)), atol=1e-12)
+
+
+def test_patches_of_all_clips_are_drawn_to_real_ones() -> None:
+    net, batch = Curved(), examples(3, torch.float64)
+    task = taught(net, net, drawn=2.0)
+    far = patches.distance(batch.x, task.made(batch, net), batch.eps)
+    assert far > 0
+    torch.testing.assert_close(task(batch) - taught(net, net)(batch), 2 * far.expand(3), rtol=0, atol=1e-12)
 
 
 def test_known_frames_stay() -> None:
@@ -207,7 +242,7 @@ def test_every_answer_about_every_thing_counts() -> None:
     expected = torch.zeros(3, dtype=torch.float64)
     for real, made, clip in zip(*asked.things(features.prepare(batch.x), seen), strict=True):
         p, q = (asked.classify(asked(clips[None])) for clips in (real, made))
-        expected[clip] -= sum(float((p[name].softmax(1) * q[name].log_softmax(1)).sum().detach()) for name in p)
+        expected[clip] += sum(float(divergence(p[name], q[name]).detach()) for name in p)
     assert torch.allclose(task(batch), expected, atol=1e-12)
 
 
@@ -281,6 +316,8 @@ def test_a_finished_round_is_not_run_again_nor_continued_with_other_settings(who
         ({"steps": [4, 2]}, "keeps its steps"),
         ({"steps": [4], "stay": -1}, "stay is -1"),
         ({"steps": [4], "blur": -1}, "blur"),
+        ({"steps": [4], "patches": -1}, "patches is -1"),
+        ({"steps": [4], "temperature": 0}, "temperature is 0"),
         ({"steps": [4], "kept": 0}, "kept is 0"),
         ({"steps": [4], "kept": 1.5}, "kept is 1.5"),
     ],

@@ -15,10 +15,12 @@ from cascade.cond import Cond
 from cascade.config import plugin
 from cascade.diffusion import Diffusion, Path, Prediction
 from cascade.errors import ConfigError
+from cascade.imitation import Imitation, imitation
 from cascade.loading import untrained
 from cascade.noise import Noise, generator, sample_id
 from cascade.sampler import Rule as StepRule
 from cascade.sampler import Sampler
+from cascade.settings import Before
 from cascade.stage import AUGMENTATION, Batch, Stage
 from cascade.text import Text
 from cascade.unet_config import LevelSpec, Mixer
@@ -516,6 +518,27 @@ def test_a_stage_is_imitated_on_parts_of_its_clips(kind: str, frames: int, make_
     assert made.shape == part.shape
     again = stage.imitate(part, encode(PROMPTS[:2]), generator("imitate"), 0.5)
     assert torch.equal(made.frames, again.frames)
+
+
+def test_a_stage_is_imitated_on_what_the_stage_before_makes(make_stage: Make, encode: Make) -> None:
+    stage, text = make_stage("ssr", 0.1), encode(PROMPTS[:2])
+    whole = video(stage, 2)
+    takes = stage.rule.takes(stage.cfg)
+    gray = Video(torch.zeros(2, 3, takes.frames, takes.height, takes.width), whole.fps)
+    made = Imitation(stage, 0.5, lambda low, text, rng: gray)(whole, text, generator("imitate"))  # type: ignore[arg-type]
+    rng = generator("imitate")
+    want = stage.sample(gray, text, None, lambda shape, step, purpose: torch.randn(tuple(shape), generator=rng))
+    assert torch.equal(made.frames, want.frames)
+    assert not torch.equal(made.frames, Imitation(stage, 0.5)(whole, text, generator("imitate")).frames)
+
+
+def test_stages_before_are_loaded_and_named_one_after_the_other() -> None:
+    cfg = Before(stage="tiny/tsr", steps=1, before=Before(stage="tiny/base", strength=0.3))
+    made, keys = imitation(cfg, torch.device("cpu"))
+    assert made.before is not None and made.before.before is None
+    assert [each.stage.cfg.name for each in (made, made.before)] == ["tsr", "base"]
+    assert (made.stage.cfg.sampler.steps, made.before.strength, len(set(keys))) == (1, 0.3, 2)
+    assert imitation(replace(cfg, before=None), torch.device("cpu"))[1] == keys[:1]
 
 
 def test_on_the_straight_path_sampling_begins_with_what_comes_in(make_stage: Make, encode: Make) -> None:

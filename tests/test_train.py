@@ -624,7 +624,7 @@ def test_the_gap_brings_what_the_stage_before_makes(make_stage: Make, reader: T5
     truth = plain_pool.step(0)
     for share in (0.0, 0.5, 1.0):
         gap = Gap(stage="tiny/tsr", share=share)
-        pool = replace(drawn(make_stage, reader, "ssr", drop_text=0.0, gap=gap), before=Gray())  # type: ignore[arg-type]
+        pool = replace(drawn(make_stage, reader, "ssr", drop_text=0.0, gap=gap), before=Gray())
         batch = pool.step(0)
         gray = (batch.cond.concat[batch.cond.level == 0].flatten(1).abs().amax(1) == 0).float()
         assert torch.equal(batch.x, truth.x)
@@ -634,5 +634,5 @@ def test_the_gap_brings_what_the_stage_before_makes(make_stage: Make, reader: T5
 class Gray:
     """A stage before that makes gray clips."""
 
-    def imitate(self, video: Video, text: Text, rng: torch.Generator, strength: float) -> Video:
+    def __call__(self, video: Video, text: Text, rng: torch.Generator) -> Video:
         return Video(torch.zeros_like(video.frames), video.fps)

@@ -22,6 +22,7 @@ from cascade.data.source import DataConfig, World
 from cascade.errors import ConfigError, InputError
 from cascade.evaluate import judge_stage
 from cascade.exam import Exam, Question
+from cascade.imitation import Imitation
 from cascade.marks import jackknife, left_out
 from cascade.metrics.fidelity import pooled
 from cascade.noise import generator
@@ -247,12 +248,12 @@ def test_what_the_stage_before_makes_of_a_clip_is_its_own_and_kept(
     before, exam = make_stage("tsr", std=0.1), Exam(WORLD, settings().exam(0, plugin("ssr")))  # type: ignore[arg-type]
     questions = exam.questions(before.cfg.shape, 8.0)
     clips, text = exam.films(questions, before.cfg.shape, 8.0), encode([q.prompt for q in questions])
-    comes = tune.imitated(before, 0.5, 0, tmp_path)
+    comes = tune.imitated(Imitation(before, 0.5), 0, tmp_path)
     whole = comes(Video(clips, 8.0), questions, text)
     assert (whole.frames != clips).any() and torch.equal(whole.frames[:, :, ::2], clips[:, :, ::2])
     part = comes(Video(clips[2:3], 8.0), questions[2:3], text[2:3])
     assert torch.equal(part.frames, whole.frames[2:3])
-    other = tune.imitated(before, 0.5, 1, None)(Video(clips, 8.0), questions, text)
+    other = tune.imitated(Imitation(before, 0.5), 1, None)(Video(clips, 8.0), questions, text)
     assert (other.frames != whole.frames).any()
     monkeypatch.setattr(Stage, "imitate", None)
     assert torch.equal(comes(Video(clips, 8.0), questions, text).frames, whole.frames)
@@ -267,7 +268,7 @@ def ask(make_stage: Any, source: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     before = make_stage("tsr", std=0.1)
     stage = make_stage("ssr", std=0.1, augment_max=0.1)
     monkeypatch.setattr(tune, "text_source", lambda cfg: source)
-    monkeypatch.setattr(tune, "stage_before", lambda cfg, device: (before, f"the hash of {cfg.stage}"))
+    monkeypatch.setattr(tune, "imitation", lambda cfg, device: (Imitation(before, 0.5), [f"the hash of {cfg.stage}"]))
     card = {"kind": "ssr", "net": plain(stage.cfg.net), "diffusion": plain(stage.cfg.diffusion)}
     checkpoint.save(tmp_path / "weights", stage.net.state_dict(), card)
     cfg = replace(stage.cfg, weights=str(tmp_path / "weights"))
@@ -311,7 +312,7 @@ def test_the_task_writes_what_was_found_and_the_level(
     rows = [row for row in tree["rows"] if (row["group"], row["name"]) == ("before", "psnr")]
     found = {row["condition"]: row["value"] for row in rows}
     assert found[f"augment={level:g}"] == max(found.values()) and len(found) == 2
-    assert (tree["before"], tree["command"], tree["settings"]["n"]) == ("the hash of tiny/tsr", "typed", 3)
+    assert (tree["before"], tree["command"], tree["settings"]["n"]) == (["the hash of tiny/tsr"], "typed", 3)
     assert sampled.count(("tsr", 0.0)) == 3  # once for each clip, not for each level
     assert sampled.count(("ssr", 0.0)) == sampled.count(("ssr", 0.1)) == 4  # two groups, two inputs
 
@@ -367,5 +368,7 @@ def test_a_refusal_makes_nothing(ask: Any, sampled: list[Any], tmp_path: Path) -
 
 def test_a_stage_before_is_data() -> None:
     assert settings(before={"stage": "tiny/tsr", "steps": 1}).before == Before(stage="tiny/tsr", steps=1)
+    tree = {"stage": "tiny/tsr", "before": {"stage": "tiny/base", "strength": 0.3}}
+    assert settings(before=tree).before == Before(stage="tiny/tsr", before=Before(stage="tiny/base", strength=0.3))
     with pytest.raises(ConfigError, match="strength"):
         settings(before={"stage": "tiny/tsr", "strength": 0})
