@@ -236,8 +236,9 @@ class Watch:
 
 
 def _moved(drawn: Tensor, device: torch.device) -> Tensor:
-    """Noise from the CPU on `device`, through pinned memory if that is a GPU: the host goes on at once."""
-    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn.to(device)
+    """Noise on `device`; from the CPU to a GPU through pinned memory, so that the host goes on at once."""
+    pinned = device.type == "cuda" and drawn.device.type == "cpu"
+    return drawn.pin_memory().to(device, non_blocking=True) if pinned else drawn.to(device)
 
 
 def _halves(out: Tensor) -> tuple[Tensor, Tensor]:
