@@ -2,18 +2,21 @@
 
     python benchmarks/gpu.py --predict             writes what is expected into gpu.yaml: before the first run
     python benchmarks/gpu.py --prepare FILE        settings, plan and predictions as JSON, on any machine
-    python benchmarks/gpu.py FILE --out DIR        on the GPU: DIR/gpu.json and DIR/gpu.md, written after every row
+    python benchmarks/gpu.py FILE --out DIR        on the GPU: DIR/gpu.json and DIR/gpu.md, written after every row,
+                                                   and DIR/gpu.log, a line for each thing that is known
     python benchmarks/gpu.py --dry [FILE]          in miniature on the CPU; what compiles only if --parts names it
 
-The run needs torch, triton, numpy, safetensors, this tree and FILE. Every way to run a stage takes its turn in each
-round, and so does the product of two large matrices: the ceiling. A peer or a way that is not there says why. Frames
-are halved where the whole clip does not fit. Weights are random: times hold, pictures mean nothing.
+The run needs torch, triton, numpy, safetensors, this tree and FILE. Stages are run with our kernels first, then again
+in every way there is. Each takes its turn in each round, and so does the product of two large matrices: the ceiling.
+A peer or a way that is not there says why. Frames are halved where the whole clip does not fit. Weights are random:
+times hold, pictures mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gpu_cascade as on_gpu
 import peer_models
 import torch
-from gpu_cascade import Entry, Rates, Size
-from measure import Run
+from gpu_cascade import Entry, Norming, Rates, Size
+from measure import REFUSALS, Run, why
 from torch import Tensor
 
 from cascade import attention, count
@@ -36,9 +39,10 @@ from cascade.config import parse, plain
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = HERE / "gpu.yaml"
-PARTS = ("stages", "peers", "compiled", "regional")
+PARTS = ("stages", "ways", "sampling", "peers", "compiled", "regional")
 EAGER = ("ours", "torch", "xformers", "float32 weights")
-COMPILES = 100.0  # seconds that compiling a network may take
+PROCESSES = 12  # that compile norms ahead of the first stage
+LONG = 500.0  # ms: what takes longer runs in three rounds at most
 NORMAL = 1e-8  # seconds for a number of a step's noise, which is drawn on the CPU: 6e-9 and its way to the GPU
 
 
@@ -54,6 +58,8 @@ class Prepared:
     stages: list[Entry]
     work: dict[str, int]  # of peers
     networks: dict[str, dict[str, Any]]
+    compiled: list[str]  # of the networks, those that are also compiled
+    norms: list[Norming]  # of all stages
 
 
 # before the run ------------------------------------------------------------------------------------------------------
@@ -112,10 +118,11 @@ def prepare(dry: bool) -> Prepared:
     frames, height, width = peers["shape"]
     text = {"tokens": known["text"]["tokens"], "text": known["text"]["width"]}
     chain = composed(asked, dry)
-    stages = []
+    stages, norms = [], set()
     for cfg, rule in zip(chain.stages, chain.rules, strict=True):
         ms = None if dry else asked["predicted"][cfg.name]["ms"]
         stages.append(entry(replace(cfg, train=None), rule, chain.text.max_tokens, rates, ms))
+        norms |= on_gpu.normings(cfg, rule, chain.text.max_tokens)
     return Prepared(
         chain=asked["chain"],
         tokens=chain.text.max_tokens,
@@ -125,6 +132,8 @@ def prepare(dry: bool) -> Prepared:
         stages=stages,
         work={"frames": frames, "height": height, "width": width, **text},
         networks={name: known["networks"][name][peers["size"]] for name in peers["networks"]},
+        compiled=peers["compiled"],
+        norms=sorted(norms),
     )
 
 
@@ -165,15 +174,78 @@ class Results:
         (self.out / "gpu.md").write_text(tables(self), encoding="utf-8")
 
 
+def compile_ahead(run: Run, file: Path) -> None:
+    """Every norm of every stage, in processes side by side, which leave them in Triton's cache."""
+    command = [sys.executable, __file__, str(file), "--ahead"]
+    started = [subprocess.Popen([*command, f"{i}/{PROCESSES}"]) for i in range(PROCESSES)]
+    codes = []
+    for process in started:
+        try:
+            codes.append(process.wait(max(1.0, 60 - run.now)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            codes.append(-1)
+    run.say("compiled ahead", processes=len(codes), failed=sum(code != 0 for code in codes))
+
+
 def stages(run: Run, results: Results) -> None:
-    """Every stage, in the chain's order."""
+    """Every stage with our kernels, in the chain's order."""
     for stage in results.prepared.stages:
-        name = stage.settings["name"]
-        need = 10 + 2e-3 * stage.sizes[0].ms * (results.prepared.rounds + 2) * len(EAGER)
+        name, size = stage.settings["name"], stage.sizes[0]
+        need = 5 + 2e-3 * size.ms * (turns(results.prepared, size) + 2)
         late = run.late(name, 0 if run.dry else need)
         results.stages[name] = {"skipped": "out of time"} if late else largest(run, results.prepared, stage)
         run.say(name, **results.stages[name])
         results.save()
+
+
+def other_ways(run: Run, results: Results) -> None:
+    """Every stage again, the longest first, in all ways that there are beside ours."""
+    for stage in sorted(results.prepared.stages, key=lambda stage: -stage.sizes[0].flops):
+        name = stage.settings["name"]
+        row = results.stages.get(name, {})
+        if "ours" not in row.get("ms", {}):
+            continue
+        size = next(size for size in stage.sizes if size.frames == row["frames"])
+        need = 8 + 1.2e-3 * row["ms"]["ours"][0] * (turns(results.prepared, size) + 2) * len(EAGER)
+        if run.late(f"{name}, other ways", 0 if run.dry else need):
+            row["refused"] |= {"other ways": "out of time"}
+            continue
+        on_gpu.free()
+        try:
+            found = measured(run, results.prepared, stage, size, [*EAGER, "graph"])
+        except REFUSALS as error:
+            row["refused"] |= {"other ways": why(error)}
+        else:
+            found["refused"] = row["refused"] | found["refused"]
+            results.stages[name] = found if "ours" in found["ms"] else {**row, "refused": found["refused"]}
+        run.say(f"{name}, other ways", **results.stages[name])
+        results.save()
+
+
+def samplings(run: Run, results: Results) -> None:
+    """A whole sampling run of every stage as the chain makes it, the shortest first."""
+    for stage in sorted(results.prepared.stages, key=lambda stage: stage.sizes[0].flops):
+        name = stage.settings["name"]
+        row = results.stages.get(name, {})
+        if "ours" not in row.get("ms", {}):
+            continue
+        cfg, rule = stage.read(row["frames"])
+        draws = cfg.net.channels * cfg.shape.frames * cfg.shape.height * cfg.shape.width
+        need = 4 + stage.evaluations * (1.5e-3 * row["ms"]["ours"][0] + NORMAL * draws)
+        if run.late(f"{name}, sampling", 0 if run.dry else need):
+            row["sampled"] = {"refused": "out of time"}
+            continue
+        on_gpu.free()
+        tokens = results.prepared.tokens
+        row["sampled"] = attempt(lambda: on_gpu.sampled(on_gpu.build(cfg, rule, run.device), tokens, run.device))  # noqa: B023
+        run.say(f"{name}, sampling", **row["sampled"])
+        results.save()
+
+
+def turns(prepared: Prepared, size: Size) -> int:
+    """Rounds in which the ways to run a stage take their turns."""
+    return prepared.rounds if size.ms < LONG else min(3, prepared.rounds)
 
 
 def largest(run: Run, prepared: Prepared, stage: Entry) -> dict[str, Any]:
@@ -187,9 +259,9 @@ def largest(run: Run, prepared: Prepared, stage: Entry) -> dict[str, Any]:
             tried[f"{size.frames} frames"] = f"needs {size.peak_bytes / 1e9:.1f} GB of {room / 1e9:.1f}"
             continue
         try:
-            found = measured(run, prepared, stage, size, room)
-        except on_gpu.REFUSALS as error:  # not even its weights fit
-            tried[f"{size.frames} frames"] = on_gpu.reason(error)
+            found = measured(run, prepared, stage, size, ["ours"])
+        except REFUSALS as error:  # not even its weights fit
+            tried[f"{size.frames} frames"] = why(error)
             continue
         if "ours" in found["ms"]:
             break
@@ -198,49 +270,45 @@ def largest(run: Run, prepared: Prepared, stage: Entry) -> dict[str, Any]:
     return found
 
 
-def measured(run: Run, prepared: Prepared, stage: Entry, size: Size, room: float) -> dict[str, Any]:
-    """The ways to run a stage at one size in interleaved rounds, and a whole sampling run."""
+def measured(run: Run, prepared: Prepared, stage: Entry, size: Size, launches: list[str]) -> dict[str, Any]:
+    """Ways to run a stage at one size, in interleaved rounds."""
     cfg, rule = stage.read(size.frames)
+    graph = not run.dry and 2 * size.peak_bytes < 0.95 * torch.cuda.mem_get_info()[0]  # its memory is its own
     shipped = on_gpu.build(cfg, rule, run.device)
-    graph = not run.dry and 2 * size.peak_bytes < room  # its memory is its own
     good, refused = on_gpu.works(
-        on_gpu.ways(shipped, prepared.tokens, run.device, [*EAGER, *(["graph"] if graph else [])])
+        on_gpu.ways(shipped, prepared.tokens, run.device, [x for x in launches if graph or x != "graph"])
     )
-    refused |= {} if graph else {"graph": "it is for CUDA" if run.dry else "no room for its own memory"}
+    if "graph" in launches and not graph:
+        refused["graph"] = "it is for CUDA" if run.dry else "no room for its own memory"
     kernels: list[str] = []
     if "ours" in good:
         with attention.record() as kernels:
             good["ours"]()
     ceiling = on_gpu.squares(run.device, prepared.side)
     ceiling()
-    taken = on_gpu.summary(on_gpu.rounds(run, {"ceiling": ceiling, **good}, prepared.rounds, 5))
+    taken = on_gpu.summary(on_gpu.rounds(run, {"ceiling": ceiling, **good}, turns(prepared, size), 5))
     good.clear()
     on_gpu.free()
     row: dict[str, Any] = {"frames": size.frames, "whole": stage.sizes[0].frames, "params": stage.params}
     row |= {"flops": size.flops, "predicted_ms": size.ms, "predicted_bytes": size.peak_bytes}
     row |= {"ceiling": 2e3 * prepared.side**3 / taken.pop("ceiling")[0], "ms": taken, "refused": refused}
     row["attention"] = sorted(set(kernels))
-    if "float32 weights" in taken:
-        draws = cfg.net.channels * cfg.shape.frames * cfg.shape.height * cfg.shape.width
-        need = stage.evaluations * (1e-3 * taken["float32 weights"][0] + NORMAL * draws)
-        if not run.late("sampling", 0 if run.dry else need):
-            row["sampled"] = attempt(lambda: on_gpu.sampled(shipped, prepared.tokens, run.device))
     return row
 
 
 def attempt(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return measure()
-    except on_gpu.REFUSALS as error:
-        return {"refused": on_gpu.reason(error)}
+    except REFUSALS as error:
+        return {"refused": why(error)}
 
 
-def regional(run: Run, results: Results) -> None:
+def regional(run: Run, results: Results, compiling: float) -> None:
     """Stages compiled block by block beside themselves, the most expensive first: what compiles may not get ready."""
     for stage in sorted(results.prepared.stages, key=lambda stage: -stage.sizes[0].flops):
         name = stage.settings["name"]
         row = results.stages.get(name, {})
-        if "ours" not in row.get("ms", {}) or run.late(f"{name} regional", COMPILES):
+        if "ours" not in row.get("ms", {}) or run.late(f"{name} regional", compiling):
             continue
         row["beside_regional"], refused = beside(run, results.prepared, stage, row["frames"])
         row["refused"] |= refused
@@ -257,7 +325,7 @@ def beside(run: Run, prepared: Prepared, stage: Entry, frames: int) -> tuple[dic
     return on_gpu.summary(on_gpu.rounds(run, good, prepared.rounds)), refused
 
 
-def peers(run: Run, results: Results, ways: tuple[str, ...]) -> None:
+def peers(run: Run, results: Results, ways: tuple[str, ...], names: list[str], compiling: float = 0.0) -> None:
     """Ours and others' networks at equal size and work, weights in float32 under autocast to bfloat16."""
     torch.compiler.reset()
     prepared = results.prepared
@@ -265,16 +333,17 @@ def peers(run: Run, results: Results, ways: tuple[str, ...]) -> None:
     refused: dict[str, str] = {}
     work = peer_models.Work(**prepared.work)
     x = work.clip().to(run.device)
-    for package, shape in prepared.networks.items():
+    for package in names:
+        shape = prepared.networks[package]
         row = results.peers.setdefault(package, {"ms": {}, "refused": {}})
         for way in ways:
-            if run.late(f"{package} {way}", COMPILES if way == "compiled" and not run.dry else 0):
+            if run.late(f"{package} {way}", compiling if way == "compiled" and not run.dry else 0):
                 row["refused"][way] = "out of time"
                 continue
             call = on_gpu.deferred(lambda p=package, s=shape, w=way: peer(run, p, s, work, w, x, results))  # type: ignore[misc]
-            good, why = on_gpu.works({f"{package} {way}": call})
+            good, bad = on_gpu.works({f"{package} {way}": call})
             calls |= good
-            refused |= why
+            refused |= bad
     ceiling = on_gpu.squares(run.device, prepared.side)
     ceiling()
     taken = on_gpu.summary(on_gpu.rounds(run, {"ceiling": ceiling, **calls}, prepared.rounds))
@@ -283,7 +352,7 @@ def peers(run: Run, results: Results, ways: tuple[str, ...]) -> None:
         for name, value in found.items():
             package, _, way = name.partition(" ")
             results.peers[package][key][way] = value
-    for package in prepared.networks:
+    for package in names:
         results.peers[package].setdefault("ceiling", top)
         run.say(package, **results.peers[package])
     results.save()
@@ -447,17 +516,21 @@ def reasons(results: Results) -> list[str]:
     return ["\n".join(f"- {', '.join(names)}: {reason}" for reason, names in found.items())] if found else []
 
 
-def measure(run: Run, results: Results, parts: list[str]) -> None:
+def measure(run: Run, results: Results, parts: list[str], compiling: float) -> None:
     """What matters most first; what compiles last."""
     torch.set_float32_matmul_precision("high")
     if "stages" in parts:
         stages(run, results)
+    if "ways" in parts:
+        other_ways(run, results)
+    if "sampling" in parts:
+        samplings(run, results)
     if "peers" in parts:
-        peers(run, results, ("eager", "xformers"))
+        peers(run, results, ("eager", "xformers"), list(results.prepared.networks))
     if "compiled" in parts:
-        peers(run, results, ("compiled",))
+        peers(run, results, ("compiled",), results.prepared.compiled, compiling)
     if "regional" in parts:
-        regional(run, results)
+        regional(run, results, compiling)
 
 
 def main() -> int:
@@ -467,7 +540,9 @@ def main() -> int:
     ask.add_argument("--predict", action="store_true")
     ask.add_argument("--dry", action="store_true", help="in miniature on the CPU")
     ask.add_argument("--budget", type=float, default=540.0, help="seconds in all")
+    ask.add_argument("--compiling", type=float, default=100.0, help="seconds that compiling a network may take")
     ask.add_argument("--parts", help=f"of {','.join(PARTS)}")
+    ask.add_argument("--ahead", help=argparse.SUPPRESS)
     ask.add_argument("--out", type=Path, metavar="DIR")
     given = ask.parse_args()
     if given.predict:
@@ -476,7 +551,7 @@ def main() -> int:
     if given.prepare is not None:
         given.prepare.write_text(json.dumps(plain(prepare(given.dry)), indent=1) + "\n", encoding="utf-8")
         return 0
-    parts = given.parts.split(",") if given.parts else list(PARTS[:2] if given.dry else PARTS)
+    parts = given.parts.split(",") if given.parts else list(PARTS[:4] if given.dry else PARTS)
     if unknown := set(parts) - set(PARTS):
         ask.error(f"--parts: {', '.join(sorted(unknown))} is not one of {', '.join(PARTS)}")
     if not given.dry and not torch.cuda.is_available():
@@ -485,10 +560,18 @@ def main() -> int:
         ask.error("FILE is missing: write it with --prepare FILE")
     began = time.time()
     prepared = prepare(True) if given.prepared is None else parse(json.loads(given.prepared.read_bytes()), Prepared)
-    run = Run(given.dry, given.budget, began, None, None)
+    if given.ahead is not None:
+        i, n = given.ahead.split("/")
+        on_gpu.compile_norms(prepared.norms[int(i) :: int(n)], torch.device("cuda"))
+        return 0
+    if given.out is not None:
+        given.out.mkdir(parents=True, exist_ok=True)
+    run = Run(given.dry, given.budget, began, None, None if given.out is None else given.out / "gpu.log")
     device = "CPU" if given.dry else torch.cuda.get_device_name()
     results = Results(prepared, given.out, {"device": device, "torch": torch.__version__})
-    measure(run, results, parts)
+    if not given.dry and "stages" in parts:
+        compile_ahead(run, given.prepared)
+    measure(run, results, parts, given.compiling)
     results.save()
     print(tables(results))
     return 0

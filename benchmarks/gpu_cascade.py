@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import ceil
 from statistics import median
@@ -14,18 +14,18 @@ from typing import Any, TypeVar
 
 import torch
 from gpu_unet import configured
-from measure import Run
+from measure import REFUSALS, Run, why
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from cascade import attention
+from cascade.attention import xformers
 from cascade.compiled import Compile, compiled
 from cascade.cond import Cond
 from cascade.config import parse, plugin
 from cascade.count import META, Fused, Host, held, on_meta, takes
-from cascade.errors import CascadeError
 from cascade.kernels import norm
 from cascade.loading import untrained
 from cascade.noise import Noise, sample_id
@@ -34,11 +34,9 @@ from cascade.stage import Stage
 from cascade.text import Text
 from cascade.video import Video
 
-# Of a way to launch or of a peer: a result, not an end. The last two are what packages that do not fit together raise.
-REFUSALS = (RuntimeError, ValueError, ImportError, CascadeError, AttributeError, TypeError)
-
 Out = TypeVar("Out")
 Calls = Mapping[str, Callable[[], Any]]
+Norming = tuple[int, int, int, int, bool, bool]  # channels, height, width, groups, FiLM, SiLU
 
 # what it should take -------------------------------------------------------------------------------------------------
 
@@ -137,6 +135,41 @@ def roofline(cfg: StageConfig, rule: Rule, tokens: int, rates: Rates) -> Rooflin
     return found
 
 
+class Normed(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Remembers what norms are asked for inside."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: set[Norming] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._overloadpacket is torch.ops.cascade.group_norm:
+            x, _, _, film, groups, _, silu, _ = args
+            self.found.add((*x.shape[1:], groups, film is not None, silu))
+        return func(*args, **(kwargs or {}))
+
+
+def normings(cfg: StageConfig, rule: Rule, tokens: int) -> set[Norming]:
+    """All that the norms of a stage are asked for."""
+    stage, found = on_meta(cfg, rule), Normed()
+    stage.net.to(torch.bfloat16)
+    call = evaluation(stage, tokens, META)
+    with torch.no_grad(), norm.assumed(torch.bfloat16), found, Fused(torch.bfloat16):
+        call()
+    return {each for each in found.found if each[0] <= norm.CHANNELS}
+
+
+def compile_norms(asked: Sequence[Norming], device: torch.device) -> None:
+    """By running them on one image, with weights in float32 and in bfloat16."""
+    half = {"device": device, "dtype": torch.bfloat16}
+    for channels, height, width, groups, filmed, silu in asked:
+        x = torch.randn(1, channels, height, width, **half).contiguous(memory_format=torch.channels_last)  # type: ignore[arg-type]
+        film = torch.randn(1, 2 * channels, **half) if filmed else None  # type: ignore[arg-type]
+        for dtype in (torch.bfloat16, torch.float32):
+            weight, bias = torch.randn(2, channels, device=device, dtype=dtype)
+            norm.group_norm(x, weight, bias, film, groups=groups, silu=silu)
+
+
 # what it takes -------------------------------------------------------------------------------------------------------
 
 
@@ -230,18 +263,30 @@ def deferred(make: Callable[[], Callable[[], Tensor]]) -> Callable[[], Tensor]:
 
 
 def within(call: Callable[[], Out], device: torch.device, kernels: str, name: str | None = None) -> Callable[[], Out]:
-    """`call` in bfloat16 with kernels as `gpu_unet.configured` names them; `name`: for all attention."""
+    """`call` in bfloat16 with kernels as `gpu_unet.configured` names them; `name`: for all attention.
+
+    Without one, "auto" does not see xformers, which would take all but attention over frames: that is a way of its own.
+    """
 
     def inside() -> Out:
         with ExitStack() as stack:
             chosen: AbstractContextManager[None] = configured(kernels, True, device.type)
             stack.enter_context(torch.no_grad())
             stack.enter_context(chosen)
-            if name is not None:
-                stack.enter_context(attention.use(name))
+            stack.enter_context(attention.use(name) if name is not None else without_xformers())
             return call()
 
     return inside
+
+
+@contextmanager
+def without_xformers() -> Iterator[None]:
+    """Inside, xformers is not available."""
+    available, xformers.available = xformers.available, lambda q, bias=None: "it is measured by itself"
+    try:
+        yield
+    finally:
+        xformers.available = available
 
 
 def works(calls: Calls) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
@@ -252,7 +297,7 @@ def works(calls: Calls) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
             finite = bool(torch.isfinite(call()).all())
             call()
         except REFUSALS as error:
-            refused[name] = reason(error)
+            refused[name] = why(error)
         else:
             if finite:
                 good[name] = call
@@ -261,11 +306,6 @@ def works(calls: Calls) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # the next way may need it in other pieces
     return good, refused
-
-
-def reason(error: BaseException) -> str:
-    """Its first line, or its kind if it says nothing."""
-    return (str(error).strip().partition("\n")[0] or type(error).__name__)[:120]
 
 
 def rounds(run: Run, calls: Calls, count: int, reserve: float = 0.0) -> dict[str, list[float]]:

@@ -3,10 +3,12 @@
     python benchmarks/gpu_kernels.py [--budget 75] [--log FILE] [--parts check,temporal,norm,unet,peers,launches,large]
     python benchmarks/gpu_kernels.py --dry        # in miniature on the CPU; with TRITON_INTERPRET=1 through Triton
 
-Needs torch, triton, numpy, safetensors and this tree, nothing else. Times are [milliseconds, fraction]: the fraction is
-the least traffic the work needs (each input read once, each output written once) over the time, relative to a large
-copy on the same card. The checks run in processes of their own, at once, which also fills Triton's cache of compiled
-kernels for what is timed after them; they print what fails and a summary, the log holds them all.
+Needs torch, triton, numpy, safetensors and this tree, nothing else. Times are [milliseconds, fraction, milliseconds
+from Python]. The first are the device's, which is kept busy until all is launched. The fraction is the least traffic
+the work needs (each input read once, each output written once) over them, relative to a large copy on the same card.
+The last are those of a call in a row of calls, which for small work is what launching it takes. The checks run in
+processes of their own, at once, which also fills Triton's cache of compiled kernels for what is timed after them; they
+print what fails and a summary, the log holds them all.
 """
 
 from __future__ import annotations
@@ -38,22 +40,27 @@ def check(run: Run) -> None:
     run.say("checked", show=False, process=run.share, failed=run.failed, cases=run.passed)
 
 
-def check_at_once(run: Run, arguments: list[str]) -> None:
-    """The checks, each process a share; a process that dies or takes half of all time is a failed check."""
+def check_at_once(run: Run, arguments: list[str]) -> list[tuple[int, ...]]:
+    """The checks, each process a share; a process that dies or takes half of all time is a failed check.
+
+    Beside them FlexAttention is compiled: the shapes for which that is done.
+    """
     count = 1 if run.dry else PROCESSES
     command = [sys.executable, __file__, *arguments, "--began", str(run.began)]
-    started = [subprocess.Popen([*command, "--share", f"{i}/{count}"]) for i in range(count)]
-    failed = 0
-    for i, process in enumerate(started):
+    shapes = [] if run.dry else gpu_temporal.TIMED[:3]
+    asked = [["--share", f"{i}/{count}"] for i in range(count)] + [["--flex", str(i)] for i in range(len(shapes))]
+    started = [subprocess.Popen([*command, *words]) for words in asked]
+    codes = []
+    for words, process in zip(asked, started, strict=True):
         try:
-            code = process.wait(max(1.0, run.budget / 2 - run.now))
+            codes.append(process.wait(max(1.0, run.budget / 2 - run.now)))
         except subprocess.TimeoutExpired:
             process.kill()
-            code = -1
-        if code:
-            failed += 1
-            run.say("check", process=i, code=code)
-    run.say("check", processes=count, with_failures=failed)
+            codes.append(-1)
+        if codes[-1]:
+            run.say("check", process=" ".join(words), code=codes[-1])
+    run.say("check", processes=count, with_failures=sum(code != 0 for code in codes[:count]))
+    return [shape for shape, code in zip(shapes, codes[count:], strict=True) if code == 0]
 
 
 def ceilings(run: Run) -> None:
@@ -65,7 +72,7 @@ def ceilings(run: Run) -> None:
     run.say("ceilings", device=name, torch=torch.__version__, copy_GBs=run.copy / 1e9)
 
 
-def measure(run: Run, parts: list[str]) -> None:
+def measure(run: Run, parts: list[str], flexed: list[tuple[int, ...]]) -> None:
     """What matters most first; peers that might take the device down with them last."""
     clips, images = (gpu_temporal.DRY, gpu_norm.DRY) if run.dry else (gpu_temporal.TIMED, gpu_norm.TIMED)
     ceilings(run)
@@ -82,10 +89,12 @@ def measure(run: Run, parts: list[str]) -> None:
     compiled = not run.dry or INTERPRETED
     for shape in clips[:4] if "peers" in parts and not run.dry else ():
         gpu_temporal.time_peers(run, shape, 3)
-    for shape in clips[:2] if "launches" in parts and compiled else ():
+    for shape in (gpu_norm.DRY if run.dry else gpu_norm.TUNED) if "launches" in parts and compiled else ():
+        gpu_norm.tiles(run, shape)
+    for shape in clips[:3] if "launches" in parts and compiled else ():
         gpu_temporal.time_launches(run, shape)
-    if "launches" in parts and compiled:
-        gpu_norm.tiles(run, images[0])
+    for shape in flexed if "peers" in parts else ():
+        gpu_temporal.time_peers(run, shape, 15, [gpu_temporal.FLEX])
     if "large" in parts and not run.late("large", 3):
         gpu_temporal.large(run)
     for shape in clips[4:] if "peers" in parts and not run.dry else ():
@@ -99,6 +108,7 @@ def main() -> int:
     ask.add_argument("--parts", default=",".join(PARTS))
     ask.add_argument("--log", type=Path, help="a file for every line, also those not shown")
     ask.add_argument("--share", help=argparse.SUPPRESS)
+    ask.add_argument("--flex", type=int, help=argparse.SUPPRESS)
     ask.add_argument("--began", type=float, default=time.time(), help=argparse.SUPPRESS)
     given = ask.parse_args()
     share = None
@@ -109,9 +119,12 @@ def main() -> int:
     if share is not None:
         check(run)
         return int(run.failed > 0)
-    if "check" in given.parts.split(","):
-        check_at_once(run, sys.argv[1:])
-    measure(run, given.parts.split(","))
+    if given.flex is not None:
+        gpu_temporal.warm(run, gpu_temporal.TIMED[given.flex])
+        return 0
+    parts = given.parts.split(",")
+    flexed = check_at_once(run, sys.argv[1:]) if "check" in parts else []
+    measure(run, parts, flexed)
     run.say("end")
     return 0
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +15,10 @@ from torch import Tensor
 
 # N, C, H, W
 CHECKED = [(2, 12, 3, 3), (1, 40, 137, 11), (700, 96, 4, 4), (400, 64, 16, 16), (400, 192, 8, 8)]
-CHECKED += [(2, 64, 64, 64), (2, 320, 48, 80), (2, 128, 48, 48)]
+CHECKED += [(2, 64, 64, 64), (2, 320, 48, 80), (2, 128, 48, 48), (2, 80, 96, 64), (40, 288, 24, 20)]
 TIMED = [(2048, 64, 16, 16), (2048, 192, 8, 8), (62, 64, 64, 64), (32, 320, 48, 80), (16, 128, 192, 320)]
+TIMED += [(32, 80, 384, 640)]  # of imagen_video_8's last stage
+TUNED = [TIMED[0], TIMED[3], TIMED[4]]
 DRY = [(3, 16, 4, 4), (1, 12, 9, 5)]
 
 
@@ -60,9 +65,17 @@ def check(run: Run) -> None:
             for film in (False, True):
                 if run.mine():
                     check_one(run, shape, name, film)
+    if run.dry and not INTERPRETED:
+        return
+    for n, c, height, width in DRY if run.dry else TUNED:
+        smaller = min(n, 256) if height <= 16 else 3, c, min(height, 48), min(width, 80)  # compiles what `tiles` times
+        for what in tunings():
+            if run.mine():
+                with tuned(what):
+                    check_one(run, smaller, "bf16", False, what)
 
 
-def check_one(run: Run, shape: tuple[int, ...], name: str, film: bool) -> None:
+def check_one(run: Run, shape: tuple[int, ...], name: str, film: bool, what: str | None = None) -> None:
     """With SiLU, as most are."""
     grad, *leaves = draw(run, shape, TYPES[name], film)
     wide = [x.double().requires_grad_() for x in leaves if x is not None]
@@ -72,7 +85,7 @@ def check_one(run: Run, shape: tuple[int, ...], name: str, film: bool) -> None:
     y, mean, rstd = ours(*leaves)
     dx, daffine, dfilm = ours_backward(grad, *leaves, mean, rstd)
     got = [y, dx, *daffine.unbind(0), *([dfilm] if film else [])]
-    run.check("norm", name, [error(a, b) for a, b in zip(got, want, strict=True)], shape=shape, film=film)
+    run.check("norm", name, [error(a, b) for a, b in zip(got, want, strict=True)], shape=shape, film=film, tuning=what)
 
 
 def timings(run: Run, shape: tuple[int, ...], name: str) -> None:
@@ -93,28 +106,66 @@ def timings(run: Run, shape: tuple[int, ...], name: str) -> None:
                 lambda o=out, p=params, g=grad: torch.autograd.grad(o, p, g, retain_graph=True),  # type: ignore[misc]
             ),
         }
-        found = {}
+        other = torch.empty_like(grad)
+        found: dict[str, Any] = {
+            "copy": run.timed("norm", 2 * size, lambda g=grad, o=other: o.copy_(g), **row, kernel="copy")
+        }  # type: ignore[misc]
         for kernel, (ahead, back) in calls.items():
             first = run.timed("norm", 2 * size, ahead, **row, kernel=kernel, way="forward")
             found[kernel] = [first, run.timed("norm", 3 * size, back, **row, kernel=kernel, way="backward")]
         run.say("norm", **row, **found)
 
 
+def tunings() -> dict[str, tuple[Any, Any]]:
+    """Other ways to spread the kernels than the shipped ones: forward, backward."""
+    from cascade.kernels import norm_triton
+    from cascade.kernels.norm_triton import Form
+
+    ahead, back = norm_triton.FORWARD, norm_triton.BACKWARD
+    return {
+        "shipped": (ahead, back),
+        "twice": (replace(ahead, split=Form.TWICE), replace(back, split=Form.TWICE)),
+        "chunks of 8,192": (replace(ahead, chunk=8192), replace(back, chunk=8192)),
+        "chunks of 65,536": (replace(ahead, chunk=65536), replace(back, chunk=65536)),
+        "larger tiles": (replace(ahead, each=32, registers=128), replace(back, each=32, registers=128)),
+        "nothing whole": (replace(ahead, whole=0), replace(back, whole=0)),
+        "larger whole": (replace(ahead, whole=32768), replace(back, whole=16384)),
+    }
+
+
+@contextmanager
+def tuned(what: str) -> Iterator[None]:
+    """One of `tunings()` inside."""
+    from cascade.kernels import norm_triton
+
+    shipped = norm_triton.FORWARD, norm_triton.BACKWARD
+    norm_triton.FORWARD, norm_triton.BACKWARD = tunings()[what]
+    try:
+        yield
+    finally:
+        norm_triton.FORWARD, norm_triton.BACKWARD = shipped
+
+
 def tiles(run: Run, shape: tuple[int, ...]) -> None:
-    """Other sizes of tile than the shipped ones."""
+    """All `tunings()` that differ at this shape, the shipped one first and last."""
     from cascade.kernels import norm_triton
 
     grad, *leaves = draw(run, shape, torch.bfloat16, False)
     size = grad.numel() * grad.element_size()
     _, mean, rstd = ours(*leaves)
-    shipped = norm_triton.FORWARD, norm_triton.BACKWARD, norm_triton.WARPS
     found: dict[str, Any] = {}
-    for elements, warps in ((1024, 4), (2048, 4), (4096, 8), (8192, 8)):
+    seen: list[Any] = []
+    for what in [*tunings(), "shipped"]:
         if run.late("launches"):
             break
-        norm_triton.FORWARD, norm_triton.BACKWARD, norm_triton.WARPS = elements, elements, warps
-        ahead = run.timed("norm tiles", 2 * size, lambda: ours(*leaves))
-        back = run.timed("norm tiles", 3 * size, lambda: ours_backward(grad, *leaves, mean, rstd))
-        found[f"{elements} elements {warps} warps"] = [ahead, back]
-    norm_triton.FORWARD, norm_triton.BACKWARD, norm_triton.WARPS = shipped
+        with tuned(what):
+            here = [norm_triton.planned(leaves[0], 8, each) for each in (norm_triton.FORWARD, norm_triton.BACKWARD)]
+            if here in seen and what != "shipped":
+                continue
+            seen.append(here)
+            ahead = run.timed("norm tiles", 2 * size, lambda: ours(*leaves), shape=shape, tuning=what)
+            back = run.timed(
+                "norm tiles", 3 * size, lambda: ours_backward(grad, *leaves, mean, rstd), shape=shape, tuning=what
+            )
+        found[f"{what} again" if what in found else what] = [here[0].form.value, ahead, here[1].form.value, back]
     run.say("launches", norm=shape, **found)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import INTERPRETED, TOLERANCE, TYPES, Run, error, poison
+from measure import INTERPRETED, REFUSALS, TOLERANCE, TYPES, Run, error, poison, why
 from torch import Tensor
 
 from cascade.attention import attend
@@ -19,6 +19,8 @@ CHECKED = [(2, 8, 64, 1, 96), (2, 16, 61, 3, 64), (1, 31, 37, 2, 64), (1, 32, 10
 CHECKED += [(1, 100, 9, 2, 32), (1, 128, 20, 1, 64), (3, 1, 7, 2, 32), (2, 8, 16, 2, 64), (1, 32, 9, 1, 128)]
 TIMED = [(2, 16, 15360, 5, 64), (2, 32, 3840, 5, 64), (1, 64, 3840, 5, 64), (256, 8, 64, 1, 96), (1, 128, 3840, 5, 64)]
 TIMED += [(2, 16, 960, 12, 64)]
+FLEX = "view+flex"
+BIASED = ("permute+efficient", "view+xformers", FLEX)  # also timed with a bias
 DRY = [(2, 8, 5, 1, 24), (1, 16, 3, 2, 16)]
 
 
@@ -64,7 +66,7 @@ def check(run: Run) -> None:
             check_prepared(run, (2, 16, 5, 2, 24) if run.dry else (2, 16, 61, 3, 64), name)
     if run.dry and not INTERPRETED:
         return
-    for frames in (16,) if run.dry else (16, 32):
+    for frames in (16,) if run.dry else (16, 32, 64):
         for _, launch in launches(frames):
             if run.mine():
                 shape = (1, frames, 9, 2, 16) if run.dry else (2, frames, 333, 5, 64)
@@ -112,9 +114,19 @@ def check_prepared(run: Run, shape: tuple[int, ...], name: str) -> None:
 
 
 def launches(frames: int) -> list[tuple[bool, Any]]:
-    """Ways to launch the kernels besides the shipped one: (backward, launch)."""
+    """Ways to launch the kernels, for 64 frames the shipped ones first: (backward, launch)."""
     from cascade.kernels.temporal_triton import Launch
 
+    if frames == 64:  # four warps instead of eight: two or three programs a processor, where eight leave one or two
+        ahead = [
+            Launch(64, 4, 2, 4),
+            Launch(64, 4, 1, 4),
+            Launch(64, 4, 3, 8),
+            Launch(64, 8, 2, 8),
+            Launch(64, 4, 2, 16),
+        ]
+        back = [Launch(64, 8, 2, 32), Launch(64, 4, 2, 32), Launch(64, 4, 1, 32), Launch(64, 4, 3, 32)]
+        return [(False, x) for x in ahead] + [(True, x) for x in [*back, Launch(64, 4, 2, 12), Launch(64, 8, 3, 32)]]
     small, tile = max(32, frames), max(64, frames)
     ahead = [Launch(small, 4, 2, 4), Launch(tile, 4, 2, 1), Launch(tile, 8, 2, 4), Launch(tile, 4, 3, 16)]
     back = [Launch(max(16, frames), 2, 2, 8), Launch(tile, 8, 2, 8), Launch(small, 4, 1, 16), Launch(small, 4, 3, 32)]
@@ -144,8 +156,6 @@ def peers(shape: tuple[int, ...]) -> dict[str, Callable[..., Tensor]]:
     """PyTorch's backends on permuted copies (B HW, h, F, D), and on the view in which positions are heads."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from cascade.attention import xformers
-
     b, f, s, h, d = shape
 
     def permuted(backend: Any) -> Callable[..., Tensor]:
@@ -164,49 +174,93 @@ def peers(shape: tuple[int, ...]) -> dict[str, Callable[..., Tensor]]:
     found = {f"permute+{name}": permuted(backend) for name, backend in backends.items()}
     found["permute+efficient"] = permuted(SDPBackend.EFFICIENT_ATTENTION)
     found["view+sdpa"] = viewed("sdpa")
-    if xformers.reason() is None:
-        found["view+xformers"] = viewed("xformers")
+    found["view+xformers"] = viewed("xformers")
     return found
 
 
-def time_peers(run: Run, shape: tuple[int, ...], reserve: float) -> None:
-    """As `time_ours`; backward is autograd's, as a training step runs it, without a gradient of the bias."""
+def flex(shape: tuple[int, ...]) -> Callable[..., Tensor]:
+    """FlexAttention, compiled, on the view in which positions are heads; the bias is a score_mod."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    h, parts = shape[3], 1
+    while shape[2] % parts or shape[2] // parts * h > 65535:  # heads are a grid dim: slices of one size, compiled once
+        parts += 1
+
+    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        table = q if bias is None else bias
+
+        def biased(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score + table[0, head % h, i, j]
+
+        found = []
+        for some in zip(*(x.chunk(parts, 2) for x in (q, k, v)), strict=True):
+            heads = (x.flatten(2, 3).transpose(1, 2) for x in some)
+            out = compiled(*heads, score_mod=None if bias is None else biased)
+            found.append(torch.unflatten(out.transpose(1, 2), 2, (-1, h)))
+        return found[0] if parts == 1 else torch.cat(found, 2)
+
+    return run
+
+
+def warm(run: Run, shape: tuple[int, ...]) -> None:
+    """Compiles what `time_peers` times of FlexAttention, in a process of its own: the compiler's cache is on disk."""
+    grad, q, k, v, table = projections(run, shape)
+    function = flex(shape)
+    for bias in (None, table):
+        function(q, k, v, bias)
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        torch.autograd.grad(function(*leaves, bias), leaves, grad)
+
+
+def time_peers(run: Run, shape: tuple[int, ...], reserve: float, names: Collection[str] | None = None) -> None:
+    """As `time_ours`; backward is autograd's, as a training step runs it, without a gradient of the bias.
+
+    `names`: of those alone; else of all but FlexAttention, which compiles.
+    """
     grad, q, k, v, table = projections(run, shape)
     size = q.numel() * q.element_size()
-    for name, function in peers(shape).items():
-        for form in ("plain", "bias") if name == "permute+efficient" else ("plain",):
+    found: dict[str, Callable[[], Callable[..., Tensor]]] = {name: lambda f=f: f for name, f in peers(shape).items()}  # type: ignore[misc]
+    found[FLEX] = lambda: flex(shape)
+    for name in names if names is not None else [x for x in found if x != FLEX]:
+        function: Callable[..., Tensor] | None = None
+        for form in ("plain", "bias") if name in BIASED else ("plain",):
             if run.late("peers", reserve):
                 return
             bias = table if form == "bias" else None
             row = {"shape": shape, "kernel": name, "bias": form}
-            ahead = run.timed("temporal", 4 * size, lambda f=function, b=bias: f(q, k, v, b), **row, way="forward")  # type: ignore[misc]
-            if isinstance(ahead, str):
-                run.say("temporal peer", shape=shape, kernel=name, bias=form, refused=ahead)
+            try:
+                function = function or found[name]()
+                ahead = run.timed("temporal", 4 * size, lambda f=function, b=bias: f(q, k, v, b), **row, way="forward")  # type: ignore[misc]
+                leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+                out = function(*leaves, bias)
+            except REFUSALS as refusal:
+                run.say("temporal peer", **row, refused=why(refusal))
                 continue
-            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            out = function(*leaves, bias)
             again = lambda o=out, x=leaves: torch.autograd.grad(o, x, grad, retain_graph=True)  # type: ignore[misc] # noqa: E731
             back = run.timed("temporal", 7 * size, again, **row, way="backward")
-            run.say("temporal peer", shape=shape, kernel=name, bias=form, forward_backward=[ahead, back])
+            run.say("temporal peer", **row, forward_backward=[ahead, back])
 
 
 def time_launches(run: Run, shape: tuple[int, ...]) -> None:
-    """The other ways to launch, with the bias."""
+    """The other ways to launch, with the bias and, for 64 frames, without."""
     grad, q, k, v, table = projections(run, shape)
     size = q.numel() * q.element_size()
-    found: dict[str, Any] = {}
-    for back, launch in launches(shape[1]):
-        if run.late("launches"):
-            break
-        way = "backward" if back else "forward"
-        call = (
-            (lambda x=launch: backward(grad, q, k, v, table, x))
-            if back
-            else (lambda x=launch: forward(q, k, v, table, x))
-        )  # type: ignore[misc]
-        name = f"{way} {launch.rows} rows {launch.warps} warps {launch.stages} stages {launch.turns} turns"
-        found[name] = run.timed("launches", (7 if back else 4) * size, call, shape=shape, launch=name)
-    run.say("launches", shape=shape, **found)
+    for form, bias in (("bias", table), ("plain", None))[: 2 if shape[1] == 64 else 1]:
+        found: dict[str, Any] = {}
+        for back, launch in launches(shape[1]):
+            if run.late("launches"):
+                break
+            call = (
+                (lambda x=launch, b=bias: backward(grad, q, k, v, b, x))
+                if back
+                else (lambda x=launch, b=bias: forward(q, k, v, b, x))
+            )  # type: ignore[misc]
+            name = f"{'backward' if back else 'forward'} {launch.rows} rows {launch.warps} warps"
+            name += f" {launch.stages} stages {launch.turns} turns"
+            row = {"shape": shape, "launch": name, "bias": form}
+            found[name] = run.timed("launches", (7 if back else 4) * size, call, **row)
+        run.say("launches", shape=shape, bias=form, **found)
 
 
 def large(run: Run) -> None:

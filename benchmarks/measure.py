@@ -8,13 +8,19 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cascade.errors import CascadeError
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Of a way to launch or of a peer: a result, not an end. The last are what packages that do not fit together raise.
+REFUSALS = (RuntimeError, ValueError, ImportError, OSError, CascadeError, AttributeError, TypeError, LookupError)
+REFUSALS += (AssertionError,)
 TOLERANCE = {"fp32": 1e-5, "tf32": 3e-3, "bf16": 1e-2, "fp16": 2e-3}  # relative, in the norm over a tensor
 
 
@@ -28,6 +34,7 @@ class Run:
         self.failed = 0
         self.passed: dict[str, list[float]] = {}
         self._count = 0
+        self._flush: Tensor | None = None  # larger than the caches
 
     @property
     def now(self) -> float:
@@ -63,25 +70,54 @@ class Run:
         self.say(part, show=not ok, dtype=dtype, errors=errors, ok=ok, **row)
 
     def time(self, function: Callable[[], Any], rep: int = 25) -> float:
-        """Median milliseconds, caches cold."""
+        """Median milliseconds that the device needs, caches cold: it is kept busy until all is launched."""
         if self.dry:
-            before = time.perf_counter()
+            return self._host(function)
+        function()
+        torch.cuda.synchronize()
+        host = min(self._host(function) for _ in range(3))  # ms to launch it
+        torch.cuda.synchronize()
+        if self._flush is None:
+            self._flush = torch.empty(2**28, dtype=torch.int8, device=self.device)
+        taken: list[float] = []
+        began = time.perf_counter()
+        while len(taken) < 5 or (1e3 * (time.perf_counter() - began) < 2 * rep and len(taken) < 50):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            self._flush.zero_()
+            torch.cuda._sleep(int(2e6 * min(3.0, host + 0.1)))  # cycles, of which a ms has 2e6 at most
+            start.record()
             function()
-            return 1e3 * (time.perf_counter() - before)
-        from triton.testing import do_bench
+            end.record()
+            end.synchronize()
+            taken.append(float(start.elapsed_time(end)))
+        return median(taken)
 
-        return float(do_bench(function, warmup=5, rep=rep, return_mode="median"))
+    def called(self, function: Callable[[], Any]) -> float:
+        """Milliseconds a call in a row of calls from Python, caches warm: launching it may take longer than it."""
+        if self.dry:
+            return self._host(function)
+        torch.cuda.synchronize()
+        before = time.perf_counter()
+        for _ in range(20):
+            function()
+        torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - before) / 20
+
+    @staticmethod
+    def _host(function: Callable[[], Any]) -> float:
+        before = time.perf_counter()
+        function()
+        return 1e3 * (time.perf_counter() - before)
 
     def timed(self, part: str, least: float, function: Callable[[], Any], **row: Any) -> list[float] | str:
-        """[milliseconds, fraction of the copy's bandwidth if it moved `least` bytes], or why it could not."""
+        """[ms on the device, part of the copy's bandwidth if it moved `least` bytes, ms from Python], or why not."""
         try:
-            ms = self.time(function)
-        except (RuntimeError, ValueError, ImportError) as refusal:  # of a peer: that is a result
-            why = str(refusal).strip().partition("\n")[0][:70]
-            self.say(part, show=False, refused=why, **row)
-            return why
-        found = [ms, 1e3 * least / ms / self.copy]
-        self.say(part, show=False, ms=ms, fraction=found[1], **row)
+            ms, called = self.time(function), self.called(function)
+        except REFUSALS as refusal:
+            self.say(part, show=False, refused=why(refusal), **row)
+            return why(refusal)
+        found = [ms, 1e3 * least / ms / self.copy, called]
+        self.say(part, show=False, ms=ms, fraction=found[1], called=called, **row)
         return found
 
 
@@ -91,6 +127,11 @@ def _short(x: Any) -> Any:
     if isinstance(x, dict):
         return {key: _short(value) for key, value in x.items()}
     return [_short(y) for y in x] if isinstance(x, list | tuple) else x
+
+
+def why(refusal: BaseException) -> str:
+    """Its first line, or its kind if it says nothing."""
+    return (str(refusal).strip().partition("\n")[0] or type(refusal).__name__)[:120]
 
 
 def error(got: Tensor, want: Tensor) -> float:

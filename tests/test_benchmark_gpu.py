@@ -90,6 +90,11 @@ def test_launches_bound_what_is_small() -> None:
     assert roof.seconds == 20 and roof.why().startswith("2 launches")
 
 
+def test_norms_are_known_before_the_run(small: gpu.Prepared) -> None:
+    assert {norm[0] for norm in small.norms} >= {16, 32} and {norm[4:] for norm in small.norms} >= {(True, True)}
+    gpu_cascade.compile_norms(small.norms[:2], torch.device("cpu"))
+
+
 def test_predictions_stand_for_the_plan_and_the_code_as_they_are() -> None:
     """In all of base and ssr3; the other stages' FLOPs alone."""
     chain = Chain.read(chain_settings(ASKED["chain"]))
@@ -134,7 +139,7 @@ def test_a_size_that_does_not_work_gives_way_to_a_smaller_one(
 ) -> None:
     stage = next(s for s in small.stages if len(s.sizes) > 1)
 
-    def fake(run: Any, prepared: Any, stage: Any, size: Any, room: float) -> dict[str, Any]:
+    def fake(run: Any, prepared: Any, stage: Any, size: Any, launches: Any) -> dict[str, Any]:
         works = size is stage.sizes[1]
         return {
             "frames": size.frames,
@@ -161,7 +166,7 @@ def ran(tmp_path: Path, prepared: gpu.Prepared, *words: str) -> tuple[dict[str, 
 
 
 def test_it_runs_in_miniature_without_hydra_and_peers(tmp_path: Path, small: gpu.Prepared) -> None:
-    found, table = ran(tmp_path, small, "--parts", "stages,peers")
+    found, table = ran(tmp_path, small, "--parts", "stages,ways,sampling,peers")
     assert list(found["stages"]) == [stage.settings["name"] for stage in small.stages]
     for row, stage in zip(found["stages"].values(), small.stages, strict=True):
         assert set(row["ms"]) == {"ours", "torch", "float32 weights"}

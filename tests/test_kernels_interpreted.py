@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ CLIPS = [  # B, F, S, h, D
     (1, 128, 1, 1, 64),
 ]
 IMAGES = [(3, 64, 4, 5), (5, 96, 8, 8), (2, 12, 3, 3), (1, 40, 37, 11), (70, 8, 2, 2), (1, 64, 40, 40)]  # N, C, H, W
+IMAGES += [(2, 80, 15, 17), (1, 320, 9, 7)]
 
 
 @triton
@@ -144,6 +146,17 @@ def test_temporal_attention_does_not_depend_on_how_it_is_launched(rows: int) -> 
             near(mine, wide, torch.float32)
 
 
+def normed(shape: tuple[int, ...], dtype: torch.dtype, film: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Any]:
+    """x, its gradient, weight, bias and film."""
+    g = torch.Generator().manual_seed(sum(shape))
+    x, grad = (
+        torch.randn(shape, generator=g).mul(2).add(at).to(dtype).contiguous(memory_format=torch.channels_last)
+        for at in (10, 0)  # a mean far from zero
+    )
+    weight, bias = torch.randn(2, shape[1], generator=g)
+    return x, grad, weight, bias, torch.randn(shape[0], 2 * shape[1], generator=g) if film else None
+
+
 @triton
 @inside
 @pytest.mark.parametrize("film", [False, True])
@@ -153,15 +166,8 @@ def test_temporal_attention_does_not_depend_on_how_it_is_launched(rows: int) -> 
 def test_group_norm(shape: tuple[int, ...], dtype: torch.dtype, silu: bool, film: bool) -> None:
     from cascade.kernels import norm_triton
 
-    n, c, _, _ = shape
-    groups = math.gcd(c, 8)
-    g = torch.Generator().manual_seed(sum(shape))
-    x, grad = (
-        torch.randn(shape, generator=g).mul(2).add(at).to(dtype).contiguous(memory_format=torch.channels_last)
-        for at in (10, 0)  # a mean far from zero
-    )
-    weight, bias = torch.randn(2, c, generator=g)
-    told = torch.randn(n, 2 * c, generator=g) if film else None
+    x, grad, weight, bias, told = normed(shape, dtype, film)
+    groups = math.gcd(shape[1], 8)
     y, mean, rstd = norm_triton.forward(x, weight, bias, told, groups, 1e-5, silu, dtype)
     got = norm_triton.backward(grad, x, weight, bias, told, mean, rstd, groups, silu)
     leaves = [t.double().requires_grad_() for t in (x, weight, bias, told) if t is not None]
@@ -180,6 +186,33 @@ def test_group_norm(shape: tuple[int, ...], dtype: torch.dtype, silu: bool, film
         near(got[2], want[3], exact)
     assert y.is_contiguous(memory_format=torch.channels_last)
     assert got[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@triton
+@inside
+@pytest.mark.parametrize("film", [False, True])
+@pytest.mark.parametrize("chunk", [1, 400, 16384])
+@pytest.mark.parametrize(
+    "shape", [(3, 64, 4, 5), (2, 80, 7, 5), (2, 40, 37, 11), (3, 12, 3, 3), (1, 144, 5, 5)], ids=str
+)
+def test_group_norm_does_not_depend_on_its_form(
+    shape: tuple[int, ...], chunk: int, film: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cascade.kernels import norm_triton
+    from cascade.kernels.norm_triton import Form, Tuning
+
+    x, grad, weight, bias, told = normed(shape, torch.float32, film)
+    groups = math.gcd(shape[1], 8)
+    found = {}
+    for form in Form:
+        tuning = Tuning(each=4, chunk=chunk, whole=2**20 if form is Form.WHOLE else 0, registers=80, split=form)
+        for name in ("FORWARD", "BACKWARD"):
+            monkeypatch.setattr(norm_triton, name, tuning)
+        y, mean, rstd = norm_triton.forward(x, weight, bias, told, groups, 1e-5, True, torch.float32)
+        found[form] = (y, mean, rstd, *norm_triton.backward(grad, x, weight, bias, told, mean, rstd, groups, True))
+    assert all(torch.equal(a, b) for a, b in zip(found[Form.ORDERED], found[Form.TWICE], strict=True))
+    for one, other in zip(found[Form.WHOLE], found[Form.TWICE], strict=True):
+        near(one, other.double(), torch.float32, 1.0)
 
 
 @triton

@@ -95,14 +95,15 @@ def test_what_the_triton_kernel_refuses(monkeypatch: pytest.MonkeyPatch, caplog:
     monkeypatch.setattr(kernels, "_missing", lambda: None)
     monkeypatch.setattr(kernels, "_old", lambda device: None)
 
-    def cuda(last: bool = True, channels: int = 8, dtype: torch.dtype = torch.float32) -> Any:
-        shape, device = torch.Size((2, channels, 3, 3)), torch.device("cuda")
+    def cuda(last: bool = True, channels: int = 8, dtype: torch.dtype = torch.float32, side: int = 3) -> Any:
+        shape, device = torch.Size((2, channels, side, side)), torch.device("cuda")
         return SimpleNamespace(device=device, shape=shape, dtype=dtype, is_contiguous=lambda memory_format: last)
 
     assert norm.refusal(cuda(), 8) is None and norm.takes(cuda(), 8)
     assert "channels-last" in str(norm.refusal(cuda(last=False), 8))
     assert "3 groups" in str(norm.refusal(cuda(), 3))
     assert "4104 channels" in str(norm.refusal(cuda(channels=norm.CHANNELS + 8), 8))
+    assert "more than 2146435072" in str(norm.refusal(cuda(side=2**15), 8))
     assert "float64" in str(norm.refusal(cuda(dtype=torch.float64), 8))
     kernels.say_once.cache_clear()
     with caplog.at_level(logging.INFO, "cascade"), norm.native():

@@ -1,8 +1,9 @@
 """Group norm, FiLM and SiLU in one, of channels-last activations: `cascade::group_norm`.
 
 PyTorch's CUDA group norm copies a channels-last input into another layout and hands that on (pytorch issue 111824), and
-FiLM and SiLU are passes of their own. Here the activations are read twice, the second time mostly from the cache, and
-written once. Triton on CUDA (`norm_triton`), plain torch on the CPU, where `cascade.layers` keeps to torch's own.
+FiLM and SiLU are passes of their own. Here the activations are written once and read once where an image fits into
+registers, else twice, the second time mostly from the cache. Triton on CUDA (`norm_triton`), plain torch on the CPU,
+where `cascade.layers` keeps to torch's own.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from cascade.kernels import say_once, unfit
 __all__ = ["CHANNELS", "assumed", "group_norm", "native", "refusal", "takes", "wanted"]
 
 CHANNELS = 4096  # a tile holds all channels of a position
+IMAGE = 2**31 - 2**20  # numbers: places within an image are counted in 32 bits, and a little beyond its end
 
 _native: ContextVar[bool] = ContextVar("native_norm", default=False)
 _assumed: ContextVar[torch.dtype | None] = ContextVar("assumed_norm", default=None)
@@ -56,7 +58,9 @@ def refusal(x: Tensor, groups: int) -> str | None:
         return "the activations are not channels-last"
     if groups & (groups - 1):
         return f"{groups} groups are not a power of two"
-    return f"{x.shape[1]} channels are more than {CHANNELS}" if x.shape[1] > CHANNELS else None
+    if x.shape[1] > CHANNELS:
+        return f"{x.shape[1]} channels are more than {CHANNELS}"
+    return f"images of {x.shape[1:].numel()} numbers: more than {IMAGE}" if x.shape[1:].numel() > IMAGE else None
 
 
 def takes(x: Tensor, groups: int) -> bool:
