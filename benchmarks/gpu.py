@@ -19,7 +19,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -165,11 +165,16 @@ class Results:
     stages: dict[str, dict[str, Any]] = field(default_factory=dict)
     peers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
+    def ordered(self) -> dict[str, dict[str, Any]]:
+        """The stages in the chain's order."""
+        names = [stage.settings["name"] for stage in self.prepared.stages]
+        return {name: self.stages[name] for name in names if name in self.stages}
+
     def save(self) -> None:
         if self.out is None:
             return
         self.out.mkdir(parents=True, exist_ok=True)
-        data = {"about": self.about, "clip": clip(self), "stages": self.stages, "peers": self.peers}
+        data = {"about": self.about, "clip": clip(self), "stages": self.ordered(), "peers": self.peers}
         (self.out / "gpu.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         (self.out / "gpu.md").write_text(tables(self), encoding="utf-8")
 
@@ -189,8 +194,8 @@ def compile_ahead(run: Run, file: Path) -> None:
 
 
 def stages(run: Run, results: Results) -> None:
-    """Every stage with our kernels, in the chain's order."""
-    for stage in results.prepared.stages:
+    """Every stage with our kernels, the longest first: most of a clip is its last stage."""
+    for stage in sorted(results.prepared.stages, key=lambda stage: -stage.sizes[0].flops):
         name, size = stage.settings["name"], stage.sizes[0]
         need = 5 + 2e-3 * size.ms * (turns(results.prepared, size) + 2)
         late = run.late(name, 0 if run.dry else need)
@@ -199,10 +204,12 @@ def stages(run: Run, results: Results) -> None:
         results.save()
 
 
-def other_ways(run: Run, results: Results) -> None:
-    """Every stage again, the longest first, in all ways that there are beside ours."""
+def other_ways(run: Run, results: Results, names: Collection[str] | None = None) -> None:
+    """Every stage (`names`: of those) again, the longest first, in all ways that there are beside ours."""
     for stage in sorted(results.prepared.stages, key=lambda stage: -stage.sizes[0].flops):
         name = stage.settings["name"]
+        if names is not None and name not in names:
+            continue
         row = results.stages.get(name, {})
         if "ours" not in row.get("ms", {}):
             continue
@@ -223,10 +230,12 @@ def other_ways(run: Run, results: Results) -> None:
         results.save()
 
 
-def samplings(run: Run, results: Results) -> None:
-    """A whole sampling run of every stage as the chain makes it, the shortest first."""
+def samplings(run: Run, results: Results, names: Collection[str] | None = None) -> None:
+    """A whole sampling run of every stage (`names`: of those) as the chain makes it, the shortest first."""
     for stage in sorted(results.prepared.stages, key=lambda stage: stage.sizes[0].flops):
         name = stage.settings["name"]
+        if names is not None and name not in names:
+            continue
         row = results.stages.get(name, {})
         if "ours" not in row.get("ms", {}):
             continue

@@ -120,8 +120,7 @@ def main() -> int:
         check(run)
         return int(run.failed > 0)
     if given.flex is not None:
-        gpu_temporal.warm(run, gpu_temporal.TIMED[given.flex])
-        return 0
+        return int(not gpu_temporal.warm(run, gpu_temporal.TIMED[given.flex]))
     parts = given.parts.split(",")
     flexed = check_at_once(run, sys.argv[1:]) if "check" in parts else []
     measure(run, parts, flexed)

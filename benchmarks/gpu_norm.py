@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import INTERPRETED, TYPES, Run, error, poison
+from measure import INTERPRETED, TYPES, Run, error, guarded, poison
 from torch import Tensor
 
 # N, C, H, W
@@ -75,6 +75,7 @@ def check(run: Run) -> None:
                     check_one(run, smaller, "bf16", False, what)
 
 
+@guarded("norm")
 def check_one(run: Run, shape: tuple[int, ...], name: str, film: bool, what: str | None = None) -> None:
     """With SiLU, as most are."""
     grad, *leaves = draw(run, shape, TYPES[name], film)

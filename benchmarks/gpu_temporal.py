@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measure import INTERPRETED, REFUSALS, TOLERANCE, TYPES, Run, error, poison, why
+from measure import INTERPRETED, TOLERANCE, TYPES, Run, error, guarded, poison, why
 from torch import Tensor
 
 from cascade.attention import attend
@@ -73,6 +74,7 @@ def check(run: Run) -> None:
                 check_one(run, shape, "bf16", "table", launch)
 
 
+@guarded("temporal")
 def check_one(run: Run, shape: tuple[int, ...], name: str, bias: str, launch: Any = None) -> None:
     grad, *leaves = draw(run, shape, TYPES[name], bias)
     wide = [x.double().requires_grad_() for x in leaves[: 3 if bias == "none" else 4]]
@@ -96,6 +98,7 @@ def check_one(run: Run, shape: tuple[int, ...], name: str, bias: str, launch: An
     run.check("temporal", name, errors, **row)
 
 
+@guarded("temporal prepared")
 def check_prepared(run: Run, shape: tuple[int, ...], name: str) -> None:
     """With q and k normed and turned, through the operator's own gradient."""
     torch.set_float32_matmul_precision("highest")
@@ -178,39 +181,51 @@ def peers(shape: tuple[int, ...]) -> dict[str, Callable[..., Tensor]]:
     return found
 
 
+def slices(shape: tuple[int, ...], most: int = 65535) -> int:
+    """Into how many slices of equal size positions go, so that clips times heads, one dim of a grid, are `most`."""
+    clips, _, positions, heads, _ = shape
+    return next(n for n in range(1, positions + 1) if positions % n == 0 and clips * positions // n * heads <= most)
+
+
 def flex(shape: tuple[int, ...]) -> Callable[..., Tensor]:
     """FlexAttention, compiled, on the view in which positions are heads; the bias is a score_mod."""
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled: Any = torch.compile(flex_attention, dynamic=False)
-    h, parts = shape[3], 1
-    while shape[2] % parts or shape[2] // parts * h > 65535:  # heads are a grid dim: slices of one size, compiled once
-        parts += 1
+    h, parts = shape[3], slices(shape)
+
+    @cache
+    def biased(table: Tensor) -> Callable[..., Tensor]:
+        return lambda score, batch, head, i, j: score + table[0, head % h, i, j]
 
     def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-        table = q if bias is None else bias
-
-        def biased(score: Tensor, batch: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            return score + table[0, head % h, i, j]
-
+        modified = None if bias is None else biased(bias)
         found = []
         for some in zip(*(x.chunk(parts, 2) for x in (q, k, v)), strict=True):
             heads = (x.flatten(2, 3).transpose(1, 2) for x in some)
-            out = compiled(*heads, score_mod=None if bias is None else biased)
+            out = compiled(*heads, score_mod=modified)
             found.append(torch.unflatten(out.transpose(1, 2), 2, (-1, h)))
         return found[0] if parts == 1 else torch.cat(found, 2)
 
     return run
 
 
-def warm(run: Run, shape: tuple[int, ...]) -> None:
-    """Compiles what `time_peers` times of FlexAttention, in a process of its own: the compiler's cache is on disk."""
+def warm(run: Run, shape: tuple[int, ...]) -> bool:
+    """Compiles what `time_peers` times of FlexAttention, in a process of its own: the compiler's cache is on disk.
+
+    Whether all of it works.
+    """
     grad, q, k, v, table = projections(run, shape)
-    function = flex(shape)
-    for bias in (None, table):
-        function(q, k, v, bias)
-        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-        torch.autograd.grad(function(*leaves, bias), leaves, grad)
+    function, works = flex(shape), True
+    for form, bias in (("plain", None), ("bias", table)):
+        try:
+            function(q, k, v, bias)
+            leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+            torch.autograd.grad(function(*leaves, bias), leaves, grad)
+        except Exception as refusal:  # a compiler raises anything
+            works = False
+            run.say("flex", shape=shape, bias=form, refused=why(refusal))
+    return works
 
 
 def time_peers(run: Run, shape: tuple[int, ...], reserve: float, names: Collection[str] | None = None) -> None:
@@ -234,11 +249,11 @@ def time_peers(run: Run, shape: tuple[int, ...], reserve: float, names: Collecti
                 ahead = run.timed("temporal", 4 * size, lambda f=function, b=bias: f(q, k, v, b), **row, way="forward")  # type: ignore[misc]
                 leaves = [x.detach().requires_grad_() for x in (q, k, v)]
                 out = function(*leaves, bias)
-            except REFUSALS as refusal:
+                again = lambda o=out, x=leaves: torch.autograd.grad(o, x, grad, retain_graph=True)  # type: ignore[misc] # noqa: E731
+                back = run.timed("temporal", 7 * size, again, **row, way="backward")
+            except Exception as refusal:  # a compiler raises anything
                 run.say("temporal peer", **row, refused=why(refusal))
                 continue
-            again = lambda o=out, x=leaves: torch.autograd.grad(o, x, grad, retain_graph=True)  # type: ignore[misc] # noqa: E731
-            back = run.timed("temporal", 7 * size, again, **row, way="backward")
             run.say("temporal peer", **row, forward_backward=[ahead, back])
 
 

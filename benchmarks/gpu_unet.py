@@ -11,7 +11,7 @@ from typing import Any
 import gpu_norm
 import torch
 import torch.nn.functional as F
-from measure import Run, error, poison
+from measure import Run, error, guarded, poison
 from torch import Tensor
 
 from cascade import attention
@@ -57,6 +57,7 @@ def check(run: Run) -> None:
                 check_norm(run, asked)
 
 
+@guarded("unet norm")
 def check_norm(run: Run, asked: Norming) -> None:
     c, height, width, given, out, film_type, silu = asked
     frames = 2 if run.dry else 300

@@ -7,14 +7,17 @@ import math
 import os
 import time
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from cascade.errors import CascadeError
+
+Check = TypeVar("Check", bound=Callable[..., None])
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 TYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -121,6 +124,23 @@ class Run:
         return found
 
 
+def guarded(part: str) -> Callable[[Check], Check]:
+    """For a function that checks one case of `part`, given the run first: what it raises is one failed check."""
+
+    def around(check: Check) -> Check:
+        @wraps(check)
+        def attempt(run: Run, *args: Any, **rest: Any) -> None:
+            try:
+                check(run, *args, **rest)
+            except Exception as failure:  # the other checks go on
+                run.failed += 1
+                run.say(part, ok=False, raised=why(failure), case=[str(x) for x in args])
+
+        return attempt  # type: ignore[return-value]
+
+    return around
+
+
 def _short(x: Any) -> Any:
     if isinstance(x, float):
         return float(f"{x:.4g}")
@@ -131,7 +151,7 @@ def _short(x: Any) -> Any:
 
 def why(refusal: BaseException) -> str:
     """Its first line, or its kind if it says nothing."""
-    return (str(refusal).strip().partition("\n")[0] or type(refusal).__name__)[:120]
+    return (str(refusal).strip().partition("\n")[0] or type(refusal).__name__)[:200]
 
 
 def error(got: Tensor, want: Tensor) -> float:

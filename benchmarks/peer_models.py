@@ -34,18 +34,21 @@ class Work:
     embedded: Tensor = field(init=False)  # (1, tokens, text)
 
     def __post_init__(self) -> None:
-        drawn = torch.randn(1, self.tokens, self.text, generator=torch.Generator().manual_seed(1))
-        object.__setattr__(self, "embedded", drawn)
+        object.__setattr__(self, "embedded", on_cpu((1, self.tokens, self.text), 1))
 
     def clip(self) -> Tensor:
-        size = (1, 3, self.frames, self.height, self.width)
-        return torch.randn(size, generator=torch.Generator().manual_seed(0))
+        return on_cpu((1, 3, self.frames, self.height, self.width), 0)
 
     def on(self, device: torch.device) -> Work:
         """The same with its text on `device`."""
         there = replace(self)
         object.__setattr__(there, "embedded", self.embedded.to(device))
         return there
+
+
+def on_cpu(shape: Sequence[int], seed: int) -> Tensor:
+    """N(0, 1), drawn and left on the CPU: within `with device` too, where tensors are made elsewhere by default."""
+    return torch.randn(tuple(shape), generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
 
 
 def build(package: str, settings: Settings, work: Work, named: bool = False) -> tuple[nn.Module, Call]:
@@ -64,7 +67,7 @@ def by_name(net: nn.Module) -> None:
     """
     with torch.no_grad():
         for name, parameter in net.named_parameters():
-            drawn = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(crc32(name.encode())))
+            drawn = on_cpu(parameter.shape, crc32(name.encode()))
             parameter.copy_(0.1 * drawn + (parameter.ndim == 1 and name.endswith("weight")))
 
 

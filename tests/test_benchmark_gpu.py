@@ -22,6 +22,7 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import gpu  # noqa: E402
 import gpu_cascade  # noqa: E402
+import peer_models  # noqa: E402
 from gpu_cascade import Rates, Roofline  # noqa: E402
 
 ASKED = gpu.settings()
@@ -151,6 +152,24 @@ def test_a_size_that_does_not_work_gives_way_to_a_smaller_one(
     found = gpu.largest(gpu.Run(True, 100.0, 0.0, None, None), small, stage)
     assert found["frames"] == stage.sizes[1].frames == stage.sizes[0].frames // 2
     assert found["refused"] == {f"{stage.sizes[0].frames} frames": "no"}
+
+
+def test_networks_are_built_on_a_device_that_is_not_the_cpu(
+    small: gpu.Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On meta tensors, which as CUDA's refuse to meet those of the CPU."""
+    device = torch.device("meta")
+    monkeypatch.setattr(peer_models, "fill", lambda net: None)
+    work = peer_models.Work(**small.work)
+    with device:
+        again = peer_models.Work(**small.work)
+        assert torch.equal(again.clip(), work.clip()) and torch.equal(again.embedded, work.embedded)
+        net, call = peer_models.build("cascade", small.networks["cascade"], work.on(device))
+        peer_models.by_name(torch.nn.Linear(2, 2))
+    with torch.no_grad():
+        out = call(work.clip().to(device))
+    assert out.device == device and out.shape == work.clip().shape
+    assert {x.device for x in (*net.parameters(), *net.buffers())} == {device}
 
 
 # the run -------------------------------------------------------------------------------------------------------------

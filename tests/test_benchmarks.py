@@ -11,8 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu_norm  # noqa: E402
+import gpu_temporal  # noqa: E402
+from measure import Run  # noqa: E402
+
 SCRIPT = ROOT / "benchmarks" / "gpu_kernels.py"
 ABSENT = ("hydra", "omegaconf", "xformers", "diffusers", "av", "transformers", "accelerate", "imageio", "matplotlib")
 ALONE = f"""
@@ -57,3 +64,45 @@ def test_the_kernels_benchmark_runs_through_triton_in_miniature(tmp_path: Path) 
 def test_time_that_is_up_is_said(tmp_path: Path) -> None:
     found = run(tmp_path / "log", "--budget", "0", "--parts", "temporal,norm,unet")
     assert {r["part"] for r in found if "skipped" in r} == {"temporal", "norm", "unet"}
+
+
+def broken(*_: Any) -> Any:
+    raise RuntimeError("an illegal memory access\nand how")
+
+
+def test_a_check_that_raises_is_one_failed_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, log = Run(True, 60.0, 0.0, None, tmp_path / "log"), tmp_path / "log"
+    monkeypatch.setattr(gpu_norm, "ours", broken)
+    gpu_norm.check(done)
+    found = rows(log)
+    assert done.failed == len(found) > 2 and {r["raised"] for r in found} == {"an illegal memory access"}
+    gpu_temporal.check_one(done, gpu_temporal.DRY[0], "fp32", "table")
+    assert rows(log)[-1]["ok"]
+
+
+def test_a_peer_that_does_not_compile_is_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, shape = Run(True, 1e12, 0.0, None, tmp_path / "log"), gpu_temporal.DRY[0]
+    monkeypatch.setattr(torch, "compile", lambda function, **_: broken)
+    assert not gpu_temporal.warm(done, shape)
+    gpu_temporal.time_peers(done, shape, 0.0, [gpu_temporal.FLEX, "view+sdpa"])
+    found = [r for r in rows(tmp_path / "log") if r["part"] in ("flex", "temporal peer")]
+    assert ["refused" in r for r in found] == [True] * 4 + [False]
+
+
+def test_slices_of_positions_fit_a_grid() -> None:
+    for clips, _, positions, heads, _ in gpu_temporal.TIMED:
+        parts = gpu_temporal.slices((clips, 0, positions, heads, 0))
+        assert positions % parts == 0 and clips * (positions // parts) * heads <= 65535
+    assert gpu_temporal.slices((2, 16, 15360, 5, 64)) == 3
+    assert gpu_temporal.slices((1, 64, 3840, 5, 64)) == 1
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_in_slices_is_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(gpu_temporal, "slices", lambda shape: 3)
+    shape = (2, 4, 6, 2, 16)
+    _, q, k, v, table = (x.float() for x in gpu_temporal.projections(Run(True, 1.0, 0.0, None, None), shape))
+    for bias in (None, table):
+        want = gpu_temporal.attend(q, k, v, bias=bias, kernel="reference")
+        torch.testing.assert_close(gpu_temporal.flex(shape)(q, k, v, bias), want)

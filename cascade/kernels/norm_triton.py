@@ -482,7 +482,8 @@ def forward(
     images, positions = len(x), prod(x.shape[2:])
     how = planned(x, groups, FORWARD)
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.channels_last)
-    mean, rstd = x.new_empty((2, images, groups), dtype=torch.float32)
+    # two tensors and no views of one: what an operator answers may share no memory
+    mean, rstd = (x.new_empty((images, groups), dtype=torch.float32) for _ in range(2))
     told = x if film is None else film
     flags = {"FILMED": film is not None, "SILU": silu, "FAST": x.is_cuda, **how.options}
     if how.form is Form.WHOLE:
