@@ -18,7 +18,7 @@ CHECKED = [(2, 12, 3, 3), (1, 40, 137, 11), (700, 96, 4, 4), (400, 64, 16, 16), 
 CHECKED += [(2, 64, 64, 64), (2, 320, 48, 80), (2, 128, 48, 48), (2, 80, 96, 64), (40, 288, 24, 20)]
 TIMED = [(2048, 64, 16, 16), (2048, 192, 8, 8), (62, 64, 64, 64), (32, 320, 48, 80), (16, 128, 192, 320)]
 TIMED += [(32, 80, 384, 640)]  # of imagen_video_8's last stage
-TUNED = [TIMED[0], TIMED[3], TIMED[4]]
+TUNED = [*TIMED[:2], *TIMED[3:]]
 DRY = [(3, 16, 4, 4), (1, 12, 9, 5)]
 
 
@@ -126,11 +126,12 @@ def tunings() -> dict[str, tuple[Any, Any]]:
     return {
         "shipped": (ahead, back),
         "twice": (replace(ahead, split=Form.TWICE), replace(back, split=Form.TWICE)),
-        "chunks of 8,192": (replace(ahead, chunk=8192), replace(back, chunk=8192)),
-        "chunks of 65,536": (replace(ahead, chunk=65536), replace(back, chunk=65536)),
+        "chunks of 16,384": (replace(ahead, chunk=16384), replace(back, chunk=16384)),
+        "chunks of 131,072": (replace(ahead, chunk=131072), replace(back, chunk=131072)),
         "larger tiles": (replace(ahead, each=32, registers=128), replace(back, each=32, registers=128)),
         "nothing whole": (replace(ahead, whole=0), replace(back, whole=0)),
         "larger whole": (replace(ahead, whole=32768), replace(back, whole=16384)),
+        "smaller whole": (replace(ahead, whole=8192), replace(back, whole=4096)),
     }
 
 

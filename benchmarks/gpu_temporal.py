@@ -247,14 +247,36 @@ def time_peers(run: Run, shape: tuple[int, ...], reserve: float, names: Collecti
             try:
                 function = function or found[name]()
                 ahead = run.timed("temporal", 4 * size, lambda f=function, b=bias: f(q, k, v, b), **row, way="forward")  # type: ignore[misc]
-                leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-                out = function(*leaves, bias)
-                again = lambda o=out, x=leaves: torch.autograd.grad(o, x, grad, retain_graph=True)  # type: ignore[misc] # noqa: E731
-                back = run.timed("temporal", 7 * size, again, **row, way="backward")
+                call = lambda q, k, v, f=function, b=bias: f(q, k, v, b)  # type: ignore[misc] # noqa: E731
+                back = time_gradient(run, call, [q, k, v], grad, row)
             except Exception as refusal:  # a compiler raises anything
                 run.say("temporal peer", **row, refused=why(refusal))
                 continue
             run.say("temporal peer", **row, forward_backward=[ahead, back])
+
+
+def time_gradient(
+    run: Run, call: Callable[..., Tensor], given: list[Tensor], grad: Tensor, row: dict[str, Any]
+) -> list[float] | str:
+    """Backward of call(*given), as `Run.timed` answers.
+
+    What is compiled gives its memory away and cannot run backward twice on one graph: forward runs before each time,
+    and its own time is taken off.
+    """
+    leaves = [x.detach().requires_grad_() for x in given]
+    size = grad.numel() * grad.element_size()
+    out = call(*leaves)
+    if row["kernel"] != FLEX:
+        again = lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)  # noqa: E731
+        return run.timed("temporal", 7 * size, again, **row, way="backward")
+    torch.autograd.grad(out, leaves, grad)  # compiles, or raises
+    whole = lambda: torch.autograd.grad(call(*leaves), leaves, grad)  # noqa: E731
+    ahead = run.timed("temporal", 4 * size, lambda: call(*leaves), **row, way="forward with a gradient")
+    both = run.timed("temporal", 11 * size, whole, **row, way="both")
+    if isinstance(ahead, str) or isinstance(both, str):
+        return ahead if isinstance(ahead, str) else both
+    ms = both[0] - ahead[0]
+    return [ms, 7e3 * size / ms / run.copy, both[2] - ahead[2]]
 
 
 def time_launches(run: Run, shape: tuple[int, ...]) -> None:

@@ -106,3 +106,28 @@ def test_flex_attention_in_slices_is_attention(monkeypatch: pytest.MonkeyPatch) 
     for bias in (None, table):
         want = gpu_temporal.attend(q, k, v, bias=bias, kernel="reference")
         torch.testing.assert_close(gpu_temporal.flex(shape)(q, k, v, bias), want)
+
+
+class Donating(torch.autograd.Function):
+    """x, whose backward pass cannot run twice: it gives its memory away, as compiled code does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.ran = False
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        if ctx.ran:
+            raise RuntimeError("compiled with non-empty donated buffers")
+        ctx.ran = True
+        return grad
+
+
+def test_flex_attentions_backward_runs_once_on_each_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, shape = Run(True, 1e12, 0.0, None, tmp_path / "log"), gpu_temporal.DRY[0]
+    monkeypatch.setattr(gpu_temporal, "flex", lambda shape: lambda q, k, v, bias: Donating.apply(q + k + v))
+    gpu_temporal.time_peers(done, shape, 0.0, [gpu_temporal.FLEX])
+    found = [r for r in rows(tmp_path / "log") if r["part"] == "temporal peer"]
+    assert [r["bias"] for r in found] == ["plain", "bias"]
+    assert all(isinstance(times, list) for r in found for times in r["forward_backward"])
