@@ -119,13 +119,11 @@ def timings(run: Run, shape: tuple[int, ...], name: str) -> None:
 
 def tunings() -> dict[str, tuple[Any, Any]]:
     """Other ways to spread the kernels than the shipped ones: forward, backward."""
-    from cascade.kernels import norm_triton
-    from cascade.kernels.norm_triton import Form
+    from cascade.kernels import norm_plan
 
-    ahead, back = norm_triton.FORWARD, norm_triton.BACKWARD
+    ahead, back = norm_plan.FORWARD, norm_plan.BACKWARD
     return {
         "shipped": (ahead, back),
-        "twice": (replace(ahead, split=Form.TWICE), replace(back, split=Form.TWICE)),
         "chunks of 8,192": (replace(ahead, chunk=8192), replace(back, chunk=8192)),
         "chunks of 65,536": (replace(ahead, chunk=65536), replace(back, chunk=65536)),
         "larger tiles": (replace(ahead, each=32, registers=128), replace(back, each=32, registers=128)),
@@ -137,19 +135,19 @@ def tunings() -> dict[str, tuple[Any, Any]]:
 @contextmanager
 def tuned(what: str) -> Iterator[None]:
     """One of `tunings()` inside."""
-    from cascade.kernels import norm_triton
+    from cascade.kernels import norm_plan
 
-    shipped = norm_triton.FORWARD, norm_triton.BACKWARD
-    norm_triton.FORWARD, norm_triton.BACKWARD = tunings()[what]
+    shipped = norm_plan.FORWARD, norm_plan.BACKWARD
+    norm_plan.FORWARD, norm_plan.BACKWARD = tunings()[what]
     try:
         yield
     finally:
-        norm_triton.FORWARD, norm_triton.BACKWARD = shipped
+        norm_plan.FORWARD, norm_plan.BACKWARD = shipped
 
 
 def tiles(run: Run, shape: tuple[int, ...]) -> None:
     """All `tunings()` that differ at this shape, the shipped one first and last."""
-    from cascade.kernels import norm_triton
+    from cascade.kernels import norm_plan
 
     grad, *leaves = draw(run, shape, torch.bfloat16, False)
     size = grad.numel() * grad.element_size()
@@ -160,7 +158,7 @@ def tiles(run: Run, shape: tuple[int, ...]) -> None:
         if run.late("launches"):
             break
         with tuned(what):
-            here = [norm_triton.planned(leaves[0], 8, each) for each in (norm_triton.FORWARD, norm_triton.BACKWARD)]
+            here = [norm_plan.planned(leaves[0], 8, each) for each in (norm_plan.FORWARD, norm_plan.BACKWARD)]
             if here in seen and what != "shipped":
                 continue
             seen.append(here)
@@ -168,5 +166,6 @@ def tiles(run: Run, shape: tuple[int, ...]) -> None:
             back = run.timed(
                 "norm tiles", 3 * size, lambda: ours_backward(grad, *leaves, mean, rstd), shape=shape, tuning=what
             )
-        found[f"{what} again" if what in found else what] = [here[0].form.value, ahead, here[1].form.value, back]
+        form = ["whole" if each.whole else "split" for each in here]
+        found[f"{what} again" if what in found else what] = [form[0], ahead, form[1], back]
     run.say("launches", norm=shape, **found)
