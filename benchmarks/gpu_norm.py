@@ -18,7 +18,7 @@ CHECKED = [(2, 12, 3, 3), (1, 40, 137, 11), (700, 96, 4, 4), (400, 64, 16, 16), 
 CHECKED += [(2, 64, 64, 64), (2, 320, 48, 80), (2, 128, 48, 48), (2, 80, 96, 64), (40, 288, 24, 20)]
 TIMED = [(2048, 64, 16, 16), (2048, 192, 8, 8), (62, 64, 64, 64), (32, 320, 48, 80), (16, 128, 192, 320)]
 TIMED += [(32, 80, 384, 640)]  # of imagen_video_8's last stage
-TUNED = [*TIMED[:2], *TIMED[3:]]
+TUNED = [TIMED[0], TIMED[3], TIMED[4]]
 DRY = [(3, 16, 4, 4), (1, 12, 9, 5)]
 
 
@@ -119,38 +119,36 @@ def timings(run: Run, shape: tuple[int, ...], name: str) -> None:
 
 def tunings() -> dict[str, tuple[Any, Any]]:
     """Other ways to spread the kernels than the shipped ones: forward, backward."""
-    from cascade.kernels import norm_triton
-    from cascade.kernels.norm_triton import Form
+    from cascade.kernels import norm_plan
 
-    ahead, back = norm_triton.FORWARD, norm_triton.BACKWARD
+    ahead, back = norm_plan.FORWARD, norm_plan.BACKWARD
     return {
         "shipped": (ahead, back),
-        "twice": (replace(ahead, split=Form.TWICE), replace(back, split=Form.TWICE)),
-        "chunks of 16,384": (replace(ahead, chunk=16384), replace(back, chunk=16384)),
-        "chunks of 131,072": (replace(ahead, chunk=131072), replace(back, chunk=131072)),
+        "chunks of 8,192": (replace(ahead, chunk=8192), replace(back, chunk=8192)),
+        "chunks of 65,536": (replace(ahead, chunk=65536), replace(back, chunk=65536)),
+        "smaller whole": (replace(ahead, whole=ahead.whole // 2), replace(back, whole=back.whole // 2)),
         "larger tiles": (replace(ahead, each=32, registers=128), replace(back, each=32, registers=128)),
         "nothing whole": (replace(ahead, whole=0), replace(back, whole=0)),
         "larger whole": (replace(ahead, whole=32768), replace(back, whole=16384)),
-        "smaller whole": (replace(ahead, whole=8192), replace(back, whole=4096)),
     }
 
 
 @contextmanager
 def tuned(what: str) -> Iterator[None]:
     """One of `tunings()` inside."""
-    from cascade.kernels import norm_triton
+    from cascade.kernels import norm_plan
 
-    shipped = norm_triton.FORWARD, norm_triton.BACKWARD
-    norm_triton.FORWARD, norm_triton.BACKWARD = tunings()[what]
+    shipped = norm_plan.FORWARD, norm_plan.BACKWARD
+    norm_plan.FORWARD, norm_plan.BACKWARD = tunings()[what]
     try:
         yield
     finally:
-        norm_triton.FORWARD, norm_triton.BACKWARD = shipped
+        norm_plan.FORWARD, norm_plan.BACKWARD = shipped
 
 
 def tiles(run: Run, shape: tuple[int, ...]) -> None:
     """All `tunings()` that differ at this shape, the shipped one first and last."""
-    from cascade.kernels import norm_triton
+    from cascade.kernels import norm_plan
 
     grad, *leaves = draw(run, shape, torch.bfloat16, False)
     size = grad.numel() * grad.element_size()
@@ -161,7 +159,7 @@ def tiles(run: Run, shape: tuple[int, ...]) -> None:
         if run.late("launches"):
             break
         with tuned(what):
-            here = [norm_triton.planned(leaves[0], 8, each) for each in (norm_triton.FORWARD, norm_triton.BACKWARD)]
+            here = [norm_plan.planned(leaves[0], 8, each) for each in (norm_plan.FORWARD, norm_plan.BACKWARD)]
             if here in seen and what != "shipped":
                 continue
             seen.append(here)
@@ -169,5 +167,6 @@ def tiles(run: Run, shape: tuple[int, ...]) -> None:
             back = run.timed(
                 "norm tiles", 3 * size, lambda: ours_backward(grad, *leaves, mean, rstd), shape=shape, tuning=what
             )
-        found[f"{what} again" if what in found else what] = [here[0].form.value, ahead, here[1].form.value, back]
+        form = ["whole" if each.whole else "split" for each in here]
+        found[f"{what} again" if what in found else what] = [form[0], ahead, form[1], back]
     run.say("launches", norm=shape, **found)

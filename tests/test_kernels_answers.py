@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade.kernels import norm, temporal
+from cascade.kernels import norm, norm_plan, temporal
 
 
 class Launched:
@@ -41,21 +41,20 @@ def jit(function: Any = None, **_: Any) -> Any:
 
 @pytest.fixture
 def launchers(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Loads a module of `cascade.kernels` with nothing behind `triton`."""
+    """Loads modules of `cascade.kernels`, each after those it imports, with nothing behind `triton`: the last."""
     language = MagicMock(constexpr=lambda x: x)
-    stand_in = MagicMock(
-        jit=jit, language=language, cdiv=lambda a, b: -(-a // b), next_power_of_2=lambda n: 1 << (n - 1).bit_length()
-    )
+    stand_in = MagicMock(jit=jit, language=language, cdiv=norm_plan.ceil, next_power_of_2=norm_plan.power)
     for name, module in (("triton", stand_in), ("triton.language", language), ("queries_triton", MagicMock())):
         monkeypatch.setitem(sys.modules, f"cascade.kernels.{name}" if "queries" in name else name, module)
 
-    def load(name: str) -> ModuleType:
-        path = Path(norm.__file__).with_name(f"{name}.py")
-        spec = importlib.util.spec_from_file_location(f"{name}_launched", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+    def load(*names: str) -> ModuleType:
+        for name in names:
+            path = Path(norm.__file__).with_name(f"{name}.py")
+            spec = importlib.util.spec_from_file_location(f"cascade.kernels.{name}", path)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            monkeypatch.setitem(sys.modules, spec.name, module)
+            spec.loader.exec_module(module)
         return module
 
     yield load
@@ -72,13 +71,12 @@ def keeps_the_rules(inputs: tuple[Any, ...], answers: tuple[Tensor, ...], promis
 
 @pytest.mark.parametrize("film", [False, True])
 @pytest.mark.parametrize("images", [1, 3])
-@pytest.mark.parametrize("form", ["whole", "ordered", "twice"])
-def test_group_norm(form: str, images: int, film: bool, launchers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = launchers("norm_triton")
-    whole = 2**20 if form == "whole" else 0
-    tuning = kernels.Tuning(each=4, chunk=400, whole=whole, registers=80, split=kernels.Form(form))
+@pytest.mark.parametrize("whole", [False, True])
+def test_group_norm(whole: bool, images: int, film: bool, launchers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = launchers("norm_forward_triton", "norm_backward_triton", "norm_triton")
+    tuning = norm_plan.Tuning(each=4, chunk=400, whole=2**20 * whole, registers=80)
     for name in ("FORWARD", "BACKWARD"):
-        monkeypatch.setattr(kernels, name, tuning)
+        monkeypatch.setattr(norm_plan, name, tuning)
     x, grad = torch.randn(2, images, 16, 5, 3).bfloat16()
     x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
     weight, bias, told = torch.ones(16), torch.zeros(16), torch.randn(images, 32) if film else None
@@ -87,8 +85,9 @@ def test_group_norm(form: str, images: int, film: bool, launchers: Any, monkeypa
     keeps_the_rules(args, got, norm._forward_shapes(*args))
     back = (grad, x, weight, bias, told, *got[1:], 8, True)
     keeps_the_rules(back, kernels.backward(*back), norm._backward_shapes(*back))
-    whole_calls, calls = kernels._forward_whole.calls, kernels._forward.calls
-    assert (whole_calls, calls) == {"whole": (1, 0), "ordered": (0, 1), "twice": (0, 2)}[form]
+    works = [f"{way}_{work}" for way in ("forward", "backward") for work in ("whole", "sums", "apply")]
+    assert [getattr(kernels, name).calls for name in works] == [whole, not whole, not whole] * 2
+    assert kernels.parameter_gradients.calls == (not whole)
 
 
 @pytest.mark.parametrize("prepared", [False, True])

@@ -108,21 +108,18 @@ IMAGES += [(32, 144, 96, 160), (128, 80, 384, 640), (32, 320, 48, 80), (16, 1664
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_group_norm_fits(dtype: torch.dtype, shape: tuple[int, ...], backward: bool, tmp_path: Path) -> None:
     """What is spilled stands outside the loops over an image."""
-    from cascade.kernels import norm_triton
-    from cascade.kernels.norm_triton import Form
+    from cascade.kernels import norm_plan, norm_triton
 
     images, channels, height, width = shape
-    tuning = norm_triton.BACKWARD if backward else norm_triton.FORWARD
-    how = norm_triton.plan(images, channels, height * width, 8, tuning, 132)
-    whole = how.form is Form.WHOLE
-    assert whole == (height * width * channels <= 16384)
-    types = dict.fromkeys(("X", "Y", "GRAD", "DX"), f"*{NAMES[dtype]}") | {"eps": "fp32", "TICKETS": "*i32"}
+    tuning = norm_plan.BACKWARD if backward else norm_plan.FORWARD
+    how = norm_plan.plan(images, channels, height * width, 8, tuning, 132)
+    assert how.whole == (height * width * channels <= 16384)
+    types = dict.fromkeys(("X", "Y", "GRAD", "DX"), f"*{NAMES[dtype]}") | {"eps": "fp32", "DONE": "*i32"}
     single = ("W", "B", "FILM", "MEAN", "RSTD", "PARTS", "LANEWISE", "MOMENTS", "DAFFINE", "DFILM")
     types |= dict.fromkeys(single, "*fp32")
-    function = getattr(norm_triton, ("_backward" if backward else "_forward") + ("_whole" if whole else ""))
-    for work in (None,) if whole else (0, 1, 2):
-        constants: dict[str, object] = {**how.constants, "FILMED": True, "SILU": True, "FAST": True}
-        constants |= {} if work is None else {"WORK": work}
+    constants: dict[str, object] = {**how.constants, "FILMED": True, "SILU": True, "FAST": True}
+    for work in ("whole",) if how.whole else ("sums", "apply"):
+        function = getattr(norm_triton, f"{'backward' if backward else 'forward'}_{work}")
         stack, shared = resources(tmp_path, function, types, constants, **how.options)
         assert shared <= SHARED and stack <= (400 if channels > 2048 else 64)
 
@@ -132,5 +129,5 @@ def test_parameter_gradients_fit(tmp_path: Path) -> None:
 
     types = dict.fromkeys(("W", "B", "FILM", "LANEWISE", "DAFFINE", "DFILM"), "*fp32")
     constants: dict[str, object] = {"C": 320, "FOLD": 3, "LANES": 64, "ROWS": 32, "FILMED": True}
-    stack, shared = resources(tmp_path, norm_triton._parameter_gradients, types, constants, num_warps=4)
+    stack, shared = resources(tmp_path, norm_triton.parameter_gradients, types, constants, num_warps=4)
     assert shared <= SHARED and stack == 0

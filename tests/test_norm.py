@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cascade.kernels as kernels
-from cascade.kernels import norm
+from cascade.kernels import norm, norm_plan
 from cascade.layers import Clip, FiLM, Norm, TemporalConv
 
 Shaken = Callable[..., Any]
@@ -110,6 +110,32 @@ def test_what_the_triton_kernel_refuses(monkeypatch: pytest.MonkeyPatch, caplog:
         assert not norm.takes(cuda(), 8) and not norm.takes(cuda(), 8)
         assert not norm.takes(torch.zeros(2, 8, 3, 3), 8)
     assert [r.message for r in caplog.records] == ["group norm is torch's own, not ours: it is switched off"]
+
+
+@pytest.mark.parametrize("tuning", [norm_plan.FORWARD, norm_plan.BACKWARD], ids=["forward", "backward"])
+@pytest.mark.parametrize("channels", [8, 80, 96, 320, 4096])
+@pytest.mark.parametrize("positions", [1, 16, 99, 4096, 384 * 640])
+@pytest.mark.parametrize("images", [1, 32])
+def test_the_programs_of_a_plan_cover_every_image_once(
+    images: int, positions: int, channels: int, tuning: norm_plan.Tuning
+) -> None:
+    how = norm_plan.plan(images, channels, positions, 8, tuning, 132)
+    lanes, rows = how.constants["LANES"], how.constants["ROWS"]
+    assert lanes == norm_plan.power(lanes) and rows == norm_plan.power(rows)
+    if how.whole:
+        some = how.constants["SOME"]
+        assert how.programs * some == images * 8 and lanes >= some * channels // 8
+        assert positions <= rows and rows * lanes <= tuning.whole
+        return
+    length = norm_plan.ceil(positions, how.constants["FOLD"])
+    assert lanes >= how.constants["FOLD"] * channels and how.programs == images * how.parts
+    assert how.chunk % rows == 0 and (how.parts - 1) * how.chunk < length <= how.parts * how.chunk
+    assert how.parts <= norm_plan.PARTS
+
+
+def test_a_plan_is_made_for_a_tensor_where_it_lies() -> None:
+    x = torch.empty(3, 16, 4, 5)
+    assert norm_plan.planned(x, 8, norm_plan.FORWARD) == norm_plan.plan(3, 16, 20, 8, norm_plan.FORWARD, 2)
 
 
 def test_layers_give_the_same_with_it(monkeypatch: pytest.MonkeyPatch, shaken: Shaken) -> None:

@@ -1,7 +1,7 @@
 """Kernels of our own in Triton, each behind a `torch.library` operator that plain torch answers on the CPU.
 
-An operator (`temporal`, `norm`) and its Triton code (`temporal_triton`, `norm_triton`) are two files: Triton's language
-is written at the top of a module, so the second kind imports Triton as it loads, and only a launch loads it.
+An operator (`temporal`, `norm`) and its Triton code (`temporal_triton`, `norm_triton`) are apart: Triton's language is
+written at the top of a module, so the second kind imports Triton as it loads, and only a launch loads it.
 """
 
 from __future__ import annotations
