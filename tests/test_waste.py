@@ -16,7 +16,7 @@ from cascade.diffusion import Diffusion
 from cascade.layers import TextAttention
 from cascade.making import steps
 from cascade.noise import Noise, sample_id
-from cascade.sampler import Rule, Sampler, Threshold, Watch, sample
+from cascade.sampler import Rule, Sampler, Threshold, Watch, _moved, sample
 from cascade.text import Text
 from cascade.unet_config import LevelSpec, Mixer
 from cascade.windows import Windows
@@ -166,3 +166,23 @@ def test_what_is_not_finite_is_found_when_it_is_read() -> None:
     with pytest.raises(Exception, match="step 2 of 4: 2 of 3 values"):
         later.report()
     later.report()  # what was reported is gone
+
+
+@pytest.mark.parametrize(("drawn", "pinned"), [("cpu", True), ("cuda", False)])
+def test_noise_is_pinned_where_it_has_to_travel(drawn: str, pinned: bool) -> None:
+    """Only memory of the CPU can be: noise that a training draws on a GPU is there already."""
+    calls = []
+
+    class Noisy:
+        device = torch.device(drawn)
+
+        def pin_memory(self) -> Noisy:
+            calls.append("pinned")
+            return self
+
+        def to(self, device: torch.device, non_blocking: bool = False) -> Noisy:
+            calls.append(str(device))
+            return self
+
+    _moved(Noisy(), torch.device("cuda"))  # type: ignore[arg-type]
+    assert calls == ["pinned"] * pinned + ["cuda"]
