@@ -204,15 +204,17 @@ def stages(run: Run, results: Results) -> None:
         results.save()
 
 
+def timed(results: Results, names: Collection[str] | None) -> list[tuple[Entry, str, dict[str, Any]]]:
+    """The stages (`names`: of those) that ours was timed at, the shortest first, with their names and results."""
+    found = [(stage, str(stage.settings["name"])) for stage in results.prepared.stages]
+    found.sort(key=lambda pair: pair[0].sizes[0].flops)
+    rows = [(stage, name, results.stages.get(name, {})) for stage, name in found if names is None or name in names]
+    return [(stage, name, row) for stage, name, row in rows if "ours" in row.get("ms", {})]
+
+
 def other_ways(run: Run, results: Results, names: Collection[str] | None = None) -> None:
     """Every stage (`names`: of those) again, the longest first, in all ways that there are beside ours."""
-    for stage in sorted(results.prepared.stages, key=lambda stage: -stage.sizes[0].flops):
-        name = stage.settings["name"]
-        if names is not None and name not in names:
-            continue
-        row = results.stages.get(name, {})
-        if "ours" not in row.get("ms", {}):
-            continue
+    for stage, name, row in reversed(timed(results, names)):
         size = next(size for size in stage.sizes if size.frames == row["frames"])
         need = 8 + 1.2e-3 * row["ms"]["ours"][0] * (turns(results.prepared, size) + 2) * len(EAGER)
         if run.late(f"{name}, other ways", 0 if run.dry else need):
@@ -232,13 +234,7 @@ def other_ways(run: Run, results: Results, names: Collection[str] | None = None)
 
 def samplings(run: Run, results: Results, names: Collection[str] | None = None) -> None:
     """A whole sampling run of every stage (`names`: of those) as the chain makes it, the shortest first."""
-    for stage in sorted(results.prepared.stages, key=lambda stage: stage.sizes[0].flops):
-        name = stage.settings["name"]
-        if names is not None and name not in names:
-            continue
-        row = results.stages.get(name, {})
-        if "ours" not in row.get("ms", {}):
-            continue
+    for stage, name, row in timed(results, names):
         cfg, rule = stage.read(row["frames"])
         draws = cfg.net.channels * cfg.shape.frames * cfg.shape.height * cfg.shape.width
         need = 4 + stage.evaluations * (1.5e-3 * row["ms"]["ours"][0] + NORMAL * draws)

@@ -42,8 +42,8 @@ class Rewarded(nn.Module):
         self.fixed = (before, judge)  # a tuple: no submodules
 
     def forward(self, batch: Batch) -> Tensor:
-        """How far what the judge sees is from what it sees in real clips, `stay` times the change, `last` times
-        `finish` and `patches` times the distance of all clips' patches from real ones', (B,).
+        """How far the judge's answers for every thing are from those for the real clip of the same caption, `stay`
+        times the change, `last` times `finish` and `patches` times the distance of all clips' patches, (B,).
 
         The change is the mean absolute difference: better much in few pixels than grain in all.
         """

@@ -16,6 +16,7 @@ from cascade.kernels.norm_forward_triton import (
     affine,
     backwards,
     gather,
+    kept,
     last,
     members,
     owned,
@@ -58,15 +59,9 @@ def backward_whole(
 ):  # fmt: skip
     """SOME of the G groups of an image."""
     CG: tl.constexpr = C // G
-    pid = tl.program_id(0)
-    n, first = (pid // (G // SOME)).to(tl.int64), pid % (G // SOME) * SOME
-    lane, r = tl.arange(0, LANES), tl.arange(0, ROWS)
-    c, real = first * CG + lane, lane < SOME * CG
-    at = n * S * C + (r[:, None] * C + c[None, :])
-    ok = (r < S)[:, None] & real[None, :]
+    n, _, c, real, at, ok, hot = kept(S, C, G, SOME, LANES, ROWS)
     x = tl.load(X + at, mask=ok, other=0.0).to(tl.float32)
     grad = tl.load(GRAD + at, mask=ok, other=0.0).to(tl.float32)
-    hot = members(lane, real, SOME, CG)
     mean = tl.load(MEAN + n * G + c // CG, mask=real, other=0.0)
     rstd = tl.load(RSTD + n * G + c // CG, mask=real, other=0.0)
     gain, b, one = affine(W, B, FILM, n, c, real, C, FILMED)

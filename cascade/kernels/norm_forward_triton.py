@@ -91,6 +91,19 @@ def sigmoid(u, FAST: tl.constexpr):
     return tl.sigmoid(u)
 
 
+@triton.jit
+def kept(S, C: tl.constexpr, G: tl.constexpr, SOME: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):
+    """The SOME groups that a program keeps: image, first group; channels, places and their masks; `members`."""
+    CG: tl.constexpr = C // G
+    pid = tl.program_id(0)
+    n, first = (pid // (G // SOME)).to(tl.int64), pid % (G // SOME) * SOME
+    lane, r = tl.arange(0, LANES), tl.arange(0, ROWS)
+    c, real = first * CG + lane, lane < SOME * CG
+    at = n * S * C + (r[:, None] * C + c[None, :])
+    ok = (r < S)[:, None] & real[None, :]
+    return n, first, c, real, at, ok, members(lane, real, SOME, CG)
+
+
 # forward -------------------------------------------------------------------------------------------------------------
 
 
@@ -108,15 +121,8 @@ def forward_whole(
     FILMED: tl.constexpr, SILU: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """SOME of the G groups of an image."""
-    CG: tl.constexpr = C // G
-    pid = tl.program_id(0)
-    n, first = (pid // (G // SOME)).to(tl.int64), pid % (G // SOME) * SOME
-    lane, r = tl.arange(0, LANES), tl.arange(0, ROWS)
-    c, real = first * CG + lane, lane < SOME * CG
-    at = n * S * C + (r[:, None] * C + c[None, :])
-    ok = (r < S)[:, None] & real[None, :]
-    hot = members(lane, real, SOME, CG)
-    count = S * CG
+    n, first, c, real, at, ok, hot = kept(S, C, G, SOME, LANES, ROWS)
+    count = S * (C // G)
     x = tl.load(X + at, mask=ok, other=0.0).to(tl.float32)
     mean = gather(tl.sum(x, 0), hot) / count
     centred = tl.where(ok, x - spread(mean, hot)[None, :], 0.0)
