@@ -33,9 +33,10 @@ from gpu_cascade import Entry, Norming, Rates, Size
 from measure import REFUSALS, Run, why
 from torch import Tensor
 
-from cascade import attention, count
-from cascade.compiled import Compile, compiled
+from cascade import attention
 from cascade.config import parse, plain
+from cascade.nets.compiled import Compile, compiled
+from cascade.planning import count
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = HERE / "gpu.yaml"

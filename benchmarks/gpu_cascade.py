@@ -22,13 +22,13 @@ from torch.utils.flop_counter import flop_registry
 
 from cascade import attention
 from cascade.attention import xformers
-from cascade.compiled import Compile, compiled
 from cascade.cond import Cond
 from cascade.config import parse, plugin
-from cascade.count import META, Fused, Host, held, on_meta, takes
 from cascade.kernels import norm
 from cascade.loading import untrained
+from cascade.nets.compiled import Compile, compiled
 from cascade.noise import Noise, sample_id
+from cascade.planning.count import META, Fused, Host, held, on_meta, takes
 from cascade.settings import Rule, StageConfig
 from cascade.stage import Stage
 from cascade.text import Text
@@ -179,7 +179,7 @@ class Size:
 
     frames: int
     flops: int  # of one evaluation
-    peak_bytes: int  # of `Stage.sample` on CUDA, weights in float32 under autocast, by cascade.count
+    peak_bytes: int  # of `Stage.sample` on CUDA, weights in float32 under autocast, by cascade.planning.count
     ms: float  # of one evaluation
 
 

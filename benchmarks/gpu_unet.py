@@ -17,9 +17,9 @@ from torch import Tensor
 from cascade import attention
 from cascade.cond import Cond
 from cascade.kernels import norm
+from cascade.nets.unet import VideoUNet
+from cascade.nets.unet_config import LevelSpec, Mixer, UNetConfig
 from cascade.text import Text
-from cascade.unet import VideoUNet
-from cascade.unet_config import LevelSpec, Mixer, UNetConfig
 
 # What one norm of the network is asked for: C, H, W, the types of x, of the output and of film, and silu.
 Norming = tuple[int, int, int, torch.dtype, torch.dtype, torch.dtype | None, bool]

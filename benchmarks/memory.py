@@ -58,7 +58,7 @@ class Case:
 
 def predicted(case: Case) -> int:
     """Bytes, of the denoiser as untrained weights make it."""
-    from cascade.count import Host, held
+    from cascade.planning.count import Host, held
 
     cfg, rule = case.read()
     return held(replace(cfg, weights="random"), rule, 48, Host(case.device, case.dtype)).peak

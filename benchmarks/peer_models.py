@@ -83,9 +83,9 @@ def cascade(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
     """The denoiser of every stage here, with no video given and the text's tokens all real."""
     from cascade.cond import Cond
     from cascade.config import parse
+    from cascade.nets.unet import VideoUNet
+    from cascade.nets.unet_config import UNetConfig
     from cascade.text import Text
-    from cascade.unet import VideoUNet
-    from cascade.unet_config import UNetConfig
 
     net = VideoUNet(parse({**settings, "text": work.text}, UNetConfig))
     text = Text(work.embedded, torch.ones(1, work.tokens, dtype=torch.bool))
@@ -157,7 +157,8 @@ def diffusers_wan(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
 
 def cascade_unet3d(settings: Settings, work: Work) -> tuple[nn.Module, Call]:
     """Our code of what UNet3DConditionModel computes."""
-    from cascade import config, unet3d
+    from cascade import config
+    from cascade.nets import unet3d
 
     net = unet3d.UNet3D(config.parse({**settings, "text": work.text}, unet3d.UNet3DConfig))
     return net, lambda x: net.run(x, torch.tensor([500], device=x.device), work.embedded)
@@ -216,7 +217,7 @@ class Network:
 
 
 NETWORKS = {
-    "cascade": Network("cascade.unet", cascade),
+    "cascade": Network("cascade.nets.unet", cascade),
     "imagen-pytorch": Network("imagen_pytorch", imagen),
     "make-a-video-pytorch": Network("make_a_video_pytorch", make_a_video),
     "video-diffusion-pytorch": Network("video_diffusion_pytorch", video_diffusion),
@@ -224,7 +225,7 @@ NETWORKS = {
     "diffusers-motion": Network("diffusers.models.unets.unet_motion_model", diffusers_motion),
     "diffusers-latte": Network("diffusers.models.transformers.latte_transformer_3d", diffusers_latte),
     "diffusers-wan": Network("diffusers.models.transformers.transformer_wan", diffusers_wan),
-    "cascade-unet3d": Network("cascade.unet3d", cascade_unet3d),
+    "cascade-unet3d": Network("cascade.nets.unet3d", cascade_unet3d),
     "cascade-chain": Network("cascade.stage", cascade_chain),
     "imagen-pytorch-chain": Network("imagen_pytorch", imagen_chain),
 }

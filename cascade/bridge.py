@@ -18,16 +18,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizer, T5EncoderModel  # noqa: F401  see above
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-from cascade import encoders, export, foreign, store
+from cascade import export, foreign, store
 from cascade.api import Cascade, Parts
 from cascade.chain import Chain, Device
 from cascade.codec import Autoencoder
 from cascade.config import parse, plugin
-from cascade.encoders import TOKENIZER
 from cascade.foreign import aligned
 from cascade.settings import Rule, StageConfig
 from cascade.stage import Stage
-from cascade.text import Precision, T5Text, TextConfig
+from cascade.text import Precision, T5Text, TextConfig, encoders
+from cascade.text.encoders import TOKENIZER
 
 
 class CascadeUNet(ModelMixin, ConfigMixin):  # type: ignore[misc]

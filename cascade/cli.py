@@ -56,10 +56,10 @@ YAML files), -m (one run for each combination of comma-separated values), --debu
 
 VERBS: dict[str, tuple[str | None, str]] = {  # the YAML in conf/ that its settings start from, and what it does
     "generate": ("generate", "cascade.generate.verb"),
-    "plan": ("plan", "cascade.plan.verb"),
+    "plan": ("plan", "cascade.planning.plan.verb"),
     "train": ("train", "cascade.recipe.verb"),
-    "evaluate": ("evaluate", "cascade.evaluate.chain_verb"),
-    "report": ("report", "cascade.report.verb"),
+    "evaluate": ("evaluate", "cascade.evaluation.evaluate.chain_verb"),
+    "report": ("report", "cascade.results.report.verb"),
     "assets": ("assets", "cascade.assets.verb"),
     "import": ("import", "cascade.importers.verb"),
     "embed": ("embed", "cascade.embed.verb"),

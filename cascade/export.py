@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from cascade import checkpoint, encoders, foreign, store
+from cascade import checkpoint, foreign, store
 from cascade.chain import Chain
 from cascade.config import locate, parse, plain
-from cascade.encoders import TOKENIZER, encoder_files, find_encoder
 from cascade.errors import ConfigError, InputError
 from cascade.loading import Load, load_stage
 from cascade.request import take
-from cascade.text import TextConfig
+from cascade.text import TextConfig, encoders
+from cascade.text.encoders import TOKENIZER, encoder_files, find_encoder
 
 INDEX, TEXT, TOKENS, CODE = "model_index.json", "text_encoder", "tokenizer", "pipeline.py"
 BRIDGE, UNET, TOKENIZER_CLASS = "cascade.bridge", "CascadeUNet", "CascadeTokenizer"  # what diffusers loads stages with

@@ -11,8 +11,8 @@ from cascade.chain import Chain, Device
 from cascade.config import fingerprint, plain
 from cascade.errors import ConfigError
 from cascade.given import given
-from cascade.memory import Memory, within
 from cascade.pipeline import Runner, finish
+from cascade.planning.memory import Memory, within
 from cascade.request import Given, bars, jobs_of, take
 from cascade.text import text_source
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from cascade import checkpoint
 from cascade.chain import Device
-from cascade.compiled import compiled
 from cascade.config import fingerprint, plain
 from cascade.diffusion import Schedule
-from cascade.layers import channels_last
+from cascade.nets.compiled import compiled
+from cascade.nets.layers import channels_last
+from cascade.nets.unet_config import completed
 from cascade.settings import Rule, StageConfig
 from cascade.stage import Stage
-from cascade.unet_config import completed
 
 Load = Callable[[StageConfig, Rule, torch.device], tuple[Stage, str]]  # a stage on the device, hash of its weights
 

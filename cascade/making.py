@@ -11,9 +11,9 @@ from torch import Tensor
 
 from cascade.cond import Cond
 from cascade.errors import ConfigError
-from cascade.guidance import Denoise, Hook, keep_known, reconstruction
 from cascade.noise import generator
-from cascade.sampler import After, Draw, Sampler, StepDenoise, sample, shared
+from cascade.sampling.guidance import Denoise, Hook, keep_known, reconstruction
+from cascade.sampling.sampler import After, Draw, Sampler, StepDenoise, sample, shared
 from cascade.text import Text
 from cascade.video import Shape, Video
 from cascade.windows import Join, extended

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from cascade import checkpoint
-from cascade.unet_config import completed
+from cascade.nets.unet_config import completed
 
 
 def merge(out: Path, tuned: Path, student: Path, teacher: Path, share: float = 1.0) -> Path:

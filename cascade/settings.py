@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from cascade.codec import COLOURS, Codec, Kind
-from cascade.compiled import Compile
 from cascade.diffusion import Diffusion, Path
 from cascade.errors import ConfigError
-from cascade.grid import Spacing
-from cascade.sampler import Rule as StepRule
-from cascade.sampler import Sampler, Threshold
+from cascade.nets.compiled import Compile
+from cascade.nets.unet3d_config import UNet3DConfig
+from cascade.nets.unet_config import UNetConfig
+from cascade.sampling.grid import Spacing
+from cascade.sampling.sampler import Rule as StepRule
+from cascade.sampling.sampler import Sampler, Threshold
 from cascade.text import TextConfig
-from cascade.unet3d_config import UNet3DConfig
-from cascade.unet_config import UNetConfig
 from cascade.video import Shape, Video
 from cascade.windows import Windows
 

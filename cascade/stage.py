@@ -19,14 +19,14 @@ from cascade.cond import Cond
 from cascade.diffusion import Diffusion, Path
 from cascade.errors import ConfigError
 from cascade.making import Run, make
-from cascade.offload import offload
-from cascade.sampler import After, Draw
+from cascade.nets.offload import offload
+from cascade.nets.unet import VideoUNet
+from cascade.nets.unet3d import UNet3D
+from cascade.nets.unet3d_config import UNet3DConfig
+from cascade.nets.unet_config import UNetConfig
+from cascade.sampling.sampler import After, Draw
 from cascade.settings import Rule, StageConfig, check_told
 from cascade.text import Text
-from cascade.unet import VideoUNet
-from cascade.unet3d import UNet3D
-from cascade.unet3d_config import UNet3DConfig
-from cascade.unet_config import UNetConfig
 from cascade.video import Shape, Video
 from cascade.windows import Windows, in_parts, windowed
 

@@ -2,76 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cascade import attention, checkpoint, media, store
-from cascade.chain import Chain, Device
-from cascade.config import fingerprint, locate, parse, plain, plugin, suggest
-from cascade.data.source import DataConfig, open_source
+from cascade.ask import Request, request
+from cascade.chain import Chain
+from cascade.config import locate, plain, suggest
+from cascade.data.source import open_source
 from cascade.errors import ConfigError
-from cascade.examples import pool_of
 from cascade.given import given
 from cascade.loading import known, launched, load_stage, save_stage
-from cascade.memory import Memory, within
+from cascade.nets.unet_config import completed
 from cascade.pipeline import Runner, digest, video_bytes
-from cascade.preview import Preview
-from cascade.request import Given, bars, jobs_of, take
+from cascade.planning.memory import Memory, within
+from cascade.request import bars, jobs_of
 from cascade.settings import Rule, StageConfig, TrainConfig
 from cascade.stage import Stage
-from cascade.text import TextConfig, text_source
-from cascade.train import fit
-from cascade.unet_config import completed
+from cascade.text import text_source
+from cascade.training.examples import pool_of
+from cascade.training.preview import Preview
+from cascade.training.train import fit
 from cascade.video import Video
 
 LOSSLESS = ".safetensors"
-
-
-@dataclass
-class Request:
-    """A command on one stage, typed. `own` holds the sections that a single task reads: distill, evaluate, tune.
-
-    `command` is what was typed, without `out`.
-    """
-
-    cfg: StageConfig
-    rule: Rule
-    run: Given
-    on: Device
-    text: TextConfig
-    data: DataConfig
-    own: dict[str, Any]
-    command: str = ""
-    memory: str | None = None
-
-    @property
-    def training(self) -> TrainConfig:
-        if self.cfg.train is None:
-            raise ConfigError(f"{self.cfg.name}: train is missing", fix="train.steps=... train.batch=... train.lr=...")
-        return self.cfg.train
-
-    def out(self, task: str) -> Path:
-        """`out`, or a directory named by the hash of all settings."""
-        if self.run.out is not None:
-            return Path(self.run.out)
-        settings = [plain(part) for part in (self.cfg, self.run, self.text, self.data)]
-        return Path("runs") / f"{task}-{self.cfg.name}-{fingerprint([settings, self.own])[:12]}"
-
-
-def request(kind: str, tree: dict[str, Any]) -> Request:
-    """The typed command; settings that belong to nothing are refused."""
-    rule = plugin(kind)
-    run, on = take(tree, Given), take(tree, Device)
-    text = parse(tree.pop("text", {}), TextConfig, "text")
-    data = parse(tree.pop("data", {}), DataConfig, "data")
-    own = {name: tree.pop(name) for name in ("distill", "evaluate", "tune") if name in tree}
-    ask = take(tree, Memory)
-    cfg: StageConfig = parse(tree, rule.Config)
-    text = cfg.reads or text
-    return Request(cfg, rule, run, on, text, data, own, ask.command or "", ask.memory)  # type: ignore[arg-type]
 
 
 def sample(ask: Request) -> None:
@@ -150,21 +106,21 @@ def new_stage(cfg: StageConfig, rule: Rule, train: TrainConfig) -> Stage:
 
 def distill(ask: Request) -> None:
     """Teaches a student with guidance inside and then with fewer and fewer steps."""
-    from cascade.distill import stage_task
+    from cascade.distillation.distill import stage_task
 
     stage_task(ask)
 
 
 def evaluate(ask: Request) -> None:
     """Judges the stage alone by the measures that its kind names."""
-    from cascade.evaluate import stage_task
+    from cascade.evaluation.evaluate import stage_task
 
     stage_task(ask)
 
 
 def tune(ask: Request) -> None:
     """Finds the noise that the stage's input is best given when sampling."""
-    from cascade.tune import stage_task
+    from cascade.evaluation.tune import stage_task
 
     stage_task(ask)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from cascade import store
 from cascade.data.captions import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES, Spec, say
 from cascade.data.scenes import draw_spec
-from cascade.encoders import CONFIG, TOKENIZER, WEIGHTS
+from cascade.text.encoders import CONFIG, TOKENIZER, WEIGHTS
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

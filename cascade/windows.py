@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cascade.cond import Cond
 from cascade.errors import ConfigError
-from cascade.sampler import Draw
+from cascade.sampling.sampler import Draw
 from cascade.video import Video
 
 

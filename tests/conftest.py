@@ -16,10 +16,10 @@ import pytest
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from cascade.nets.unet_config import UNetConfig
     from cascade.settings import TrainConfig
     from cascade.stage import Stage
     from cascade.text import Text
-    from cascade.unet_config import UNetConfig
     from cascade.video import Shape
 
 WIDTH = 6  # of the tiny text encoder
@@ -47,14 +47,14 @@ STAGES: dict[str, dict[str, Any]] = {
 
 def tiny_net(**changes: Any) -> UNetConfig:
     """One level of eight channels."""
-    from cascade.unet_config import LevelSpec, UNetConfig
+    from cascade.nets.unet_config import LevelSpec, UNetConfig
 
     return UNetConfig(**({"levels": [LevelSpec(channels=8)], "embedding": 8, "text": WIDTH, "head": 4} | changes))
 
 
 def deep_net() -> UNetConfig:
     """Both mixers, text and two levels; of 16 channels, so that no gradient is rounding alone."""
-    from cascade.unet_config import LevelSpec, Mixer
+    from cascade.nets.unet_config import LevelSpec, Mixer
 
     return tiny_net(levels=[LevelSpec(channels=16, mixer=Mixer.BOTH, text_attention=True), LevelSpec(channels=16)])
 
@@ -70,7 +70,7 @@ def tiny_config(kind: str, **changes: Any) -> Any:
     """A stage whose output is 4 (interp: 5) frames of 8 x 8, its input half of that."""
     from cascade.config import plugin
     from cascade.diffusion import Diffusion
-    from cascade.sampler import Sampler
+    from cascade.sampling.sampler import Sampler
     from cascade.video import Shape
 
     frames, height, width = SHAPES[kind]

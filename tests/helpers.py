@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cascade.chain import Chain, chain_settings
 from cascade.noise import generator
-from cascade.plan import Plan, plan
+from cascade.planning.plan import Plan, plan
 
 
 def near(got: Tensor, expected: Tensor, atol: float = 1e-6) -> None:

@@ -19,13 +19,10 @@ KINDS = [path for path in FILES if path.parent == ROOT / "stages" and path.stem 
 # Imports go to the left or stay within a group.
 ORDER = """
 errors config compose store noise video diffusion | kernels |
-foreign grid guidance solvers sampler encoders prior attention layers text media frames codec pickled | request |
-cond unet_config unet unet3d_config unet3d_blocks unet3d_attention unet3d_around unet3d windows offload compiled |
+foreign sampling attention text media frames codec pickled | request | cond nets windows |
 settings making stage temporal checkpoint | assets |
-chain loading pipeline given data metrics count memory plan textfit imitation | examples |
-train_state train preview exam answers marks evaluate importers lesson rounds judge patches reward |
-distill export arguments api bridge sweep tune tasks series gates plots results report recipe merge
-generate embed about | cli
+chain loading pipeline given data metrics planning textfit judge | ask training |
+distillation evaluation importers | export arguments api bridge tasks results recipe merge generate embed about | cli
 """
 RANK = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}
 HOMES = {  # the files that may import a package
@@ -35,7 +32,7 @@ HOMES = {  # the files that may import a package
     "imageio": {"cascade/media/images.py"},
     "imageio_ffmpeg": {"cascade/media/encoding.py"},
     "ffmpeg": {"cascade/media/encoding.py"},
-    "accelerate": {"cascade/train.py", "cascade/distill.py", "cascade/tasks.py"},
+    "accelerate": {"cascade/training/train.py", "cascade/distillation/distill.py", "cascade/tasks.py"},
     "diffusers": {"cascade/foreign.py", "cascade/bridge.py"},
     "triton": {"cascade/kernels/__init__.py"},  # and LATE
 }
@@ -265,7 +262,7 @@ def opens_for_writing(call: ast.Call) -> bool:
 
 
 def test_only_the_store_writes() -> None:
-    """Besides it TensorBoard writes its own files (cascade/train.py), and ffmpeg into what `store` hands out."""
+    """Besides it TensorBoard writes its own files (training/train.py), and ffmpeg into what `store` hands out."""
     wrong = []
     for path, call, name, where in calls():
         writes = last(name) in WRITING or name in WRITING or (last(name) == "open" and opens_for_writing(call))

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from cascade import count
 from cascade.chain import Chain, chain_settings
 from cascade.config import parse, plain
+from cascade.planning import count
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

@@ -17,8 +17,8 @@ import yaml
 from torch import nn
 
 from cascade.config import parse
-from cascade.unet import VideoUNet
-from cascade.unet_config import UNetConfig
+from cascade.nets.unet import VideoUNet
+from cascade.nets.unet_config import UNetConfig
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))

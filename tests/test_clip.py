@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from cascade.compose import compose
 from cascade.config import parse
 from cascade.errors import ConfigError, InputError, NumericError
-from cascade.plan import stored
+from cascade.planning.plan import stored
 from cascade.text import EmbeddingStore, PriorText, T5Text, TextConfig, encoder_of, known_width, text_source
 from cascade.text.clip import CLIPText
 

@@ -18,9 +18,9 @@ from cascade.codec import Autoencoder, Codec, Kind, Pixels
 from cascade.config import parse, plain
 from cascade.errors import ConfigError, InputError, NumericError
 from cascade.foreign import CONFIG, WEIGHTS
-from cascade.guidance import keep_known
 from cascade.noise import Noise, generator, sample_id
-from cascade.sampler import Sampler, Threshold, sample
+from cascade.sampling.guidance import keep_known
+from cascade.sampling.sampler import Sampler, Threshold, sample
 from cascade.stage import Batch, Stage
 from cascade.video import Shape, Video
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from cascade.chain import Chain, Device
-from cascade.compiled import Compile, Graphed, Replay, compiled, regions
 from cascade.cond import Cond
 from cascade.errors import ConfigError
 from cascade.loading import launched
+from cascade.nets.compiled import Compile, Graphed, Replay, compiled, regions
+from cascade.nets.unet import Block, VideoUNet
+from cascade.nets.unet_config import LevelSpec, Mixer
 from cascade.noise import generator
 from cascade.text import Text, TextConfig
-from cascade.unet import Block, VideoUNet
-from cascade.unet_config import LevelSpec, Mixer
 from cascade.windows import Windows
 
 Make = Callable[..., Any]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cascade.diffusion import Diffusion, Path, Prediction
 from cascade.noise import generator
-from cascade.solvers import ddim
+from cascade.sampling.solvers import ddim
 
 SHIFTS = (0.25, 1.0, 2.0)
 T = torch.linspace(0, 1, 1001, dtype=torch.float64)

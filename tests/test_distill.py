@@ -14,28 +14,29 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cascade import checkpoint, distill
+from cascade import checkpoint
+from cascade.ask import Request
 from cascade.chain import Device
 from cascade.cond import Cond
 from cascade.config import parse
 from cascade.data.source import DataConfig
 from cascade.diffusion import Diffusion, Prediction
-from cascade.distill import Course, ladder
+from cascade.distillation import distill
+from cascade.distillation.distill import Course, ladder
+from cascade.distillation.lesson import Lesson, halved, predict
+from cascade.distillation.rounds import DistillConfig, rounds, told
 from cascade.errors import ConfigError
-from cascade.lesson import Lesson, halved, predict
 from cascade.loading import load_stage
 from cascade.loading import save_stage as save_weights
+from cascade.nets.unet_config import LevelSpec, Mixer, UNetConfig
 from cascade.noise import Key, Noise, generator
 from cascade.request import Prompts
-from cascade.rounds import DistillConfig, rounds, told
-from cascade.sampler import Rule, Sampler, Threshold, sample
+from cascade.sampling.sampler import Rule, Sampler, Threshold, sample
+from cascade.sampling.solvers import ddim
 from cascade.settings import StageConfig, TrainConfig
-from cascade.solvers import ddim
 from cascade.stage import Batch, Stage
-from cascade.tasks import Request
 from cascade.text import Text, TextConfig
-from cascade.train import fit
-from cascade.unet_config import LevelSpec, Mixer, UNetConfig
+from cascade.training.train import fit
 from cascade.video import Shape
 from stages import base
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from cascade import assets, checkpoint, evaluate, store
+from cascade import assets, checkpoint, store
+from cascade.ask import Request
 from cascade.chain import Chain, Device
 from cascade.compose import compose
 from cascade.config import kinds, parse, plain, plugin
@@ -17,16 +18,16 @@ from cascade.data.captions import held_out
 from cascade.data.shapes import ShapesConfig
 from cascade.data.source import DataConfig, World
 from cascade.errors import ConfigError, InputError
-from cascade.evaluate import judge_chain, judge_stage
-from cascade.exam import Case, EvaluateConfig, Exam, measure, measures
-from cascade.marks import table, write
+from cascade.evaluation import evaluate
+from cascade.evaluation.evaluate import judge_chain, judge_stage
+from cascade.evaluation.exam import Case, EvaluateConfig, Exam, measure, measures
+from cascade.evaluation.marks import table, write
 from cascade.metrics import lpips
 from cascade.noise import Noise
 from cascade.pipeline import Runner
 from cascade.request import Prompts
-from cascade.sampler import Sampler
+from cascade.sampling.sampler import Sampler
 from cascade.stage import Stage
-from cascade.tasks import Request
 from cascade.text import Text, TextConfig
 from cascade.video import Shape, Video
 from cascade.windows import Windows

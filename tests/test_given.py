@@ -20,7 +20,7 @@ from cascade.given import covered, given
 from cascade.noise import Noise, generator, sample_id
 from cascade.pipeline import video_bytes
 from cascade.request import Given
-from cascade.sampler import Sampler
+from cascade.sampling.sampler import Sampler
 from cascade.stage import Stage
 from cascade.text import TextConfig
 from cascade.video import Shape, Video

@@ -18,9 +18,9 @@ from cascade import checkpoint, cli, importers, loading
 from cascade.config import package_root, parse, plain, plugin
 from cascade.errors import CascadeError, ConfigError, InputError
 from cascade.importers import layout_of
+from cascade.nets.unet3d import UNet3D
+from cascade.nets.unet3d_config import Level3D, Time, UNet3DConfig
 from cascade.noise import generator
-from cascade.unet3d import UNet3D
-from cascade.unet3d_config import Level3D, Time, UNet3DConfig
 
 SR_SCALE = 1.4142271248762552
 FOUR = [320, 640, 1280, 1280]

@@ -13,7 +13,7 @@ from helpers import draw, near
 from torch import Tensor, nn
 
 from cascade.attention.reference import weights
-from cascade.layers import (
+from cascade.nets.layers import (
     Clip,
     FiLM,
     Norm,

@@ -17,13 +17,13 @@ import torch
 from cascade.chain import Chain, Device
 from cascade.cli import command, run_main
 from cascade.config import plugin
-from cascade.count import Host, held
 from cascade.errors import ConfigError, MemoryLimitError
-from cascade.memory import Memory, fitting, largest, short, size, within
+from cascade.nets.unet_config import LevelSpec, Mixer
 from cascade.noise import Noise, sample_id
+from cascade.planning.count import Host, held
+from cascade.planning.memory import Memory, fitting, largest, short, size, within
 from cascade.settings import StageConfig, TrainConfig
 from cascade.text import TextConfig
-from cascade.unet_config import LevelSpec, Mixer
 from cascade.video import Shape, Video
 from cascade.windows import Windows
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cascade import assets
 from cascade.data.shapes import ShapesConfig, sample
-from cascade.exam import measures
+from cascade.evaluation.exam import measures
 from cascade.metrics import i3d, inception, lpips
 from cascade.noise import generator
 from cascade.video import Shape

@@ -1,5 +1,5 @@
-"""Laws of our group norm: the operator on the CPU, and where `cascade.layers` takes it. The Triton code is tested in
-test_kernels_interpreted.py and test_kernels_compiled.py."""
+"""Laws of our group norm: the operator on the CPU, and where `cascade.nets.layers` takes it. The Triton code is tested
+in test_kernels_interpreted.py and test_kernels_compiled.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import cascade.kernels as kernels
 from cascade.kernels import norm, norm_plan
-from cascade.layers import Clip, FiLM, Norm, TemporalConv
+from cascade.nets.layers import Clip, FiLM, Norm, TemporalConv
 
 Shaken = Callable[..., Any]
 IMAGES = [(3, 16, 4, 5), (2, 12, 3, 3), (1, 40, 1, 7), (2, 8, 1, 1), (2, 5, 3, 2)]

@@ -15,12 +15,12 @@ from torch import Tensor
 from cascade.cond import Cond
 from cascade.diffusion import Diffusion, Prediction
 from cascade.errors import CascadeError
+from cascade.nets.unet import VideoUNet
+from cascade.nets.unet_config import Mixer, UNetConfig
 from cascade.noise import generator
-from cascade.sampler import Rule, Threshold
+from cascade.sampling.sampler import Rule, Threshold
 from cascade.settings import StageConfig
 from cascade.text import Text
-from cascade.unet import VideoUNet
-from cascade.unet_config import Mixer, UNetConfig
 
 PAPERS = ("imagen_video", "imagen_video_8", "make_a_video", "vdm")
 Make = Callable[..., Any]

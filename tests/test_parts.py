@@ -16,12 +16,12 @@ from cascade import stage as staging
 from cascade.chain import Chain
 from cascade.cond import Cond
 from cascade.config import plugin
-from cascade.count import Host, held
 from cascade.errors import ConfigError
+from cascade.nets.unet import VideoUNet
+from cascade.nets.unet_config import LevelSpec, Mixer
 from cascade.noise import Noise, sample_id
+from cascade.planning.count import Host, held
 from cascade.text import Text, TextConfig
-from cascade.unet import VideoUNet
-from cascade.unet_config import LevelSpec, Mixer
 from cascade.video import Shape, Video
 from cascade.windows import Windows, in_parts
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade import patches
+from cascade.distillation import patches
 from cascade.noise import generator
 
 

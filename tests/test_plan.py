@@ -16,21 +16,21 @@ from helpers import chain, changed, planned
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cascade import plan as planning
 from cascade.chain import Chain
 from cascade.cli import command
 from cascade.codec import Codec, Kind
 from cascade.compose import compose
 from cascade.config import package_root, parse, plugin
-from cascade.count import Count, Host, held, stored
-from cascade.encoders import local_file
 from cascade.errors import CascadeError, ConfigError, InputError
+from cascade.nets.unet_config import LevelSpec, Mixer
 from cascade.noise import Noise, sample_id
-from cascade.plan import Plan, measure, plan, verb
-from cascade.sampler import Rule, Sampler
+from cascade.planning import plan as planning
+from cascade.planning.count import Count, Host, held, stored
+from cascade.planning.plan import Plan, measure, plan, verb
+from cascade.sampling.sampler import Rule, Sampler
 from cascade.stage import Stage
 from cascade.text import TextConfig, known_width
-from cascade.unet_config import LevelSpec, Mixer
+from cascade.text.encoders import local_file
 from cascade.video import Shape, Video
 from cascade.windows import Join, Windows
 

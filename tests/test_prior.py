@@ -16,10 +16,10 @@ from torch import Tensor
 from cascade import embed, foreign
 from cascade.chain import Chain
 from cascade.errors import ConfigError, InputError
-from cascade.plan import plan
-from cascade.prior import NAME, Prior, PriorConfig
-from cascade.sampler import Sampler
+from cascade.planning.plan import plan
+from cascade.sampling.sampler import Sampler
 from cascade.text import EmbeddingStore, PriorText, Text, TextConfig, encoder_of, known_width, told_tokens
+from cascade.text.prior import NAME, Prior, PriorConfig
 
 WIDTH, TOKENS = 12, 6
 CFG = PriorConfig(

@@ -17,21 +17,21 @@ import torch.nn.functional as F
 from helpers import near
 from torch import Tensor
 
-from cascade import plan as planning
 from cascade.chain import Chain, Device, chain_settings
 from cascade.compose import compose
 from cascade.config import plugin
 from cascade.diffusion import Diffusion, Path, Prediction
 from cascade.errors import CascadeError, ConfigError
-from cascade.guidance import Per, dynamic_threshold
+from cascade.nets.unet3d import UNet3D
+from cascade.nets.unet3d_config import Level3D, Time, UNet3DConfig
 from cascade.noise import Noise, generator, sample_id
 from cascade.pipeline import Runner
-from cascade.sampler import Sampler, Threshold
-from cascade.solvers import ancestral
+from cascade.planning import plan as planning
+from cascade.sampling.guidance import Per, dynamic_threshold
+from cascade.sampling.sampler import Sampler, Threshold
+from cascade.sampling.solvers import ancestral
 from cascade.stage import Batch, Stage
 from cascade.text import Text
-from cascade.unet3d import UNet3D
-from cascade.unet3d_config import Level3D, Time, UNet3DConfig
 from cascade.video import Fill, Filter, Video, resize, spread
 from cascade.windows import Join, Windows
 

@@ -111,9 +111,9 @@ def test_what_ships_is_half_as_large_and_says_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
 def test_the_shipped_recipe_is_whole(profile: str) -> None:
     """Every step's settings compose and are known; every part of the chain ships."""
-    from cascade.exam import EvaluateConfig
-    from cascade.rounds import DistillConfig
-    from cascade.tasks import request
+    from cascade.ask import request
+    from cascade.distillation.rounds import DistillConfig
+    from cascade.evaluation.exam import EvaluateConfig
 
     tree = compose("train", [])
     shipped = parse(tree, Recipe)

@@ -12,22 +12,24 @@ from typing import Any
 import pytest
 import torch
 
-from cascade import checkpoint, cli, evaluate, media, plots, store
+from cascade import checkpoint, cli, media, store
+from cascade.ask import Request
 from cascade.chain import Device
 from cascade.compose import compose
 from cascade.config import parse, plain, plugin
 from cascade.data.source import DataConfig
 from cascade.errors import ConfigError, InputError
-from cascade.exam import EvaluateConfig, measures
-from cascade.gates import Gate, outcome
-from cascade.marks import Row, Timing, subject_key
-from cascade.plots import Column
-from cascade.report import ReportConfig, write_cards
+from cascade.evaluation import evaluate
+from cascade.evaluation.exam import EvaluateConfig, measures
+from cascade.evaluation.marks import Row, Timing, subject_key
 from cascade.request import Prompts
-from cascade.results import Layout, gap_table, missing, page
-from cascade.sampler import Sampler
-from cascade.series import collect, pool
-from cascade.tasks import Request
+from cascade.results import plots
+from cascade.results.gates import Gate, outcome
+from cascade.results.page import Layout, gap_table, missing, page
+from cascade.results.plots import Column
+from cascade.results.report import ReportConfig, write_cards
+from cascade.results.series import collect, pool
+from cascade.sampling.sampler import Sampler
 from cascade.text import TextConfig
 from cascade.video import Shape
 

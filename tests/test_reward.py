@@ -12,21 +12,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cascade import checkpoint, distill, judge, patches
+from cascade import checkpoint, judge
 from cascade.codec import Codec, Kind
 from cascade.cond import Cond
 from cascade.config import package_root, parse
 from cascade.diffusion import Diffusion, Prediction
-from cascade.distill import Course, rewarded
+from cascade.distillation import distill, patches
+from cascade.distillation.distill import Course, rewarded
+from cascade.distillation.reward import Rewarded, softly
+from cascade.distillation.rounds import DistillConfig, Method, check_student
 from cascade.errors import ConfigError, InputError
 from cascade.metrics import features
+from cascade.nets.unet_config import LevelSpec, UNetConfig
 from cascade.noise import Key, generator
-from cascade.reward import Rewarded, softly
-from cascade.rounds import DistillConfig, Method, check_student
-from cascade.sampler import Sampler, Threshold
+from cascade.sampling.sampler import Sampler, Threshold
 from cascade.settings import StageConfig, TrainConfig
 from cascade.stage import Batch, Stage
-from cascade.unet_config import LevelSpec, UNetConfig
 from cascade.video import Shape
 from stages import base
 from tests.test_distill import CAPTIONS, WIDTH, Cut, Cutting, Dots, Linear, encode, request, small_stage

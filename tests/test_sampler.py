@@ -15,8 +15,9 @@ from torch import Tensor
 
 from cascade.diffusion import Diffusion, Prediction
 from cascade.errors import NumericError
-from cascade.grid import times
-from cascade.guidance import (
+from cascade.noise import Noise, generator, sample_id
+from cascade.sampling.grid import times
+from cascade.sampling.guidance import (
     Denoise,
     Hook,
     Per,
@@ -28,9 +29,8 @@ from cascade.guidance import (
     quantile,
     reconstruction,
 )
-from cascade.noise import Noise, generator, sample_id
-from cascade.sampler import Rule, Sampler, Threshold, sample
-from cascade.solvers import ancestral, ddim, dpmpp_2m, heun, renoised, stochastic
+from cascade.sampling.sampler import Rule, Sampler, Threshold, sample
+from cascade.sampling.solvers import ancestral, ddim, dpmpp_2m, heun, renoised, stochastic
 
 COSINE = Diffusion()
 DETERMINISTIC = (Rule.DDIM, Rule.DPMPP_2M, Rule.HEUN)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from cascade.diffusion import Diffusion, Path, Prediction, Schedule
-from cascade.grid import End, Grid, Spacing, times
-from cascade.guidance import Per
 from cascade.noise import generator
-from cascade.sampler import Rule, Sampler, Threshold, sample
+from cascade.sampling.grid import End, Grid, Spacing, times
+from cascade.sampling.guidance import Per
+from cascade.sampling.sampler import Rule, Sampler, Threshold, sample
 
 SHAPE = (2, 3, 2, 6, 5)
 IF = {"beta_schedule": "squaredcos_cap_v2"}
@@ -308,7 +308,7 @@ def test_a_whole_run_equals_diffusers(run: Run) -> None:
 
 
 def test_a_network_of_discrete_training_is_told_whole_timesteps_though_times_are_float32() -> None:
-    from cascade.unet3d import timestep
+    from cascade.nets.unet3d import timestep
 
     t = table(1).level(table(1).timestep(torch.arange(1000)).float())
     assert t.dtype == torch.float32 and timestep(t).tolist() == list(range(1000))

@@ -15,15 +15,15 @@ from cascade.cond import Cond
 from cascade.config import plugin
 from cascade.diffusion import Diffusion, Path, Prediction
 from cascade.errors import ConfigError
-from cascade.imitation import Imitation, imitation
 from cascade.loading import untrained
+from cascade.nets.unet_config import LevelSpec, Mixer
 from cascade.noise import Noise, generator, sample_id
-from cascade.sampler import Rule as StepRule
-from cascade.sampler import Sampler
+from cascade.sampling.sampler import Rule as StepRule
+from cascade.sampling.sampler import Sampler
 from cascade.settings import Before
 from cascade.stage import AUGMENTATION, Batch, Stage
 from cascade.text import Text
-from cascade.unet_config import LevelSpec, Mixer
+from cascade.training.imitation import Imitation, imitation
 from cascade.video import Shape, Video
 from cascade.windows import Windows
 

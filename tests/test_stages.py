@@ -12,10 +12,10 @@ from cascade.compose import compose
 from cascade.cond import Cond
 from cascade.config import package_root, parse, plain, plugin
 from cascade.errors import ConfigError
+from cascade.nets.unet import VideoUNet
 from cascade.noise import Noise, generator
 from cascade.settings import StageConfig
 from cascade.text import Text
-from cascade.unet import VideoUNet
 from cascade.video import Fill, Shape, Video
 from cascade.windows import Windows
 

@@ -16,9 +16,9 @@ from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 from cascade import store, textfit
 from cascade.config import package_root, parse
 from cascade.data.captions import Spec, Thing, vocabulary
-from cascade.encoders import find_encoder
 from cascade.errors import ConfigError, InputError, NumericError
 from cascade.text import EmbeddingStore, Precision, T5Text, Text, TextConfig, check_prompt, text_source
+from cascade.text.encoders import find_encoder
 
 TINY = package_root() / "checkpoints" / "tiny" / "text"
 PROMPTS = [

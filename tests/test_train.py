@@ -24,14 +24,14 @@ from cascade.config import plain
 from cascade.data.shapes import ShapesConfig
 from cascade.data.source import World
 from cascade.errors import ConfigError, InputError, LockedError, NumericError
-from cascade.examples import Examples, Pooled, batches, crop, pool_of, pooled
 from cascade.noise import generator
 from cascade.settings import Gap, TrainConfig
 from cascade.stage import Batch, Stage
 from cascade.tasks import new_stage
 from cascade.text import T5Text, Text, TextConfig
-from cascade.train import fit, learning_rate, settings
-from cascade.train_state import Signals, State
+from cascade.training.examples import Examples, Pooled, batches, crop, pool_of, pooled
+from cascade.training.state import Signals, State
+from cascade.training.train import fit, learning_rate, settings
 from cascade.video import Shape, Video
 
 TESTS = Path(__file__).resolve().parent
@@ -506,7 +506,7 @@ from torch.utils.tensorboard import SummaryWriter
 from pathlib import Path
 from conftest import Clips, deep_net, encode_text, tiny_stage
 from cascade.settings import TrainConfig
-from cascade.train import fit
+from cascade.training.train import fit
 
 def train(out, **changes):
     cfg = TrainConfig(**({"steps": 8, "batch": 4, "lr": 1e-3, "ema": 0.9, "checkpoint_every": 1} | changes))

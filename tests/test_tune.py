@@ -13,26 +13,27 @@ import torch
 import yaml
 from torch import Tensor
 
-from cascade import checkpoint, store, tune
+from cascade import checkpoint, store
+from cascade.ask import Request
 from cascade.chain import Device
 from cascade.compose import compose
 from cascade.config import package_root, parse, plain, plugin
 from cascade.data.shapes import ShapesConfig
 from cascade.data.source import DataConfig, World
 from cascade.errors import ConfigError, InputError
-from cascade.evaluate import judge_stage
-from cascade.exam import Exam, Question
-from cascade.imitation import Imitation
-from cascade.marks import jackknife, left_out
+from cascade.evaluation import tune
+from cascade.evaluation.evaluate import judge_stage
+from cascade.evaluation.exam import Exam, Question
+from cascade.evaluation.marks import jackknife, left_out
+from cascade.evaluation.sweep import Better, Input, TuneConfig, choose, sweep
+from cascade.evaluation.tune import edited
 from cascade.metrics.fidelity import pooled
 from cascade.noise import generator
 from cascade.request import Prompts
 from cascade.settings import Before
 from cascade.stage import Stage
-from cascade.sweep import Better, Input, TuneConfig, choose, sweep
-from cascade.tasks import Request
 from cascade.text import Text, TextConfig
-from cascade.tune import edited
+from cascade.training.imitation import Imitation
 from cascade.video import Video
 
 WORLD = World(ShapesConfig())

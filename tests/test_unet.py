@@ -15,10 +15,10 @@ from cascade import attention, checkpoint
 from cascade.cond import Cond
 from cascade.config import plain
 from cascade.errors import InputError
-from cascade.layers import Clip, PseudoConv
+from cascade.nets.layers import Clip, PseudoConv
+from cascade.nets.unet import VideoUNet
+from cascade.nets.unet_config import YOUNG, YOUNG_IN_LEVELS, LevelSpec, Mixer, UNetConfig, completed
 from cascade.text import Text
-from cascade.unet import VideoUNet
-from cascade.unet_config import YOUNG, YOUNG_IN_LEVELS, LevelSpec, Mixer, UNetConfig, completed
 
 BATCH, FRAMES, SIDE = 2, 4, 8
 TIMED = [mixer for mixer in Mixer if mixer is not Mixer.NONE]

@@ -19,13 +19,13 @@ from cascade.compose import compose
 from cascade.cond import Cond
 from cascade.config import package_root, parse, plain
 from cascade.errors import ConfigError, InputError
-from cascade.layers import Clip, channels_last
+from cascade.nets.layers import Clip, channels_last
+from cascade.nets.unet3d import UNet3D, timestep
+from cascade.nets.unet3d_attention import RelativeBias, Rotary, SparseAttention, TemporalAttention, TemporalTransformer
+from cascade.nets.unet3d_blocks import FrameConv, TemporalConvs, Told
+from cascade.nets.unet3d_config import Act, Heads, Level3D, Space, Time, UNet3DConfig
+from cascade.nets.unet_config import YOUNG_3D, YOUNG_IN_LEVELS_3D, completed
 from cascade.text import Text
-from cascade.unet3d import UNet3D, timestep
-from cascade.unet3d_attention import RelativeBias, Rotary, SparseAttention, TemporalAttention, TemporalTransformer
-from cascade.unet3d_blocks import FrameConv, TemporalConvs, Told
-from cascade.unet3d_config import Act, Heads, Level3D, Space, Time, UNet3DConfig
-from cascade.unet_config import YOUNG_3D, YOUNG_IN_LEVELS_3D, completed
 
 BATCH, FRAMES, TOKENS, WIDTH = 2, 3, 7, 32
 SR_SCALE = 1.4142271248762552
@@ -629,8 +629,8 @@ def test_a_stage_samples_and_trains_with_it(kind: str, stage_config: Any, encode
 @pytest.mark.parametrize("cfg", [latents(), lavie()], ids=["modelscope", "lavie"])
 def test_a_plan_measures_it(cfg: UNet3DConfig, stage_config: Any) -> None:
     from cascade.config import plugin
-    from cascade.plan import measure
-    from cascade.sampler import Sampler
+    from cascade.planning.plan import measure
+    from cascade.sampling.sampler import Sampler
     from cascade.text import TextConfig
 
     stage = stage_config("base", net=replace(cfg, channels=3), sampler=Sampler(steps=3, guidance=1.0))

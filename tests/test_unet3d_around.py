@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from test_unet3d import TIMES, image_model, inputs, named, near, on_meta, size, uniform, vsr, weighted
 from torch import Tensor, nn
 
-from cascade.unet3d import UNet3D
-from cascade.unet3d_around import FrameResnet, Shift
-from cascade.unet3d_blocks import Told
-from cascade.unet3d_config import Time
+from cascade.nets.unet3d import UNet3D
+from cascade.nets.unet3d_around import FrameResnet, Shift
+from cascade.nets.unet3d_blocks import Told
+from cascade.nets.unet3d_config import Time
 
 EPS = 1e-6
 

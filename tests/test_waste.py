@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cascade.cond import Cond
 from cascade.diffusion import Diffusion
-from cascade.layers import TextAttention
 from cascade.making import steps
+from cascade.nets.layers import TextAttention
+from cascade.nets.unet_config import LevelSpec, Mixer
 from cascade.noise import Noise, sample_id
-from cascade.sampler import Rule, Sampler, Threshold, Watch, _moved, sample
+from cascade.sampling.sampler import Rule, Sampler, Threshold, Watch, _moved, sample
 from cascade.text import Text
-from cascade.unet_config import LevelSpec, Mixer
 from cascade.windows import Windows
 
 PROMPT = "a red circle"

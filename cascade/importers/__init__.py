@@ -23,8 +23,8 @@ from cascade.config import kinds, parse, plain, suggest
 from cascade.diffusion import Diffusion, Prediction
 from cascade.errors import ConfigError
 from cascade.importers import _source as source
-from cascade.unet3d import UNet3D
-from cascade.unet3d_config import UNet3DConfig
+from cascade.nets.unet3d import UNet3D
+from cascade.nets.unet3d_config import UNet3DConfig
 
 
 @dataclass(frozen=True)

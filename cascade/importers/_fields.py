@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from cascade.config import parse
-from cascade.unet3d_config import Act, Heads, Level3D, Space
+from cascade.nets.unet3d_config import Act, Heads, Level3D, Space
 
 F = TypeVar("F", bound="Fields")
 

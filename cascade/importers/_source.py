@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cascade import pickled, store
 from cascade.errors import ConfigError, InputError
-from cascade.unet3d_config import UNet3DConfig
+from cascade.nets.unet3d_config import UNet3DConfig
 
 CONFIG = "config.json"
 INDEX = "*.safetensors.index.json"

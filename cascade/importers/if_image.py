@@ -7,7 +7,7 @@ from typing import Any
 
 from cascade.importers import Layout, same
 from cascade.importers._fields import MIDDLE, Conditioned, blocks, read
-from cascade.unet3d_config import Heads, Space, UNet3DConfig
+from cascade.nets.unet3d_config import Heads, Space, UNet3DConfig
 
 CLASS = "UNet2DConditionModel"
 COLOURS = 3

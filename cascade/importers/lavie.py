@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cascade.importers import Layout
 from cascade.importers._fields import Conditioned, read
-from cascade.unet3d_config import Space, Time, UNet3DConfig
+from cascade.nets.unet3d_config import Space, Time, UNet3DConfig
 
 ROTARY, BUCKETS = 32, 32
 LICENCE = (

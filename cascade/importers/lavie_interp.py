@@ -7,7 +7,7 @@ from typing import Any
 
 from cascade.importers import Layout
 from cascade.importers.lavie import LICENCE, averaged, inflated
-from cascade.unet3d_config import UNet3DConfig
+from cascade.nets.unet3d_config import UNet3DConfig
 
 
 def network(tree: Mapping[str, Any]) -> UNet3DConfig:

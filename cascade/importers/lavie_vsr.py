@@ -10,7 +10,7 @@ from cascade.codec import COLOURS
 from cascade.importers import Layout
 from cascade.importers._fields import Conditioned, read
 from cascade.importers.lavie import BUCKETS, ROTARY, averaged
-from cascade.unet3d_config import Space, Time, UNet3DConfig
+from cascade.nets.unet3d_config import Space, Time, UNet3DConfig
 
 LICENCE = (
     "open for research, commercial use on application (vchitect); its Stable Diffusion x4 upscaler: "

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from cascade.importers import Layout, same
 from cascade.importers._fields import Fields, blocks, read
-from cascade.unet3d_config import Act, Heads, Space, Time, UNet3DConfig
+from cascade.nets.unet3d_config import Act, Heads, Space, Time, UNet3DConfig
 
 CLASS = "UNet3DConditionModel"
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from cascade.importers import Layout
 from cascade.importers._fields import Conditioned, read
-from cascade.unet3d_config import Heads, Space, Time, UNet3DConfig
+from cascade.nets.unet3d_config import Heads, Space, Time, UNet3DConfig
 
 COLOURS = 3
 ENTRANCE = 64  # size of each of the 8 heads of its first transformer

@@ -15,9 +15,10 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "known", "multiprocessors", "once", "say_once", "unfit"]
+__all__ = ["DTYPES", "EPS", "known", "multiprocessors", "once", "say_once", "unfit"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+EPS = 1e-6  # of the root mean square of q and k
 
 P = ParamSpec("P")
 R = TypeVar("R")

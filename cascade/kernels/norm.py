@@ -2,8 +2,8 @@
 
 PyTorch's CUDA group norm copies a channels-last input into another layout and hands that on (pytorch issue 111824), and
 FiLM and SiLU are passes of their own. Here the activations are written once and read once where an image fits into
-registers, else twice, in two launches. Triton on CUDA (`norm_triton`), plain torch on the CPU, where `cascade.layers`
-keeps to torch's own.
+registers, else twice, in two launches. Triton on CUDA (`norm_triton`), plain torch on the CPU, where
+`cascade.nets.layers` keeps to torch's own.
 """
 
 from __future__ import annotations

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade.kernels import unfit
+from cascade.kernels import EPS, unfit
 
 __all__ = ["FRAMES", "FRAMES_FLOAT32", "HEAD", "angles", "attention", "precision", "refusal"]
 
 FRAMES, HEAD = 128, 128  # the largest tile that a multiprocessor holds
 FRAMES_FLOAT32 = 64  # half of it with gains or rotary
-EPS = 1e-6  # of the root mean square of q and k
 
 
 def refusal(q: Tensor, prepared: bool = False) -> str | None:

@@ -19,9 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cascade.kernels import multiprocessors
+from cascade.kernels import EPS, multiprocessors
 from cascade.kernels.queries_triton import prepare, unprepare
-from cascade.kernels.temporal import EPS
 
 SIZES = ["S", "H", "tiles", "turns", "programs"]  # compiled once for all of them
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cascade import encoders, store
+from cascade import store
 from cascade.errors import ConfigError, InputError, NumericError
+from cascade.text import encoders
 from cascade.text.embedded import Text, padded
 from cascade.text.prompts import TextConfig, as_read
 

@@ -9,8 +9,8 @@ from enum import Enum
 from typing import Protocol
 
 from cascade.errors import ConfigError
-from cascade.prior import PriorConfig
 from cascade.text.embedded import Text
+from cascade.text.prior import PriorConfig
 
 MAX_PROMPT = 10_000  # characters
 

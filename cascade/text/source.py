@@ -8,12 +8,13 @@ from pathlib import Path
 
 import torch
 
-from cascade import encoders, store
-from cascade.encoders import CONFIG, find_encoder, local_file
+from cascade import store
 from cascade.errors import ConfigError
-from cascade.prior import PriorConfig
+from cascade.text import encoders
 from cascade.text.clip import CLIPText
 from cascade.text.embedded import Text
+from cascade.text.encoders import CONFIG, find_encoder, local_file
+from cascade.text.prior import PriorConfig
 from cascade.text.prompts import Encoder, TextConfig, TextSource, check_prompt
 from cascade.text.stored import INDEX, EmbeddingStore
 from cascade.text.t5 import T5Text

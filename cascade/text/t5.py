@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from cascade import encoders, store
-from cascade.encoders import CONFIG, TOKENIZER, find_encoder
+from cascade import store
 from cascade.errors import InputError, NumericError
+from cascade.text import encoders
 from cascade.text.embedded import Text, padded
+from cascade.text.encoders import CONFIG, TOKENIZER, find_encoder
 from cascade.text.prompts import TextConfig, as_read
 
 if TYPE_CHECKING:

@@ -1,0 +1,60 @@
+"""A command on one stage, typed; what it asks for is done in cascade/tasks.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cascade.chain import Device
+from cascade.config import fingerprint, parse, plain, plugin
+from cascade.data.source import DataConfig
+from cascade.errors import ConfigError
+from cascade.planning.memory import Memory
+from cascade.request import Given, take
+from cascade.settings import Rule, StageConfig, TrainConfig
+from cascade.text import TextConfig
+
+
+@dataclass
+class Request:
+    """A command on one stage, typed. `own` holds the sections that a single task reads: distill, evaluate, tune.
+
+    `command` is what was typed, without `out`.
+    """
+
+    cfg: StageConfig
+    rule: Rule
+    run: Given
+    on: Device
+    text: TextConfig
+    data: DataConfig
+    own: dict[str, Any]
+    command: str = ""
+    memory: str | None = None
+
+    @property
+    def training(self) -> TrainConfig:
+        if self.cfg.train is None:
+            raise ConfigError(f"{self.cfg.name}: train is missing", fix="train.steps=... train.batch=... train.lr=...")
+        return self.cfg.train
+
+    def out(self, task: str) -> Path:
+        """`out`, or a directory named by the hash of all settings."""
+        if self.run.out is not None:
+            return Path(self.run.out)
+        settings = [plain(part) for part in (self.cfg, self.run, self.text, self.data)]
+        return Path("runs") / f"{task}-{self.cfg.name}-{fingerprint([settings, self.own])[:12]}"
+
+
+def request(kind: str, tree: dict[str, Any]) -> Request:
+    """The typed command; settings that belong to nothing are refused."""
+    rule = plugin(kind)
+    run, on = take(tree, Given), take(tree, Device)
+    text = parse(tree.pop("text", {}), TextConfig, "text")
+    data = parse(tree.pop("data", {}), DataConfig, "data")
+    own = {name: tree.pop(name) for name in ("distill", "evaluate", "tune") if name in tree}
+    ask = take(tree, Memory)
+    cfg: StageConfig = parse(tree, rule.Config)
+    text = cfg.reads or text
+    return Request(cfg, rule, run, on, text, data, own, ask.command or "", ask.memory)  # type: ignore[arg-type]

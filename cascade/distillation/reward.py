@@ -1,0 +1,106 @@
+"""A student that is judged by what it makes: tuned on a differentiable reward, through all of its steps.
+
+A student of halving or consistency learns its teacher's answers, and so its teacher's faults. Here it makes whole clips
+in its own few steps, and a network that knows what clips show says whether they show what real clips of the same
+captions do; the gradient runs back through every step (Clark et al. 2024, DRaFT; for few-step video Li et al. 2024,
+T2V-Turbo). A judge can be pleased by what nobody sees. So the student is held to what it made of the same noise before,
+the judge sees what it makes through a little noise, and what it is blind to is compared without it: the patches of all
+clips. Numbers in the judge's own features prove nothing afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cascade.distillation import patches
+from cascade.distillation.lesson import predict
+from cascade.distillation.rounds import DistillConfig
+from cascade.judge import Judge, Whole
+from cascade.metrics.features import prepare
+from cascade.sampling.guidance import keep_known
+from cascade.sampling.sampler import sample
+from cascade.stage import Batch, Stage
+
+OWN = 0.5  # share of clips made at the sampler's own weight w; the others' are drawn from the student's range
+
+
+class Rewarded(nn.Module):
+    """A student in training; `forward` is its loss, so that several processes share one call.
+
+    `before`, the student as it was, and `judge` are fixed and no part of what is saved.
+    """
+
+    def __init__(self, stage: Stage, before: nn.Module, judge: Judge | Whole, cfg: DistillConfig) -> None:
+        super().__init__()
+        self.cfg, self.rule, self.reward = stage.cfg, stage.rule, cfg
+        self.student = stage.net
+        self.fixed = (before, judge)  # a tuple: no submodules
+
+    def forward(self, batch: Batch) -> Tensor:
+        """How far the judge's answers for every thing are from those for the real clip of the same caption, `stay`
+        times the change, `last` times `finish` and `patches` times the distance of all clips' patches, (B,).
+
+        The change is the mean absolute difference: better much in few pixels than grain in all.
+        """
+        before, judge = self.fixed
+        made = self.made(batch, self.student)
+        real, shown, clip = judge.things(prepare(batch.x), prepare(made + self.reward.blur * batch.eps.roll(1, 0)))
+        with torch.no_grad():
+            truth = judge.classify(judge(real))
+            held = self.made(batch, before)
+        seen = judge.classify(judge(shown))
+        parts = torch.stack([softly(seen[name], truth[name], self.reward.temperature) for name in truth])
+        apart = made.new_zeros(len(made)).index_add(0, clip, parts.sum(0).to(made.dtype))
+        loss = apart + self.reward.stay * (made - held).abs().mean((1, 2, 3, 4))
+        if self.reward.last:
+            loss = loss + self.reward.last * self.finish(batch)
+        if self.reward.patches:
+            loss = loss + self.reward.patches * patches.distance(batch.x, made, batch.eps)
+        return loss
+
+    def finish(self, batch: Batch) -> Tensor:
+        """The mean absolute error of the last step on real clips, (B,): what a judge overlooks, that step still sees.
+
+        As pretraining's loss beside a reward (Ouyang et al. 2022).
+        """
+        diffusion = self.cfg.diffusion
+        t = torch.full_like(batch.t, 1 / self.cfg.sampler.steps)
+        z = diffusion.noised(batch.x, batch.eps, t)
+        x = predict(diffusion, self.student, z, t, batch.cond, self.weight(batch))
+        return (x - batch.x).abs().mean((1, 2, 3, 4))
+
+    def made(self, batch: Batch, net: Callable[..., Any]) -> Tensor:
+        """What `net` makes from the batch's noise (B, C, F, H, W), with a gradient through all steps."""
+        diffusion, w = self.cfg.diffusion, self.weight(batch)
+
+        def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
+            return predict(diffusion, net, z, t, batch.cond, w)
+
+        def noise(shape: Sequence[int], step: int, purpose: str) -> Tensor:
+            return batch.eps
+
+        hooks = [keep_known(batch.x, batch.cond.mask)] if self.rule.KEEPS_KNOWN else []
+        return sample(diffusion, denoise, self.cfg.sampler, noise, batch.x.shape, hooks=hooks, device=batch.x.device)
+
+    def weight(self, batch: Batch) -> Tensor | None:
+        """w (B,) by batch.u: the sampler's own for a share OWN of the clips, else any that the student knows."""
+        if self.cfg.w_range is None:
+            return None
+        low, high = self.cfg.w_range
+        other = low + (high - low) * (batch.u - OWN) / (1 - OWN)
+        return torch.where(batch.u < OWN, self.cfg.sampler.guidance, other)
+
+
+def softly(seen: Tensor, truth: Tensor, temperature: float) -> Tensor:
+    """T KL(softmax(truth / T) || softmax(seen / T)) of logits (things, classes), (things,) (Hinton et al. 2015).
+
+    At T = 1 sure answers are never sure enough, and a student goes on exaggerating what it shows; the higher T, the
+    more the logits themselves are to be those of real clips.
+    """
+    log_p, log_q = ((logits / temperature).log_softmax(1) for logits in (truth, seen))
+    return temperature * F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(1)

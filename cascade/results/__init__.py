@@ -1,0 +1,1 @@
+"""All evaluations as one page: pooled over seeds, plotted, set against targets."""

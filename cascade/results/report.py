@@ -1,0 +1,192 @@
+"""`cascade report`: all evaluations below a directory as one page of results, one JSON and a few pictures.
+
+DIR = {results.md, results.json, results/{manifest.json, *.png}}. The same evaluations give the same bytes, wherever
+they lie and in whatever order they were made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cascade import store
+from cascade.config import locate, parse, plain
+from cascade.errors import ConfigError, InputError
+from cascade.evaluation.marks import Row
+from cascade.results.gates import Gate, Outcome, outcome
+from cascade.results.page import PLAIN, Layout, asked, page, pictures, quality_table
+from cascade.results.plots import Column
+from cascade.results.series import Evaluation, Series, collect, pool
+
+MARKDOWN, DATA, PICTURES = "results.md", "results.json", "results"
+MEASURES = "MEASURES.md"  # beside a model card, and not in the manifest: see docs/decisions.md
+FORMAT = 1
+
+
+@dataclass(kw_only=True)
+class ReportConfig:
+    """What is collected and how it is shown."""
+
+    runs: str | None = None  # directory with evaluations, however deep
+    out: str = "docs"
+    notes: str = "docs/results-notes.md"  # what still goes wrong, by hand
+    cards: str | None = None  # directory of weights directories that get a MEASURES.md
+    stages: list[str] = field(default_factory=list)
+    columns: list[Column] = field(default_factory=list)
+    expected: dict[str, list[int]] = field(default_factory=dict)
+    gates: list[Gate] = field(default_factory=list)
+
+
+def verb(tree: dict[str, Any]) -> None:
+    """`cascade report`: writes the results and prints where the page is."""
+    cfg = parse(tree, ReportConfig)
+    if cfg.runs is None:
+        raise ConfigError("runs is missing", fix="runs=DIR, where evaluations lie")
+    if cfg.cards is not None and not locate(cfg.cards).is_dir():
+        raise InputError(f"cards {cfg.cards}: is not a directory", fix="cards=checkpoints/tiny")
+    series = pool(collect(Path(cfg.runs)))
+    out = Path(cfg.out)
+    with store.lock(out):
+        write(series, cfg, out)
+    if cfg.cards is not None:
+        for path in write_cards(series, cfg.columns, locate(cfg.cards)):
+            print(path)
+    print(out / MARKDOWN)
+
+
+def write(series: Sequence[Series], cfg: ReportConfig, out: Path) -> None:
+    """results.md, results.json and their pictures in `out`."""
+    layout = Layout(stages=cfg.stages, columns=cfg.columns, expected=cfg.expected)
+    gates = [outcome(gate, series) for gate in cfg.gates]
+    shown = pictures(series, layout)
+    if shown:
+        store.commit(out / PICTURES, shown, kind="pictures", replace=True)
+    store.write_file(out / DATA, store.canonical(results(series, gates)))
+    text = page(series, gates, layout, set(shown), notes(Path(cfg.notes)))
+    store.write_file(out / MARKDOWN, text.encode())
+
+
+def notes(path: Path) -> str:
+    """What was written by hand, or nothing if there is no such file."""
+    file = locate(path)
+    try:
+        return file.read_text(encoding="utf-8") if file.is_file() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"notes {path}: {error}", fix="notes=FILE in UTF-8") from error
+
+
+# results.json --------------------------------------------------------------------------------------------------------
+
+
+def results(series: Sequence[Series], gates: Sequence[Outcome]) -> dict[str, Any]:
+    """Everything that was measured, as plain data."""
+    return {
+        "format": FORMAT,
+        "gates": [plain(found) for found in gates],
+        "series": [series_tree(s) for s in series],
+    }
+
+
+def series_tree(series: Series) -> dict[str, Any]:
+    """What its evaluations share, what each was and took, and every number pooled over the seeds."""
+    settings = {key: value for key, value in plain(series.settings).items() if key not in ("seed", "batch", "label")}
+    subject = series.first.subject
+    return {
+        "what": series.what,
+        "method": series.method,
+        "label": series.label,
+        "device": subject.device,
+        "dtype": subject.dtype,
+        "questions": settings,
+        "order": series.stages,
+        "stages": {name: stage_tree(series, name) for name in series.stages},
+        "seeds": series.seeds,
+        "runs": [run_tree(run) for run in series.runs],
+        "skipped": series.first.skipped,
+        "about": series.first.about,
+    }
+
+
+def stage_tree(series: Series, name: str) -> dict[str, Any]:
+    stage = series.first.subject.stages[name]
+    settings, sampler = stage.settings, stage.settings["sampler"]
+    return {
+        "shape": settings["shape"],
+        "fps": settings["fps"],
+        "steps": sampler["steps"],
+        "rule": sampler["rule"],
+        "guidance": sampler["guidance"],
+        "sampler": sampler,
+        "augment": settings["augment"],
+        "evaluations": stage.evaluations,
+        "weights": stage.weights,
+        "facts": stage.facts,
+        "seconds": series.seconds([name]) or None,
+        "numbers": list(number_trees(series, name)),
+    }
+
+
+def number_trees(series: Series, stage: str) -> Iterator[dict[str, Any]]:
+    """One for each measure, condition and group, in the order of the first evaluation."""
+    for row in series.first.rows:
+        if row.stage == stage:
+            found = [next((r for r in run.rows if key_of(r) == key_of(row)), None) for run in series.runs]
+            pooled = series.pooled(stage, row.metric, row.name, row.condition, row.group)
+            yield {
+                "metric": row.metric,
+                "name": row.name,
+                "condition": row.condition,
+                "group": row.group,
+                "mean": None if pooled is None else pooled.mean,
+                "std": None if pooled is None else pooled.std,
+                "values": [
+                    {"seed": r.seed, "n": r.n, "value": r.value, "error": r.error} for r in found if r is not None
+                ],
+            }
+
+
+def key_of(row: Row) -> tuple[str, str, str, str, str]:
+    return row.stage, row.metric, row.name, row.condition, row.group
+
+
+def run_tree(run: Evaluation) -> dict[str, Any]:
+    """One evaluation: the command that makes it again, and what it took."""
+    timing = None
+    if run.timing is not None:
+        timing = {key: value for key, value in plain(run.timing).items() if key != "subject"}
+    return {"seed": run.settings.seed, "command": run.command, "report": run.hash, "timing": timing}
+
+
+# model cards ---------------------------------------------------------------------------------------------------------
+
+
+def write_cards(series: Sequence[Series], columns: Sequence[Column], folder: Path) -> list[Path]:
+    """MEASURES.md in every weights directory of `folder` whose weights were judged alone; returns the files.
+
+    A manifest's hash is the name of the weights that it describes, and results quote it. So what was found out about
+    weights afterwards cannot be in the manifest: it lies beside, and says which weights it is about.
+    """
+    written = []
+    for path in sorted(path.parent for path in folder.glob(f"*/{store.MANIFEST}")):
+        if store.manifest(path)["kind"] != "weights":
+            continue
+        key = store.read(path, "weights").hash
+        mine = [s for s in series if s.what == "stage" and s.first.subject.stages[s.last].weights == key]
+        if mine:
+            written.append(store.write_file(path / MEASURES, card(mine, columns, key).encode()))
+    return written
+
+
+def card(mine: Sequence[Series], columns: Sequence[Column], key: str) -> str:
+    """The measures of one stage's weights."""
+    stage = mine[0].last
+    parts = [
+        f"# {stage}: measures",
+        f"Of the weights whose manifest has the SHA-256 `{key}`, the stage alone. Written by `cascade report`; how to "
+        "read it, and what makes each number again, stands in docs/results.md and docs/results.json.",
+    ]
+    for exam in sorted({s.exam for s in mine}, key=lambda exam: (exam != PLAIN, exam)):
+        parts += [f"{asked(exam)}:", quality_table([s for s in mine if s.exam == exam], stage, columns)]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,1 @@
+"""From noise to video: times, steps, guidance, and the one loop."""
