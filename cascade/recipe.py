@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +42,12 @@ class Step:
 
     `set` are the words of its command, `cpu` or `gpu` those that only this profile adds. With `each`, the step stands
     for one of every value, which is appended to its name and replaces {} in its words. `minutes` say what it cost.
+    A step that is `like` another one takes over what it does not say itself, word by word.
     """
 
+    like: str | None = None
     stage: str | None = None
-    task: str = "train"
+    task: str | None = None  # of a stage; None: train
     fit: str | None = None
     set: list[str] = field(default_factory=list)
     cpu: list[str] = field(default_factory=list)
@@ -54,7 +56,7 @@ class Step:
     minutes: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if (self.stage is None) == (self.fit is None):
+        if self.like is None and (self.stage is None) == (self.fit is None):
             raise ValueError(f"stage and fit are {self.stage} and {self.fit}, expected one of them")
         if self.fit is not None and self.fit not in FITS:
             raise ValueError(f"fit is {self.fit}, expected one of {', '.join(FITS)}")
@@ -99,7 +101,8 @@ class Task:
 
 def tasks_of(recipe: Recipe, profile: str) -> dict[str, Task]:
     """All tasks in an order in which each follows what it needs. ConfigError for a reference to nothing or a circle."""
-    tasks = [task for name, step in recipe.steps.items() for task in expanded(name, step, profile, recipe.every)]
+    steps = {name: whole(name, recipe.steps) for name in recipe.steps}
+    tasks = [task for name, step in steps.items() for task in expanded(name, step, profile, recipe.every)]
     known = {task.name: task for task in tasks}
     ordered: dict[str, Task] = {}
 
@@ -115,6 +118,24 @@ def tasks_of(recipe: Recipe, profile: str) -> dict[str, Task]:
     for name in known if recipe.only is None else recipe.only:
         add(name, ())
     return ordered
+
+
+def whole(name: str, steps: Mapping[str, Step], path: tuple[str, ...] = ()) -> Step:
+    """A step with what it takes over from the one that it is `like`. ConfigError for one like nothing or like itself."""
+    step = steps[name]
+    if step.like is None:
+        return step
+    if step.like not in steps or step.like in (name, *path):
+        raise ConfigError(f"recipe: {name} is like {step.like}", fix="like: a step before it")
+    base = whole(step.like, steps, (name, *path))
+    own = {f.name: getattr(step, f.name) or getattr(base, f.name) for f in fields(Step) if f.name != "like"}
+    words = {part: merged(getattr(base, part), getattr(step, part)) for part in ("set", *PROFILES)}
+    return Step(**{**own, **words})
+
+
+def merged(before: list[str], own: list[str]) -> list[str]:
+    """Words, of those that set the same thing the last."""
+    return list({word.partition("=")[0]: word for word in (*before, *own)}.values())
 
 
 def expanded(name: str, step: Step, profile: str, every: list[str]) -> list[Task]:
@@ -141,7 +162,7 @@ def command(task: Task, out: Path) -> list[str]:
     if task.step.stage is None:
         return [sys.executable, "-m", FITS[str(task.step.fit)], str(out / task.name / "weights"), *words]
     kind = compose("stage", [f"stage={task.step.stage}"])["kind"]
-    start = [sys.executable, "-m", f"stages.{kind}", f"stage={task.step.stage}", f"task={task.step.task}"]
+    start = [sys.executable, "-m", f"stages.{kind}", f"stage={task.step.stage}", f"task={task.step.task or 'train'}"]
     return [*start, f"out={out / task.name}", *words]
 
 

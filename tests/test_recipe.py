@@ -42,6 +42,18 @@ def test_a_profile_adds_its_words_alone() -> None:
     assert "train.batch=9" not in tasks_of(read(), "cpu")["base"].words
 
 
+def test_a_step_takes_over_what_it_does_not_say() -> None:
+    steps = {
+        "b": {"like": "a", "set": ["x=3", "z=4"], "minutes": {"cpu": 7}},
+        "a": {"stage": "s", "task": "distill", "set": ["x=1", "y=2"], "cpu": ["n=1"], "minutes": {"cpu": 5}},
+        "c": {"like": "b", "stage": "t", "cpu": ["n=2"]},
+    }
+    tasks = tasks_of(parse({"steps": steps}, Recipe), "cpu")
+    assert tasks["b"].words == ("x=3", "y=2", "z=4", "n=1") and tasks["b"].step.task == "distill"
+    assert tasks["c"].words == ("x=3", "y=2", "z=4", "n=2") and tasks["c"].step.stage == "t"
+    assert [tasks[name].minutes for name in "abc"] == [5, 7, 7]
+
+
 def test_only_brings_what_is_needed() -> None:
     assert list(tasks_of(read(only=["base"]), "cpu")) == ["text", "base"]
 
@@ -51,6 +63,8 @@ def test_only_brings_what_is_needed() -> None:
     [
         ({"a": {"stage": "x", "set": ["@b"]}}, "there is no step b"),
         ({"a": {"stage": "x", "set": ["@b"]}, "b": {"stage": "x", "set": ["@a"]}}, "a needs b needs a"),
+        ({"a": {"like": "b"}}, "a is like b"),
+        ({"a": {"like": "b"}, "b": {"like": "a"}}, "b is like a"),
         ({"a": {"stage": "x", "fit": "text"}}, "stage and fit are x and text"),
         ({"a": {"fit": "nothing"}}, "fit is nothing, expected one of text, features, judge, merge"),
     ],
