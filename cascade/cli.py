@@ -16,15 +16,12 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from cascade import __version__
 from cascade.compose import compose, split_prompts
 from cascade.config import suggest
 from cascade.errors import CascadeError, ConfigError, HostError, MemoryLimitError
-
-if TYPE_CHECKING:
-    pass
 
 HELP = """\
 cascade: cascaded text-to-video, stage by stage.

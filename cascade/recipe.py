@@ -121,7 +121,7 @@ def tasks_of(recipe: Recipe, profile: str) -> dict[str, Task]:
 
 
 def whole(name: str, steps: Mapping[str, Step], path: tuple[str, ...] = ()) -> Step:
-    """A step with what it takes over from the one that it is `like`. ConfigError for one like nothing or like itself."""
+    """A step with what it takes over. ConfigError for one that is like nothing, or like itself."""
     step = steps[name]
     if step.like is None:
         return step

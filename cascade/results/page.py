@@ -164,9 +164,11 @@ def quality_table(mine: Sequence[Series], stage: str, columns: Sequence[Column])
         for s in (s for s in mine if s.name == name):
             numbers = [cell(c, s, stage) for c in columns]
             rows.append([name, s.steps_text, str(s.evaluations), *numbers, pace(s), clip_count(s), weights(s)])
-    best = largest(mine)[0]
-    if any(row.condition == REAL for row in best.first.rows):
-        rows.append(["real clips", "", "", *(cell(c, best, stage, REAL) for c in columns), "", clip_count(best), ""])
+    for n in sorted({s.settings.n for s in mine}):  # a Fréchet distance of real clips is as biased by n as any other
+        best = largest(s for s in mine if s.settings.n == n)[0]
+        if any(row.condition == REAL for row in best.first.rows):
+            numbers = [cell(c, best, stage, REAL) for c in columns]
+            rows.append(["real clips", "", "", *numbers, "", clip_count(best), ""])
     return grid(head, rows)
 
 
@@ -188,10 +190,18 @@ def stage_table(mine: Sequence[Series], layout: Layout) -> str:
     pairs = [(s, stage) for s in mine for stage in s.stages]
     columns = useful(layout.columns, pairs)
     rows = [
-        [s.name, s.steps_text, stage, *(cell(c, s, stage) for c in columns), pace(s, [stage]), clip_count(s)]
+        [
+            s.name,
+            s.steps_text,
+            asked(s.exam),
+            stage,
+            *(cell(c, s, stage) for c in columns),
+            pace(s, [stage]),
+            clip_count(s),
+        ]
         for s, stage in pairs
     ]
-    return grid(["method", "steps", "stage", *heads(columns), "s / clip", "n"], rows)
+    return grid(["method", "steps", "prompts", "stage", *heads(columns), "s / clip", "n"], rows)
 
 
 def gap_table(series: Sequence[Series], layout: Layout) -> str:
