@@ -205,6 +205,11 @@ def _check_windows(stage: StageConfig, rule: Rule) -> None:
             f"{stage.name}: windows.rule is extend, but it is given a whole video, not known parts of its own output",
             fix=f"{stage.name}.windows.rule=blend",
         )
+    if windows.in_turn and windows.rule is not Join.EXTEND and from_text(stage, rule):
+        raise ConfigError(
+            f"{stage.name}: windows.rule is {windows.rule.value}, but it is not given a whole video",
+            fix=f"{stage.name}.windows.rule=extend",
+        )
     frames, extra = windows.frames, stage.shape.frames % rate
     if frames and windows.rule is not Join.FIRST and (frames < rate or frames % rate != extra):
         near = max(1, round((frames - extra) / rate)) * rate + extra

@@ -132,7 +132,7 @@ def function(name: str) -> Callable[[dict[str, Any]], None]:
 def settings(primary: str, argv: Sequence[str], program: str = "") -> list[dict[str, Any]]:
     """The composed settings of a command, several with -m; none if they were only to be shown.
 
-    A configuration with a key `command` is told there what was typed, see `typed`.
+    A configuration with a key `command` is told there what was typed, see `typed`, one with `config_dir` that folder.
     """
     texts, rest = split_prompts(argv)
     config_dir, show, many, overrides = None, False, False, []
@@ -166,6 +166,8 @@ def settings(primary: str, argv: Sequence[str], program: str = "") -> list[dict[
     said = [f"{key}={text}" for key, text in texts.items()]
     options = ["--config-dir", str(config_dir)] if config_dir is not None else []
     for tree, combination in zip(trees, combinations, strict=True):
+        if "config_dir" in tree and config_dir is not None:
+            tree["config_dir"] = str(config_dir.resolve())
         if "command" in tree:
             tree["command"] = typed(program, [*said, *combination, *options])
     return trees

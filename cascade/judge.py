@@ -8,7 +8,6 @@ please it. A network of features alone can judge single things. Neither is ever 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from itertools import count as numbers
 from pathlib import Path
@@ -88,7 +87,8 @@ def load(path: Path) -> tuple[Judge | Whole, str]:
     A feature network judges clips of single things. Raises InputError for one that measures, and for what is neither.
     """
     weights = checkpoint.load(path)
-    net: Judge | Whole = Whole() if weights.config == features.CONFIG else Judge()
+    with torch.device("meta"):
+        net: Judge | Whole = Whole() if weights.config == features.CONFIG else Judge()
     if weights.config not in (CONFIG, features.CONFIG):
         raise InputError(f"weights {path}: are no judge", fix="distill.judge=checkpoints/tiny/judge")
     if weights.hash == features.shipped()[1]:
@@ -167,7 +167,3 @@ def accuracy(net: Features, seed: int, count: int) -> dict[str, float]:
     """The share of `count` clips that were not trained on in which a thing's class is found, of each of CLASSES."""
     _, _, alone, classes = batch_of(examples(seed, "validate"), count)
     return features.found(net, alone, classes)
-
-
-if __name__ == "__main__":
-    fit(Path(sys.argv[1]), seed=int((sys.argv[2:] or ["1"])[0]))

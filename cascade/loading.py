@@ -14,6 +14,7 @@ from cascade import checkpoint
 from cascade.chain import Device
 from cascade.config import fingerprint, plain
 from cascade.diffusion import Schedule
+from cascade.errors import ConfigError
 from cascade.nets.compiled import compiled
 from cascade.nets.layers import channels_last
 from cascade.nets.unet_config import completed
@@ -29,7 +30,7 @@ def known(cfg: StageConfig) -> tuple[StageConfig, list[str]]:
     if cfg.weights == checkpoint.RANDOM:
         return cfg, [_random(cfg), cfg.codec.hash()]
     saved, name = checkpoint.about(checkpoint.locate(cfg.weights, cfg.name, cfg.sampler.steps))
-    return replace(cfg, w_range=saved.get("w_range")), [name, cfg.codec.hash()]
+    return told_weight(cfg, saved), [name, cfg.codec.hash()]
 
 
 def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
@@ -39,16 +40,34 @@ def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stag
         return untrained(cfg, rule, device)
     directory = checkpoint.locate(cfg.weights, cfg.name, cfg.sampler.steps)
     weights = checkpoint.load(directory)
-    saved = weights.config
-    trained = _trained(saved.get("diffusion", {}))
-    wanted = {"kind": cfg.kind, "net": plain(cfg.net), **{name: plain(cfg.diffusion)[name] for name in trained}}
-    found = {"kind": saved.get("kind"), "net": completed(saved.get("net", {})), **trained}
-    checkpoint.compatible(found, wanted, f"{cfg.name} in {directory}")
-    cfg = replace(cfg, w_range=saved.get("w_range"))
+    check_trained(cfg, weights.config, f"{cfg.name} in {directory}")
+    cfg = told_weight(cfg, weights.config)
     with torch.device("meta"):
         stage = Stage(cfg, rule)
     checkpoint.apply(stage.net, weights.state, f"{cfg.name}: {directory}")
     return _ready(stage, device), weights.hash
+
+
+def check_trained(cfg: StageConfig, saved: Mapping[str, Any], what: str) -> None:
+    """Raises InputError unless weights with the card `saved` are of the stage's kind, architecture and diffusion."""
+    trained = _trained(saved.get("diffusion", {}))
+    wanted = {"kind": cfg.kind, "net": plain(cfg.net), **{name: plain(cfg.diffusion)[name] for name in trained}}
+    found = {"kind": saved.get("kind"), "net": completed(saved.get("net", {})), **trained}
+    checkpoint.compatible(found, wanted, what)
+
+
+def told_weight(cfg: StageConfig, saved: Mapping[str, Any]) -> StageConfig:
+    """The settings with the range of guidance weights that a distilled network is told. ConfigError for one outside."""
+    cfg = replace(cfg, w_range=saved.get("w_range"))
+    if cfg.w_range is not None:
+        low, high = cfg.w_range
+        for step in range(cfg.sampler.steps):
+            if not low <= (w := cfg.sampler.weight(step)) <= high:
+                raise ConfigError(
+                    f"{cfg.name}: sampler.guidance is {w:g}, its weights were distilled for {low:g} to {high:g}",
+                    fix=f"{cfg.name}.sampler.guidance={max(low, min(w, high)):g}",
+                )
+    return cfg
 
 
 def _trained(diffusion: Mapping[str, Any]) -> dict[str, Any]:

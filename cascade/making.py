@@ -38,6 +38,8 @@ class Run:
 def make(stage: Stage, low: Video | None, run: Run) -> Video:
     """A video from the one before, as the stage's windows say."""
     windows = stage.cfg.windows
+    if stage.cfg.sampler.shared_noise:  # before a window takes its part of it
+        run = replace(run, noise=shared(run.noise))
     if not windows.in_turn:
         return once(stage, low, run)
     if windows.rule is Join.EXTEND:
@@ -102,8 +104,7 @@ def once(stage: Stage, low: Video | None, run: Run) -> Video:
     if run.start is not None:
         strength = run.start[1]
         sampler = replace(sampler, strength=strength, steps=max(1, round(sampler.steps * strength)))
-    noise = shared(run.noise) if sampler.shared_noise else run.noise
-    cond = told(stage, low, run.text, shape, noise)
+    cond = told(stage, low, run.text, shape, run.noise)
     dropped = cond.without_text() if run.negative is None else cond.with_text(run.negative.to(stage.device))
     guided = steps(stage, cond, dropped, sampler)
     drawn_on = towards(stage, low, shape) if low is not None else lambda denoise: denoise
@@ -112,13 +113,13 @@ def once(stage: Stage, low: Video | None, run: Run) -> Video:
         return drawn_on(lambda z, t: guided(z, t, step))(z, t)
 
     hooks: list[Hook] = []
-    keeps = stage.rule.KEEPS_KNOWN and cfg.keep_known and low is not None
+    keeps = stage.keeps and low is not None
     if low is not None and keeps:
         known, mask = (part.to(stage.device) for part in given(stage, low, shape))
         hooks.append(keep_known(stage.encode(known), cfg.codec.mask(mask)))
 
     def draw(shape: Sequence[int], step: int, purpose: str) -> Tensor:
-        drawn = noise(shape, step, purpose)
+        drawn = run.noise(shape, step, purpose)
         return stage.far(cond, drawn) if purpose == "start" else drawn
 
     x = sample(

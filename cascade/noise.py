@@ -23,7 +23,8 @@ MANY = 1 << 20  # numbers from which on threads are worth their start
 def generator(*key: Key, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator seeded by the first 63 bits of the SHA-256 of `key`, whose texts have no "|".
 
-    Videos are made with CPU generators alone; on a GPU the same key draws other numbers.
+    The CPU's generator takes 32 bits of them: of 100,000 keys one pair is expected to share its numbers. Videos are
+    made with CPU generators alone; on a GPU the same key draws other numbers.
     """
     assert not any("|" in part for part in key if isinstance(part, str)), f"{key}: a | would join two parts of a key"
     digest = hashlib.sha256("|".join(f"{type(part).__name__}:{part}" for part in key).encode()).digest()

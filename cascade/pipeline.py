@@ -27,6 +27,7 @@ from cascade import attention, media, store
 from cascade.chain import Chain, Device
 from cascade.config import fingerprint, plain
 from cascade.errors import CascadeError, InputError, NumericError
+from cascade.kernels import say_once
 from cascade.loading import Load, known, launched, load_stage
 from cascade.noise import Noise
 from cascade.request import Job
@@ -216,6 +217,8 @@ class Runner:
             low = Video(torch.cat([clip.frames for clip in clips]), clips[0].fps, known)
         text, away = self.text([job.prompt for job in jobs], stage.cfg), self.negative_of(stage.cfg)
         negative = None if away is None else self.text([away] * len(jobs), stage.cfg)
+        if self.negative and stage.cfg.w_range is not None:
+            say_once(f"{stage.cfg.name}: distilled guidance leads away from no prompt: negative_prompt is not heard")
         noise = Noise(self.seed, stage.cfg.name, tuple(job.sample for job in jobs))
         after = None if self.after is None else partial(self.after, stage.cfg.name, jobs)
         start = time.perf_counter()

@@ -2,7 +2,8 @@
 
 A step is a command of one stage, or the fit of a network that belongs to no stage, in a folder of its own below `out`.
 `@name` in its words stands for the weights of the step `name`, `@name/08` for those of a round of a distillation. A
-step that is done is not done again; one that was cut short goes on, as its command does when it is given again.
+step that is done is not done again while its words and what they refer to are the same; one that was cut short goes on,
+as its command does when it is given again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -22,16 +24,11 @@ import torch
 
 from cascade import checkpoint, store
 from cascade.compose import compose
-from cascade.config import parse, suggest
+from cascade.config import fingerprint, parse, suggest
 from cascade.errors import CascadeError, ConfigError
 
 log = logging.getLogger("cascade")
-FITS = {  # what is no task of a stage: `python -m MODULE DIRECTORY [words]`
-    "text": "cascade.textfit",
-    "features": "cascade.metrics.features",
-    "judge": "cascade.judge",
-    "merge": "cascade.merge",
-}
+FITS = ("text", "features", "judge", "merge")  # what is no task of a stage, see cascade/fit.py
 PROFILES = ("cpu", "gpu")
 REFERENCE = re.compile(r"@([\w-]+)((?:/\w+)?)")
 
@@ -42,7 +39,7 @@ class Step:
 
     `set` are the words of its command, `cpu` or `gpu` those that only this profile adds. With `each`, the step stands
     for one of every value, which is appended to its name and replaces {} in its words. `minutes` say what it cost.
-    A step that is `like` another one takes over what it does not say itself, word by word.
+    A step that is `like` another one takes over what it does not say itself, word by word (of a `fit`, all of them).
     """
 
     like: str | None = None
@@ -77,6 +74,7 @@ class Recipe:
     profile: str = "auto"
     jobs: int = 1
     only: list[str] | None = None
+    config_dir: str | None = None  # the folder of --config-dir, which every step is given too
 
     def __post_init__(self) -> None:
         if self.profile not in (*PROFILES, "auto"):
@@ -116,7 +114,9 @@ def tasks_of(recipe: Recipe, profile: str) -> dict[str, Task]:
         ordered.setdefault(name, known[name])
 
     for name in known if recipe.only is None else recipe.only:
-        add(name, ())
+        each = steps[name].each if name in steps else []
+        for wanted in [f"{name}-{n}" for n in each] or [name]:
+            add(wanted, ())
     return ordered
 
 
@@ -128,14 +128,25 @@ def whole(name: str, steps: Mapping[str, Step], path: tuple[str, ...] = ()) -> S
     if step.like not in steps or step.like in (name, *path):
         raise ConfigError(f"recipe: {name} is like {step.like}", fix="like: a step before it")
     base = whole(step.like, steps, (name, *path))
+    if (step.stage or base.stage) and (step.fit or base.fit):
+        raise ConfigError(f"recipe: {name} is a {'fit' if step.fit else 'stage'}, {step.like} is none", fix="no `like`")
     own = {f.name: getattr(step, f.name) or getattr(base, f.name) for f in fields(Step) if f.name != "like"}
-    words = {part: merged(getattr(base, part), getattr(step, part)) for part in ("set", *PROFILES)}
-    return Step(**{**own, **words})
+    if base.fit is None:
+        parts = {part: getattr(base, part) for part in ("set", *PROFILES)}
+        said = {key(word) for word in step.set}  # which also overrules what the other one says of a profile
+        for profile in PROFILES:
+            parts[profile] = [word for word in parts[profile] if key(word) not in said]
+        own |= {part: merged(words, getattr(step, part)) for part, words in parts.items()}
+    return Step(**own)
 
 
 def merged(before: list[str], own: list[str]) -> list[str]:
     """Words, of those that set the same thing the last."""
-    return list({word.partition("=")[0]: word for word in (*before, *own)}.values())
+    return list({key(word): word for word in (*before, *own)}.values())
+
+
+def key(word: str) -> str:
+    return word.partition("=")[0]
 
 
 def expanded(name: str, step: Step, profile: str, every: list[str]) -> list[Task]:
@@ -156,29 +167,44 @@ def resolve(word: str, out: Path) -> str:
     return REFERENCE.sub(lambda m: f"{root}/{m[1]}{m[2]}/weights", word)
 
 
-def command(task: Task, out: Path) -> list[str]:
-    """The command line of a step."""
+def command(task: Task, out: Path, config_dir: str | None = None) -> list[str]:
+    """The command line of a step. ConfigError for a stage that there is not."""
     words = [resolve(word, out) for word in task.words]
     if task.step.stage is None:
-        return [sys.executable, "-m", FITS[str(task.step.fit)], str(out / task.name / "weights"), *words]
-    kind = compose("stage", [f"stage={task.step.stage}"])["kind"]
+        return [sys.executable, "-m", "cascade.fit", str(task.step.fit), str(out / task.name / "weights"), *words]
+    own = None if config_dir is None else Path(config_dir)
+    kind = compose("stage", [f"stage={task.step.stage}"], own)["kind"]
     start = [sys.executable, "-m", f"stages.{kind}", f"stage={task.step.stage}", f"task={task.step.task or 'train'}"]
-    return [*start, f"out={out / task.name}", *words]
+    return [*start, f"out={out / task.name}", *words, *([] if own is None else ["--config-dir", str(own)])]
+
+
+def record(task: Task, out: Path) -> dict[str, Any]:
+    """What a step that is done was made of, and what it made: its words, and manifests of weights by their hash."""
+    parts = {f"@{name}{part}" for word in task.words for name, part in REFERENCE.findall(word)} | {f"@{task.name}"}
+    manifests = {part: Path(resolve(part, out)) / "manifest.json" for part in sorted(parts)}
+    hashes = {part: fingerprint(path.read_text()) for part, path in manifests.items() if path.is_file()}
+    return {"words": list(task.words), "weights": hashes}
 
 
 def is_done(task: Task, out: Path) -> bool:
-    """Whether the step was finished with the same words."""
+    """Whether the step was finished with the same words, of the same weights, and what it made is there."""
     mark = out / f"{task.name}.done"
-    return mark.is_file() and json.loads(mark.read_bytes()) == {"words": list(task.words)}
+    return mark.is_file() and json.loads(mark.read_bytes()) == record(task, out)
 
 
 class Run:
     """The tasks of a recipe at work, `jobs` at a time."""
 
-    def __init__(self, tasks: Mapping[str, Task], out: Path, jobs: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, tasks: Mapping[str, Task], out: Path, jobs: int, say: Callable[[str], None], config_dir: str | None = None
+    ) -> None:
         self.out, self.jobs, self.say = out, jobs, say
         self.tasks = dict(tasks)
-        self.left = {name: task for name, task in tasks.items() if not is_done(task, out)}
+        self.commands = {name: command(task, out, config_dir) for name, task in tasks.items()}  # all, or none is run
+        self.left: dict[str, Task] = {}
+        for name, task in tasks.items():  # each after what it needs
+            if task.needs & self.left.keys() or not is_done(task, out):
+                self.left[name] = task
         self.ready = tasks.keys() - self.left.keys()
         self.busy: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
 
@@ -192,21 +218,33 @@ class Run:
                 for name, (process, since) in list(self.busy.items()):
                     if process.poll() is not None:
                         self.finish(name, process.returncode, since)
+        except KeyboardInterrupt:
+            self.stop(signal.SIGINT)
+            raise
+        except SystemExit:
+            self.stop(signal.SIGTERM)
+            raise
         finally:
-            for process, _ in self.busy.values():  # they have heard the signal too, and save what they have
-                process.wait()
+            for name, (process, since) in list(self.busy.items()):  # they save what they have, or end what they do
+                if process.wait() == 0:
+                    self.finish(name, 0, since)
+
+    def stop(self, number: int) -> None:
+        """Steps hear a signal from here alone, and once: a second one would not let them save what they have."""
+        for process, _ in self.busy.values():
+            process.send_signal(number)
 
     def start(self, task: Task) -> None:
         cost = sum(other.minutes for other in self.left.values())
         number = len(self.tasks) - len(self.left) + 1
         self.say(f"[{number}/{len(self.tasks)}] {task.name}" + (f", about {cost:.0f} min left in all" if cost else ""))
         del self.left[task.name]
-        words = command(task, self.out)
+        words = self.commands[task.name]
         if self.jobs == 1:
-            process = subprocess.Popen(words)
+            process = subprocess.Popen(words, start_new_session=True)
         else:
             with store.growing(self.out / f"{task.name}.log") as file:
-                process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
+                process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         self.busy[task.name] = process, time.monotonic()
 
     def finish(self, name: str, code: int, since: float) -> None:
@@ -218,7 +256,7 @@ class Run:
             error = CascadeError(f"recipe step {name} failed{where}", fix="mend it and give the same command again")
             error.code = max(code, 1)
             raise error
-        store.write_file(self.out / f"{name}.done", store.canonical({"words": list(self.tasks[name].words)}))
+        store.write_file(self.out / f"{name}.done", store.canonical(record(self.tasks[name], self.out)))
         self.ready |= {name}
         self.say(f"      {name} done in {(time.monotonic() - since) / 60:.1f} min")
 
@@ -254,6 +292,6 @@ def verb(tree: dict[str, Any]) -> None:
             if name not in recipe.steps:
                 raise ConfigError(f"recipe: {part} ships {reference}, which is no step", fix=f"a step {name}")
     with store.lock(out):
-        Run(tasks, out, recipe.jobs, log.info)()
+        Run(tasks, out, recipe.jobs, log.info, recipe.config_dir)()
         for target in ship(recipe.ships, out):
             print(target)

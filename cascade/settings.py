@@ -45,6 +45,8 @@ class Before:
     def __post_init__(self) -> None:
         if not 0 < self.strength <= 1:
             raise ValueError(f"strength is {self.strength}, expected more than 0, at most 1")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps is {self.steps}, expected at least 1")
 
 
 @dataclass(kw_only=True)
@@ -156,6 +158,8 @@ class StageConfig:
             raise ValueError(f"augment and augment_max are {self.augment} and {self.augment_max}, expected 0 to 1")
         if self.diffusion.path is Path.STRAIGHT and self.sampler.rule not in (StepRule.DDIM, StepRule.HEUN):
             raise ValueError(f"sampler.rule is {self.sampler.rule.value}, expected ddim or heun: the path has no noise")
+        if self.diffusion.path is Path.STRAIGHT and self.sampler.strength < 1:
+            raise ValueError(f"sampler.strength is {self.sampler.strength}, expected 1 where path is straight")
         if self.diffusion.path is Path.STRAIGHT and not self.told:
             raise ValueError(f"told is {self.told}, expected true: the path starts from the incoming video")
         if not self.net.text and self.sampler.guidance:
@@ -273,6 +277,11 @@ def from_text(cfg: StageConfig, rule: Rule) -> bool:
 
 def check_told(cfg: StageConfig, rule: Rule) -> None:
     """Raises ConfigError for a stage that would not heed what it is given, or cannot in the way that is asked for."""
+    if cfg.sampler.strength < 1 and from_text(cfg, rule):
+        raise ConfigError(
+            f"{cfg.name}: sampler.strength is {cfg.sampler.strength:g}, but it is given no whole video to start from",
+            fix=f"{cfg.name}.sampler.strength=1",
+        )
     if cfg.pixels_beside:
         low, (_, height, width) = rule.takes(cfg), cfg.codec.inside(cfg.shape)
         if (low.height, low.width) != (height, width):

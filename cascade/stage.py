@@ -25,7 +25,7 @@ from cascade.nets.unet3d import UNet3D
 from cascade.nets.unet3d_config import UNet3DConfig
 from cascade.nets.unet_config import UNetConfig
 from cascade.sampling.sampler import After, Draw
-from cascade.settings import Rule, StageConfig, check_told
+from cascade.settings import Rule, StageConfig, check_told, from_text
 from cascade.text import Text
 from cascade.video import Shape, Video
 from cascade.windows import Windows, in_parts, windowed
@@ -91,6 +91,11 @@ class Stage:
             offload(self.net, lambda: self.device)
         self._visits = device
         return self
+
+    @property
+    def keeps(self) -> bool:
+        """Whether what is known of a video comes out as it came in."""
+        return self.rule.KEEPS_KNOWN and self.cfg.keep_known
 
     @cached_property
     def coder(self) -> Coder:
@@ -162,16 +167,22 @@ class Stage:
         `video` noised to the time `strength`.
         """
         if video.shape != self.cfg.shape:
-            cfg = replace(self.cfg, shape=video.shape, windows=Windows(), train=None)
-            return Stage(cfg, self.rule, self.net).imitate(video, text, rng, strength, before)
+            part = Stage(self.sized(video.shape), self.rule, self.net)
+            part.coder = self.coder
+            return part.imitate(video, text, rng, strength, before)
 
         def draw(shape: Sequence[int], step: int, purpose: str) -> Tensor:
             return torch.randn(tuple(shape), generator=rng, device=rng.device)
 
+        if from_text(self.cfg, self.rule):
+            return self.sample(None, text, None, draw, start=(video, strength))
         low = self.rule.degrade(video, self.cfg, rng)
-        if low is not None and low.known is None:
-            return self.sample(low if before is None else before(low), text, None, draw)
-        return self.sample(None, text, None, draw, start=(video, strength))
+        assert low is not None, f"a stage of kind {self.cfg.kind} starts from a video"
+        return self.sample(low if before is None else before(low), text, None, draw)
+
+    def sized(self, shape: Shape) -> StageConfig:
+        """The settings of this stage for clips of another size. ValueError if it cannot make them."""
+        return replace(self.cfg, shape=shape, windows=Windows(), train=None)
 
     def loss(self, batch: Batch, net: Callable[..., Tensor] | None = None) -> Tensor:
         """Mean squared error of what the network says, v, eps or x, (B,)."""

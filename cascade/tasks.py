@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ from cascade.config import locate, plain, suggest
 from cascade.data.source import open_source
 from cascade.errors import ConfigError
 from cascade.given import given
-from cascade.loading import known, launched, load_stage, save_stage
-from cascade.nets.unet_config import completed
+from cascade.loading import check_trained, known, launched, load_stage, save_stage
 from cascade.pipeline import Runner, digest, video_bytes
 from cascade.planning.memory import Memory, within
 from cascade.request import bars, jobs_of
@@ -24,7 +24,7 @@ from cascade.stage import Stage
 from cascade.text import text_source
 from cascade.training.examples import pool_of
 from cascade.training.preview import Preview
-from cascade.training.train import fit
+from cascade.training.train import first_process, fit, here
 from cascade.video import Video
 
 LOSSLESS = ".safetensors"
@@ -72,7 +72,8 @@ def write(path: Path, video: Video, meta: dict[str, Any]) -> None:
 def train(ask: Request) -> None:
     """Trains the stage and writes its averaged weights to <out>/weights."""
     cfg, out = ask.training, ask.out("train")
-    stage = new_stage(ask.cfg, ask.rule, cfg).to(ask.on.torch)
+    stage, key = new_stage(ask.cfg, ask.rule, cfg)
+    stage, cfg = stage.to(here(ask.on.torch)), replace(cfg, init=key)  # what it starts from is named by content
     source = open_source(ask.data, ask.cfg.shape, ask.cfg.fps, out / "clips")
     encoder = text_source(ask.text)
     preview = Preview(stage, source, encoder.encode, cfg)
@@ -85,23 +86,17 @@ def train(ask: Request) -> None:
         print(out / "weights")
 
 
-def first_process() -> bool:
-    """Whether this is the process that writes, under `accelerate launch`."""
-    from accelerate import PartialState
-
-    return bool(PartialState().is_main_process)
-
-
-def new_stage(cfg: StageConfig, rule: Rule, train: TrainConfig) -> Stage:
-    """The stage with the weights of `train.init`, or new ones drawn from `train.seed`."""
+def new_stage(cfg: StageConfig, rule: Rule, train: TrainConfig) -> tuple[Stage, str | None]:
+    """The stage with the weights of `train.init` and their hash, or with new ones drawn from `train.seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(train.seed)
         stage = Stage(cfg, rule)
-    if train.init is not None:
-        weights = checkpoint.load(locate(train.init))
-        checkpoint.compatible(completed(weights.config["net"]), plain(cfg.net), f"{cfg.name}.net in {train.init}")
-        checkpoint.apply(stage.net, weights.state, train.init)
-    return stage
+    if train.init is None:
+        return stage, None
+    weights = checkpoint.load(locate(train.init))
+    check_trained(cfg, weights.config, f"{cfg.name} in {train.init}")
+    checkpoint.apply(stage.net, weights.state, train.init)
+    return stage, weights.hash
 
 
 def distill(ask: Request) -> None:

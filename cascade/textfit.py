@@ -276,9 +276,3 @@ def _save(out: Path, model: T5EncoderModel, tokenizer: SentencePieceProcessor) -
         WEIGHTS: store.tensors_to_bytes(state, metadata=("format", "pt")),
     }
     store.commit(out, files, kind="text", replace=True)
-
-
-if __name__ == "__main__":
-    import sys
-
-    fit(Path(sys.argv[1]))

@@ -50,8 +50,9 @@ def rate(cfg: Config) -> int:
 
 
 def degrade(video: Video, cfg: Config, rng: torch.Generator) -> Video | None:
-    """The clip at the size of the input."""
-    return video.resize(cfg.from_height, cfg.from_width)
+    """The clip at the size of the input, a part of it in proportion."""
+    height, width = video.shape.height * cfg.from_height, video.shape.width * cfg.from_width
+    return video.resize(max(1, round(height / cfg.shape.height)), max(1, round(width / cfg.shape.width)))
 
 
 def condition(low: Video, cfg: Config, shape: Shape) -> tuple[Tensor, Tensor]:

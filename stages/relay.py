@@ -26,10 +26,11 @@ class Config(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scale < 2 or self.shape.height % self.scale or self.shape.width % self.scale:
-            raise ValueError(
-                f"scale is {self.scale}, expected a divisor above 1 of {self.shape.height} and {self.shape.width}"
-            )
+        for setting, shape in self.shapes().items():
+            if self.scale < 2 or shape.height % self.scale or shape.width % self.scale:
+                raise ValueError(
+                    f"scale is {self.scale}, expected a divisor above 1 of {shape.height} and {shape.width} ({setting})"
+                )
 
 
 def takes(cfg: Config) -> Shape:

@@ -22,7 +22,8 @@ errors config compose store noise video diffusion | kernels |
 foreign sampling attention text media frames codec pickled | request | cond nets windows |
 settings making stage temporal checkpoint | assets |
 chain loading pipeline given data metrics planning textfit judge | ask training |
-distillation evaluation importers | export arguments api bridge tasks results recipe merge generate embed about | cli
+distillation evaluation importers | export arguments api bridge tasks results recipe merge generate embed about |
+cli fit
 """
 RANK = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}
 HOMES = {  # the files that may import a package

@@ -24,7 +24,7 @@ from cascade.diffusion import Diffusion, Prediction
 from cascade.distillation import distill
 from cascade.distillation.distill import Course, ladder
 from cascade.distillation.lesson import Lesson, halved, predict
-from cascade.distillation.rounds import DistillConfig, rounds, told
+from cascade.distillation.rounds import DistillConfig, Method, check_sampler, rounds, told
 from cascade.errors import ConfigError
 from cascade.loading import load_stage
 from cascade.loading import save_stage as save_weights
@@ -540,6 +540,8 @@ def test_other_settings_or_another_teacher_do_not_continue_a_ladder(whole: Path,
             climb(whole, cfg=changed)
     with pytest.raises(ConfigError, match="other settings"):
         climb(whole, key="another")
+    with pytest.raises(ConfigError, match="other settings"):
+        climb(whole, cfg=replace(LADDER, method=Method.CONSISTENCY))
     with pytest.raises(Cut):
         climb(tmp_path, Cutting(5))
     with pytest.raises(ConfigError, match="other settings"):  # in the middle of a round, too
@@ -571,12 +573,13 @@ def test_without_guidance_steps_the_first_halving_folds_the_guidance_in(tmp_path
     assert checkpoint.load(last).config["w_range"] == [0.0, 3.0]
 
 
-def test_rounds_have_seeds_of_their_own_and_never_drop_the_text() -> None:
-    train = training(drop_text=0.3, seed=5, crop=SMALL)
+def test_rounds_have_seeds_of_their_own_and_make_whole_clips_with_their_captions_at_all_times() -> None:
+    train = training(drop_text=0.3, seed=5, crop=SMALL, times=[0.5, 1.0], images=0.2)
     ladder = rounds(replace(LADDER, batch=6), train, guided=True)
     assert [step.name for step in ladder] == list(ROUNDS)
     assert [step.name for step in rounds(LADDER, train, guided=False)] == ["04", "02"]
     assert len({step.train.seed for step in ladder} | {train.seed}) == 4
+    assert all(step.train.times == [0, 1] and step.train.images == 0 for step in ladder)
     assert all(step.train.drop_text == 0 and step.train.batch == 6 and step.train.crop == SMALL for step in ladder)
 
 
@@ -594,12 +597,27 @@ def test_rounds_have_seeds_of_their_own_and_never_drop_the_text() -> None:
         ({"steps": [8], "round_steps": 1, "guidance": [3, 1]}, "guidance"),
         ({"steps": [8], "round_steps": 1, "guidance": [1]}, "guidance"),
         ({"steps": [8], "round_steps": 1, "method": "magic"}, "progressive"),
+        ({"steps": [6, 3], "round_steps": 1, "method": "consistency"}, "grid is 64, expected a multiple"),
         ({"steps": [8]}, "round_steps"),
     ],
 )
 def test_impossible_settings_are_refused(tree: dict[str, Any], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         parse(tree, DistillConfig, "distill")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "name"),
+    [
+        ({"strength": 0.5}, "strength"),
+        ({"guidance": 2.0, "guidance_low": 1.0}, "guidance_low"),
+        ({"shared_noise": True}, "shared_noise"),
+    ],
+)
+def test_a_sampler_whose_times_or_noise_a_student_never_sees_is_refused(sampler: dict[str, Any], name: str) -> None:
+    check_sampler(config())
+    with pytest.raises(ConfigError, match=f"no student is made for this sampler.{name}"):
+        check_sampler(replace(config(), sampler=Sampler(steps=4, **sampler)))
 
 
 def test_settings_that_do_not_fit_the_training_are_refused() -> None:

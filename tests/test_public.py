@@ -525,7 +525,7 @@ FAULTS = {
         "first.windows={frames: 8, overlap: 1, rule: chained}",
         "but it takes 29x40",
     ),
-    "windows without an input": ("lavie", "base.windows={frames: 8, rule: overwrite}", "which needs an incoming video"),
+    "windows without an input": ("lavie", "base.windows={frames: 8, rule: overwrite}", "it is not given a whole video"),
     "more steps than timesteps": ("if_image", "base.sampler.steps=1000", "steps is 1000, expected fewer than"),
     "a grid without timesteps": (
         "lavie",

@@ -54,8 +54,24 @@ def test_a_step_takes_over_what_it_does_not_say() -> None:
     assert [tasks[name].minutes for name in "abc"] == [5, 7, 7]
 
 
+def test_what_a_step_says_itself_overrules_a_profile_of_another(tmp_path: Path) -> None:
+    steps = {"a": {"stage": "s", "cpu": ["n=1", "m=2"]}, "b": {"like": "a", "set": ["n=3"]}}
+    assert tasks_of(parse({"steps": steps}, Recipe), "cpu")["b"].words == ("n=3", "m=2")
+
+
+def test_a_fit_takes_over_all_words_or_none() -> None:
+    steps = {
+        "a": {"fit": "merge", "set": ["p", "q", "q", "0.5"]},
+        "b": {"like": "a", "minutes": {"cpu": 1}},
+        "c": {"like": "a", "set": ["r", "q", "q"]},
+    }
+    tasks = tasks_of(parse({"steps": steps}, Recipe), "cpu")
+    assert tasks["b"].words == ("p", "q", "q", "0.5") and tasks["c"].words == ("r", "q", "q")
+
+
 def test_only_brings_what_is_needed() -> None:
     assert list(tasks_of(read(only=["base"]), "cpu")) == ["text", "base"]
+    assert {"judge-8", "judge-4"} < tasks_of(read(only=["judge"]), "cpu").keys()
 
 
 @pytest.mark.parametrize(
@@ -65,6 +81,7 @@ def test_only_brings_what_is_needed() -> None:
         ({"a": {"stage": "x", "set": ["@b"]}, "b": {"stage": "x", "set": ["@a"]}}, "a needs b needs a"),
         ({"a": {"like": "b"}}, "a is like b"),
         ({"a": {"like": "b"}, "b": {"like": "a"}}, "b is like a"),
+        ({"a": {"like": "b", "fit": "text"}, "b": {"stage": "x"}}, "a is a fit, b is none"),
         ({"a": {"stage": "x", "fit": "text"}}, "stage and fit are x and text"),
         ({"a": {"fit": "nothing"}}, "fit is nothing, expected one of text, features, judge, merge"),
     ],
@@ -82,7 +99,7 @@ def test_references_become_folders(tmp_path: Path) -> None:
 
 def script(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     """Every step runs `body`, which finds its name in sys.argv[1] and `out` in sys.argv[2]."""
-    line = lambda task, out: [sys.executable, "-c", body, task.name, str(out)]  # noqa: E731
+    line = lambda task, out, config_dir=None: [sys.executable, "-c", body, task.name, str(out)]  # noqa: E731
     monkeypatch.setattr(recipe, "command", line)
 
 
@@ -99,9 +116,56 @@ def test_a_step_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_other_words_are_another_step(tmp_path: Path) -> None:
-    (tmp_path / "a.done").write_text(json.dumps({"words": ["x=1"]}))
+    (tmp_path / "a.done").write_text(json.dumps({"words": ["x=1"], "weights": {}}))
     assert is_done(Task("a", Step(stage="x"), ("x=1",), 0.0), tmp_path)
     assert not is_done(Task("a", Step(stage="x"), ("x=2",), 0.0), tmp_path)
+
+
+MAKES = """
+import sys
+from pathlib import Path
+weights = Path(sys.argv[2], sys.argv[1], "weights")
+weights.mkdir(parents=True, exist_ok=True)
+(weights / "manifest.json").write_text(open(sys.argv[2] + "/as").read())
+open(sys.argv[2] + "/ran", "a").write(sys.argv[1])
+"""
+
+
+def test_a_step_is_done_again_when_what_it_was_made_of_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(monkeypatch, MAKES)
+    (tmp_path / "as").write_text("1")
+    for words, ran in ((("x=1",), "ab"), (("x=1",), "ab"), (("x=2",), "abab")):
+        (tmp_path / "as").write_text(words[0])
+        mine = tasks("a", "b") | {"a": Task("a", Step(stage="x"), words, 0.0)}
+        Run(mine, tmp_path, 1, lambda _: None)()
+        assert (tmp_path / "ran").read_text() == ran
+    (tmp_path / "a/weights/manifest.json").unlink()
+    Run(mine, tmp_path, 1, lambda _: None)()
+    assert (tmp_path / "ran").read_text() == "ababab"
+
+
+WAITS = """
+import signal, sys, time
+def heard(number, frame):
+    open(sys.argv[2] + "/heard", "a").write(str(int(number)))
+    sys.exit(143)
+signal.signal(signal.SIGTERM, heard)
+open(sys.argv[2] + "/ready", "w").write("")
+time.sleep(60)
+"""
+
+
+def test_a_recipe_that_is_told_to_stop_tells_its_steps_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(monkeypatch, WAITS)
+
+    def stop(seconds: float) -> None:
+        if (tmp_path / "ready").exists():
+            sys.exit(143)
+
+    monkeypatch.setattr(recipe.time, "sleep", stop)
+    with pytest.raises(SystemExit):
+        Run(tasks("a"), tmp_path, 1, lambda _: None)()
+    assert (tmp_path / "heard").read_text() == "15" and not list(tmp_path.glob("*.done"))
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

@@ -311,6 +311,26 @@ def test_a_finished_round_is_not_run_again_nor_continued_with_other_settings(who
         better(out, key="another")
 
 
+def test_how_many_clips_are_compared_is_a_setting_and_one_is_refused(whole: Path) -> None:
+    course = Course(Dots(), encode, PLAN, training(micro_batch=2), whole.parent.parent, progress=False)
+    with pytest.raises(ConfigError, match="other settings"):
+        rewarded(student(), "student", course)
+    with pytest.raises(ConfigError, match="compare the clips of a batch, of which one is seen"):
+        rewarded(student(), "student", replace(course, train=training(micro_batch=1)))
+
+
+class Blind(Brightness):
+    """Finds nothing."""
+
+    def things(self, real: Tensor, made: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return real[:0], made[:0], torch.arange(0)
+
+
+def test_clips_in_which_nothing_is_found_cost_nothing() -> None:
+    student, batch = Curved(), examples(2, torch.float64)
+    assert torch.equal(taught(student, student, Blind())(batch), torch.zeros(2, dtype=torch.float64))
+
+
 @pytest.mark.parametrize(
     ("tree", "why"),
     [

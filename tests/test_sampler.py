@@ -422,6 +422,14 @@ def test_a_loud_frame_dims_the_others_per_clip_only() -> None:
     assert torch.equal(clip[1], x[1]) and frame.abs().max() <= 1
 
 
+def test_what_a_dynamic_threshold_divides_by_is_a_constant_to_a_gradient() -> None:
+    x = draw("x", dtype=torch.float64).mul(3).requires_grad_()
+    dynamic_threshold(x, 0.9, Per.CLIP).sum().backward()
+    s = quantile(x.detach().abs().flatten(1), 0.9).clamp(min=1).double().view(-1, 1, 1, 1, 1)
+    assert x.grad is not None
+    assert torch.allclose(x.grad, torch.where(x.abs() < s, 1 / s, 0.0))
+
+
 def test_sampler_limits_every_x_hat_before_the_hooks() -> None:
     def loud(z: Tensor, t: Tensor, step: int) -> Tensor:
         return 5 * z
@@ -604,6 +612,10 @@ def test_the_noise_decides_the_dtype(dtype: torch.dtype) -> None:
         ({"guidance_low": 1.0}, "guidance_low is 1.0, expected a number from 0 to guidance, which is 0.0"),
         ({"guidance_constant": -1}, "guidance_constant is -1, expected at least 0"),
         ({"percentile": 0.0}, "percentile is 0.0, expected a number above 0, at most 1"),
+        (
+            {"reconstruction": 1.0, "learned": True, "rule": Rule.ANCESTRAL},
+            "reconstruction is 1.0, expected 0 where learned is true",
+        ),
         ({"reconstruction": -1.0}, "reconstruction is -1.0, expected a number of at least 0"),
         ({"strength": 0.0}, "strength is 0.0, expected a number above 0, at most 1"),
         ({"strength": 1.1}, "strength is 1.1, expected a number above 0, at most 1"),

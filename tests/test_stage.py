@@ -15,7 +15,7 @@ from cascade.cond import Cond
 from cascade.config import plugin
 from cascade.diffusion import Diffusion, Path, Prediction
 from cascade.errors import ConfigError
-from cascade.loading import untrained
+from cascade.loading import told_weight, untrained
 from cascade.nets.unet_config import LevelSpec, Mixer
 from cascade.noise import Noise, generator, sample_id
 from cascade.sampling.sampler import Rule as StepRule
@@ -25,7 +25,7 @@ from cascade.stage import AUGMENTATION, Batch, Stage
 from cascade.text import Text
 from cascade.training.imitation import Imitation, imitation
 from cascade.video import Shape, Video
-from cascade.windows import Windows
+from cascade.windows import Join, Windows
 
 KINDS = ("base", "tsr", "ssr", "interp")
 PROMPTS = ("a red circle", "a blue square moves left")
@@ -174,7 +174,8 @@ def test_a_network_that_is_not_told_is_not_told_in_training_either(kind: str, ma
         assert cond.concat.shape == (1, 3, *video(stage).frames.shape[2:])
 
 
-def test_noise_may_be_shared_by_all_frames(make_stage: Make, encode: Make) -> None:
+@pytest.mark.parametrize("windows", [Windows(), Windows(frames=2, rule=Join.APART)])
+def test_noise_may_be_shared_by_all_frames(windows: Windows, make_stage: Make, encode: Make) -> None:
     """A network that treats frames alike then makes equal frames of equal frames; else it does not."""
     net = make_stage("ssr").cfg.net
     alone = replace(net, levels=[LevelSpec(channels=8, mixer=Mixer.NONE)])
@@ -182,7 +183,7 @@ def test_noise_may_be_shared_by_all_frames(make_stage: Make, encode: Make) -> No
     frames = []
     for shared in (True, False):
         sampler = Sampler(steps=3, rule=StepRule.ANCESTRAL, shared_noise=shared)
-        stage = make_stage("ssr", 0.2, net=alone, sampler=sampler, augment=0.2)
+        stage = make_stage("ssr", 0.2, net=alone, sampler=sampler, augment=0.2, windows=windows)
         frames.append(stage.sample(low, encode(PROMPTS[:1]), None, noise()).frames)
     assert (frames[0] - frames[0][:, :, :1]).abs().max() < 1e-5
     assert (frames[1] - frames[1][:, :, :1]).abs().max() > 1e-2
@@ -193,6 +194,12 @@ def test_noise_may_be_shared_by_all_frames(make_stage: Make, encode: Make) -> No
     ("kind", "changes", "words"),
     [
         ("ssr", {"told": False}, "the incoming video would go unheard"),
+        ("base", {"sampler": Sampler(steps=2, strength=0.5)}, "is given no whole video to start from"),
+        (
+            "ssr",
+            {"sampler": Sampler(steps=2, strength=0.5), "diffusion": STRAIGHT},
+            "expected 1 where path is straight",
+        ),
         ("ssr", {"told": False, "diffusion": STRAIGHT}, "told is False, expected true: the path starts"),
         (
             "ssr",
@@ -209,6 +216,31 @@ def test_a_stage_that_could_not_heed_what_it_is_given_is_refused(
 ) -> None:
     with pytest.raises((ConfigError, ValueError), match=words):
         make_stage(kind, **changes)
+
+
+def test_a_distilled_network_is_asked_for_weights_that_it_knows(stage_config: Make) -> None:
+    sampler = Sampler(steps=3, guidance=4.0, guidance_low=1.0)
+    assert told_weight(stage_config("base", sampler=sampler), {"w_range": [1.0, 4.0]}).w_range == [1.0, 4.0]
+    for low, high, w in ((2.0, 4.0, 1), (1.0, 3.0, 4)):
+        with pytest.raises(ConfigError, match=f"guidance is {w}, its weights were distilled for {low:g} to {high:g}"):
+            told_weight(stage_config("base", sampler=sampler), {"w_range": [low, high]})
+
+
+def test_a_part_is_degraded_in_proportion(make_stage: Make) -> None:
+    """`refine` enlarges to any size: a crop is as much enlarged as the clip."""
+    stage = make_stage("refine")
+    cfg, shape = stage.cfg, stage.cfg.shape
+    clip = Video(torch.zeros(1, 3, shape.frames, shape.height // 2, shape.width // 2), 8.0)
+    low = stage.rule.degrade(clip, cfg, generator())
+    assert low is not None
+    assert (low.shape.height, low.shape.width) == (cfg.from_height // 2, cfg.from_width // 2)
+
+
+def test_stages_before_that_cannot_make_the_clips_are_refused(make_stage: Make) -> None:
+    before = Imitation(make_stage("tsr"), 0.5)
+    before.check(Shape(frames=2, height=4, width=4))
+    with pytest.raises(ConfigError, match="tsr cannot make 3x4x4"):
+        before.check(Shape(frames=3, height=4, width=4))
 
 
 def test_guidance_needs_text(stage_config: Make, net_config: Make) -> None:

@@ -19,10 +19,10 @@ import torch
 from conftest import deep_net, encode_text
 from torch import Tensor, nn
 
-from cascade import checkpoint, store
-from cascade.config import plain
+from cascade import checkpoint, loading, store
 from cascade.data.shapes import ShapesConfig
 from cascade.data.source import World
+from cascade.diffusion import Prediction
 from cascade.errors import ConfigError, InputError, LockedError, NumericError
 from cascade.noise import generator
 from cascade.settings import Gap, TrainConfig
@@ -251,6 +251,16 @@ def test_old_checkpoints_go_and_sheets_and_logs_come(train: Make, tmp_path: Path
     assert gap(sheets[-1][1], tensors(out, 6, "ema")) == 0 and list((out / "tensorboard").iterdir())
 
 
+def test_cut_while_a_sheet_is_made_and_run_again_has_it(train: Make, tmp_path: Path) -> None:
+    def cut(average: dict[str, Tensor], step: int) -> bytes:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train("out", preview=cut, checkpoint_every=4, sample_every=4)
+    train("out", preview=lambda average, step: b"sheet", checkpoint_every=4, sample_every=4)
+    assert (tmp_path / "out/samples-0000004.png").is_file()
+
+
 def test_the_bar_shows_the_stage_and_its_loss(train: Make, capsys: pytest.CaptureFixture[str]) -> None:
     train("out", steps=2, progress=True)
     shown = capsys.readouterr().err
@@ -408,7 +418,7 @@ def test_training_outside_the_main_thread_leaves_signals_alone(train: Make, tmp_
 def test_nan_never_reaches_the_weights(train: Make, make_stage: Make, clips: Any, tmp_path: Path) -> None:
     train("straight")
     broken, source = make_stage("tsr", net=deep_net()), Trap(clips, 9, lambda: lambda clip: clip * math.nan)
-    with pytest.raises(NumericError, match=r"training step 5: loss nan.*examples 8 to 9.*unchanged"):
+    with pytest.raises(NumericError, match=r"training step 5: loss nan.*examples 8 to 9.*last checkpoint is whole"):
         train("out", broken, source)
     assert all(value.isfinite().all() for value in broken.net.state_dict().values())
     assert [path.name for path in (tmp_path / "out").glob("step-*")] == ["step-0000003"]
@@ -482,15 +492,19 @@ def test_a_loss_of_ones_own_trains(train: Make) -> None:
 
 def test_training_starts_from_given_weights_strictly(make_stage: Make, tmp_path: Path) -> None:
     stage = make_stage("tsr", 0.3, net=deep_net())
-    checkpoint.save(tmp_path / "weights", stage.net.state_dict(), {"net": plain(stage.cfg.net)})
+    loading.save_stage(tmp_path / "weights", stage.cfg, stage.net.state_dict(), "")
     cfg = TrainConfig(steps=1, batch=1, lr=1e-3, init=str(tmp_path / "weights"))
-    started = new_stage(stage.cfg, stage.rule, cfg)
+    started, key = new_stage(stage.cfg, stage.rule, cfg)
+    assert key == checkpoint.load(tmp_path / "weights").hash
     assert gap(dict(started.net.state_dict()), dict(stage.net.state_dict())) == 0
     other = replace(stage.cfg, net=replace(deep_net(), embedding=10))
     with pytest.raises(InputError, match="embedding is 8 in the weights, 10 in the configuration"):
         new_stage(other, stage.rule, cfg)
+    other = replace(stage.cfg, diffusion=replace(stage.cfg.diffusion, prediction=Prediction.EPS))
+    with pytest.raises(InputError, match="prediction is 'v' in the weights, 'eps' in the configuration"):
+        new_stage(other, stage.rule, cfg)
     state = torch.get_rng_state()
-    fresh, again = (new_stage(stage.cfg, stage.rule, replace(cfg, init=None, seed=5)) for _ in range(2))
+    fresh, again = (new_stage(stage.cfg, stage.rule, replace(cfg, init=None, seed=5))[0] for _ in range(2))
     assert gap(dict(fresh.net.state_dict()), dict(again.net.state_dict())) == 0
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -629,6 +643,12 @@ def test_the_gap_brings_what_the_stage_before_makes(make_stage: Make, reader: T5
         gray = (batch.cond.concat[batch.cond.level == 0].flatten(1).abs().amax(1) == 0).float()
         assert torch.equal(batch.x, truth.x)
         assert share == 0.5 or bool((gray == share).all())
+
+
+def test_no_single_frame_comes_in_as_the_stage_before_makes_clips(make_stage: Make, reader: T5Text) -> None:
+    gap = Gap(stage="tiny/tsr", share=1.0)
+    pool = replace(drawn(make_stage, reader, "ssr", images=1.0, gap=gap), before=Gray())
+    assert bool(pool.step(0).cond.concat.any())
 
 
 class Gray:

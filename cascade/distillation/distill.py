@@ -27,7 +27,7 @@ from cascade.data.source import Source, open_source
 from cascade.diffusion import Prediction
 from cascade.distillation.lesson import Lesson
 from cascade.distillation.reward import Rewarded
-from cascade.distillation.rounds import DistillConfig, Method, Round, check_student, recipe, rounds, told
+from cascade.distillation.rounds import DistillConfig, Method, Round, check_sampler, check_student, recipe, rounds, told
 from cascade.errors import ConfigError
 from cascade.loading import load_stage, save_stage
 from cascade.sampling.sampler import Rule
@@ -36,7 +36,7 @@ from cascade.stage import Stage
 from cascade.text import Text, text_source
 from cascade.training.examples import Pooled, pool_of
 from cascade.training.preview import Preview as Sheet
-from cascade.training.train import Loss, Preview, fit, settings
+from cascade.training.train import Loss, Preview, first_process, fit, here, settings
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,7 @@ class Course:
 
         everyone = PartialState(cpu=device.type == "cpu")
         with store.lock(self.out) if everyone.is_main_process else nullcontext():
-            yield everyone, device if everyone.num_processes == 1 else everyone.device
+            yield everyone, here(device)
 
     def run(
         self,
@@ -87,7 +87,8 @@ class Course:
         `task` is what is trained, `student` what is sampled, with the weights that `result` makes of the averaged ones.
         """
         directory, own = self.out / step.name / "weights", replace(step.train, init=key)
-        identity = fingerprint(settings(task, own, own=False) | {"inputs": self.inputs})
+        inputs = [self.inputs, self.cfg.method.value, self.cfg.drawn]
+        identity = fingerprint(settings(task, own, own=False) | {"inputs": inputs})
         done = finished(directory, identity)
         everyone.wait_for_everyone()  # nobody writes what another has yet to look for
         if done:
@@ -97,7 +98,7 @@ class Course:
         average = fit(
             task, self.source, self.encode, own, directory.parent, loss=loss,
             preview=None if sheet is None else lambda average, at: sheet(result(average), at),
-            progress=self.progress, inputs=self.inputs, pool=self.pool,
+            progress=self.progress, inputs=inputs, pool=self.pool,
         )  # fmt: skip
         if everyone.is_main_process:
             save(directory, student.cfg, result(average), step, key, identity, self.cfg.method)
@@ -150,8 +151,19 @@ def rewarded(student: Stage, key: str, course: Course) -> Path:
             return {name: old[name].to(value).lerp(value, cfg.kept) for name, value in new.items()}
 
         own = [cfg.temperature, cfg.stay, cfg.last, cfg.patches, cfg.blur, cfg.kept]
-        judged = replace(course, inputs=[course.inputs, by, *own])
+        judged = replace(course, inputs=[course.inputs, by, *own, together(step.train, everyone.num_processes, cfg)])
         return judged.run(step, better, task, lambda batch, net: net(batch), key, everyone, kept)
+
+
+def together(train: TrainConfig, processes: int, cfg: DistillConfig) -> int:
+    """Clips that one call of the reward sees and compares. ConfigError for a single one where it needs several."""
+    count = (train.micro_batch or train.batch) // processes
+    if count < 2 and (cfg.patches or cfg.blur):
+        raise ConfigError(
+            "distill: patches and blur compare the clips of a batch, of which one is seen at a time",
+            fix=f"distill.batch={2 * processes} train.micro_batch=null, or distill.patches=0 distill.blur=0",
+        )
+    return count
 
 
 def student_config(cfg: StageConfig, w_range: list[float] | None, steps: int) -> StageConfig:
@@ -207,6 +219,11 @@ def stage_task(ask: Request) -> None:
     rounds(cfg, train, guided=True)  # says what is wrong with the settings before anything is read
     if cfg.method is Method.REWARD and cfg.judge is None:
         raise ConfigError(f"{ask.cfg.name}: distill.judge is missing", fix="distill.judge=checkpoints/tiny/judge")
+    if cfg.method is Method.REWARD and ask.data.clips is not None:
+        raise ConfigError(
+            f"{ask.cfg.name}: distill.method=reward is for the procedural world, the only one that a judge knows",
+            fix="distill.method=consistency",
+        )
     if weights is None:
         raise ConfigError(f"{ask.cfg.name} has no weights to learn from", fix="distill.teacher=DIRECTORY")
     if ask.cfg.diffusion.prediction is Prediction.EPS:
@@ -216,7 +233,8 @@ def stage_task(ask: Request) -> None:
         )
     begun = cfg.steps[0] if cfg.method is Method.REWARD else 2 * cfg.steps[0]  # steps of what it begins with
     directory = checkpoint.locate(weights, ask.cfg.name, begun)
-    teacher, key = load_stage(replace(ask.cfg, weights=str(directory)), ask.rule, ask.on.torch)
+    check_sampler(ask.cfg)
+    teacher, key = load_stage(replace(ask.cfg, weights=str(directory)), ask.rule, here(ask.on.torch))
     made_for = checkpoint.load(directory).config.get("steps")
     if made_for is not None and cfg.method is Method.CONSISTENCY:
         raise ConfigError(
@@ -241,4 +259,6 @@ def stage_task(ask: Request) -> None:
         inputs=[plain(ask.data), encoder.fingerprint, *before], pool=pool,
     )  # fmt: skip
     with attention.use(ask.on.attention):
-        print((rewarded if cfg.method is Method.REWARD else ladder)(teacher, key, course))
+        last = (rewarded if cfg.method is Method.REWARD else ladder)(teacher, key, course)
+    if first_process():
+        print(last)

@@ -51,7 +51,7 @@ def predict(
     diffusion: Diffusion, net: Callable[..., Tensor], z: Tensor, t: Tensor, cond: Cond, w: Tensor | None
 ) -> Tensor:
     """x_hat (B, C, F, H, W) of a network, told w (B,) if it knows guidance weights."""
-    return diffusion.split(z, net(z, diffusion.level(t), cond, w), t)[0]
+    return diffusion.clean(z, net(z, diffusion.level(t), cond, w), t)
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Lesson:
         def as_sampled(denoise: Denoise) -> Denoise:
             def limited(z: Tensor, t: Tensor) -> Tensor:
                 x = self.student.cfg.sampler.limit(denoise(z, t), z, t)
-                return keep_known(batch.x, batch.cond.mask)(x, z, t) if self.student.rule.KEEPS_KNOWN else x
+                return keep_known(batch.x, batch.cond.mask)(x, z, t) if self.student.keeps else x
 
             return limited
 

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cascade.errors import ConfigError
+
 SIDE = 5  # pixels
 FRAMES = 2  # successive ones that a patch spans, so that flicker counts
 DIRECTIONS = 16  # at most, new ones for every batch
@@ -17,10 +19,12 @@ DIRECTIONS = 16  # at most, new ones for every batch
 def directions(noise: Tensor, channels: int, frames: int) -> Tensor:
     """Unit vectors (DIRECTIONS, C * frames, SIDE, SIDE) made of the first numbers of `noise`; flat patches give 0.
 
-    Of little noise fewer are made.
+    Of little noise fewer are made. Raises ConfigError if it is not enough for one.
     """
     size = channels * frames * SIDE * SIDE
     count = min(DIRECTIONS, noise.numel() // size)
+    if not count:
+        raise ConfigError(f"distill.patches: {noise.numel()} values are less than a patch has", fix="distill.patches=0")
     drawn = noise.flatten()[: count * size].view(count, size)
     drawn = F.normalize(drawn - drawn.mean(1, keepdim=True), dim=1)
     return drawn.view(count, channels * frames, SIDE, SIDE)

@@ -37,7 +37,7 @@ class Rewarded(nn.Module):
 
     def __init__(self, stage: Stage, before: nn.Module, judge: Judge | Whole, cfg: DistillConfig) -> None:
         super().__init__()
-        self.cfg, self.rule, self.reward = stage.cfg, stage.rule, cfg
+        self.cfg, self.keeps, self.reward = stage.cfg, stage.keeps, cfg
         self.student = stage.net
         self.fixed = (before, judge)  # a tuple: no submodules
 
@@ -47,21 +47,29 @@ class Rewarded(nn.Module):
 
         The change is the mean absolute difference: better much in few pixels than grain in all.
         """
-        before, judge = self.fixed
+        before, _ = self.fixed
         made = self.made(batch, self.student)
-        real, shown, clip = judge.things(prepare(batch.x), prepare(made + self.reward.blur * batch.eps.roll(1, 0)))
         with torch.no_grad():
-            truth = judge.classify(judge(real))
             held = self.made(batch, before)
-        seen = judge.classify(judge(shown))
-        parts = torch.stack([softly(seen[name], truth[name], self.reward.temperature) for name in truth])
-        apart = made.new_zeros(len(made)).index_add(0, clip, parts.sum(0).to(made.dtype))
-        loss = apart + self.reward.stay * (made - held).abs().mean((1, 2, 3, 4))
+        loss = self.apart(batch, made) + self.reward.stay * (made - held).abs().mean((1, 2, 3, 4))
         if self.reward.last:
             loss = loss + self.reward.last * self.finish(batch)
         if self.reward.patches:
             loss = loss + self.reward.patches * patches.distance(batch.x, made, batch.eps)
         return loss
+
+    def apart(self, batch: Batch, made: Tensor) -> Tensor:
+        """How far the judge's answers for all things of a clip are from those for the real one, (B,)."""
+        _, judge = self.fixed
+        real, shown, clip = judge.things(prepare(batch.x), prepare(made + self.reward.blur * batch.eps.roll(1, 0)))
+        none = made.new_zeros(len(made))
+        if not len(clip):  # no thing is found in any of the real clips
+            return none
+        with torch.no_grad():
+            truth = judge.classify(judge(real))
+        seen = judge.classify(judge(shown))
+        parts = torch.stack([softly(seen[name], truth[name], self.reward.temperature) for name in truth])
+        return none.index_add(0, clip, parts.sum(0).to(made.dtype))
 
     def finish(self, batch: Batch) -> Tensor:
         """The mean absolute error of the last step on real clips, (B,): what a judge overlooks, that step still sees.
@@ -84,7 +92,7 @@ class Rewarded(nn.Module):
         def noise(shape: Sequence[int], step: int, purpose: str) -> Tensor:
             return batch.eps
 
-        hooks = [keep_known(batch.x, batch.cond.mask)] if self.rule.KEEPS_KNOWN else []
+        hooks = [keep_known(batch.x, batch.cond.mask)] if self.keeps else []
         return sample(diffusion, denoise, self.cfg.sampler, noise, batch.x.shape, hooks=hooks, device=batch.x.device)
 
     def weight(self, batch: Batch) -> Tensor | None:

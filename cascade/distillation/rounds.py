@@ -8,6 +8,8 @@ from enum import Enum
 
 from cascade.codec import Kind
 from cascade.errors import ConfigError
+from cascade.nets.unet3d_config import UNet3DConfig
+from cascade.sampling.grid import Spacing
 from cascade.settings import StageConfig, TrainConfig
 
 
@@ -59,6 +61,8 @@ class DistillConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number of at least 0")
         if not 0 < self.kept <= 1:
             raise ValueError(f"kept is {self.kept}, expected a number above 0 and up to 1")
+        if self.method is Method.CONSISTENCY and self.grid % self.steps[0]:
+            raise ValueError(f"grid is {self.grid}, expected a multiple of the first of steps, {self.steps[0]}")
         if self.method is Method.REWARD and len(self.steps) > 1:
             raise ValueError(f"steps is {self.steps}, expected one number: a rewarded student keeps its steps")
 
@@ -80,8 +84,9 @@ class Round:
 def rounds(cfg: DistillConfig, train: TrainConfig, guided: bool) -> list[Round]:
     """The rounds of a ladder; guidance distillation comes first if the teacher is `guided` by two evaluations.
 
-    Every round has a seed of its own, and so clips and noise that no round before it saw. No clip goes without its
-    caption: a student is never asked for the unconditional branch. No step is of images: a student makes whole clips.
+    Every round has a seed of its own, and so noise (without a pool clips too) that no round before it saw. No clip goes
+    without its caption: a student is never asked for the unconditional branch. No step is of images: a student makes
+    whole clips, at all of its times.
     """
 
     def training(steps: int, number: int) -> TrainConfig:
@@ -89,7 +94,7 @@ def rounds(cfg: DistillConfig, train: TrainConfig, guided: bool) -> list[Round]:
         try:
             return replace(
                 train, steps=steps, batch=batch, lr=cfg.lr, warmup=cfg.warmup, ema=cfg.ema, drop_text=0.0,
-                images=0.0, seed=train.seed + number,
+                images=0.0, times=[0.0, 1.0], seed=train.seed + number,
             )  # fmt: skip
         except ValueError as error:
             raise ConfigError(f"distill: {error}") from error
@@ -119,6 +124,11 @@ def told(stage: StageConfig, cfg: DistillConfig) -> tuple[list[float] | None, bo
     """
     if stage.w_range is None and stage.sampler.guidance == 0:
         return None, False
+    if isinstance(stage.net, UNet3DConfig):
+        raise ConfigError(
+            f"{stage.name}: sampler.guidance is {stage.sampler.guidance:g}, and this network is not told of it",
+            fix="sampler.guidance=0",
+        )
     low, high = cfg.guidance
     if stage.w_range is not None and not stage.w_range[0] <= low <= high <= stage.w_range[1]:
         raise ConfigError(
@@ -128,6 +138,19 @@ def told(stage: StageConfig, cfg: DistillConfig) -> tuple[list[float] | None, bo
         )
     check_weights(stage, low, high)
     return [low, high], stage.w_range is None
+
+
+def check_sampler(stage: StageConfig) -> None:
+    """Raises ConfigError for a sampler whose times or noise are not those at which a student learns."""
+    sampler = stage.sampler
+    for name, unlike, fix in (
+        ("grid.spacing", sampler.grid.spacing is not Spacing.UNIFORM, "grid.spacing=uniform"),
+        ("strength", sampler.strength < 1, "strength=1"),
+        ("guidance_low", sampler.guidance_low is not None, "guidance_low=null"),
+        ("shared_noise", sampler.shared_noise, "shared_noise=false"),
+    ):
+        if unlike:
+            raise ConfigError(f"{stage.name}: no student is made for this sampler.{name}", fix=f"sampler.{fix}")
 
 
 def check_weights(stage: StageConfig, low: float, high: float) -> None:

@@ -139,7 +139,8 @@ def load(path: Path) -> tuple[Features, str]:
     weights = checkpoint.load(path)
     if weights.config != CONFIG:
         raise InputError(f"weights {path}: are not those of this feature network", fix="cascade.metrics.features.fit")
-    net = Features()
+    with torch.device("meta"):  # drawing weights to replace them would advance the global generator
+        net = Features()
     checkpoint.apply(net, weights.state, str(path))
     return net.eval().requires_grad_(False), weights.hash
 
@@ -240,9 +241,3 @@ def found(net: Features, clips: Tensor, classes: dict[str, Tensor]) -> dict[str,
     logits = net.classify(extract(clips, net))
     right = {name: (logits[name].argmax(1) == known)[known != NONE] for name, known in classes.items()}
     return {name: float(each.float().mean()) for name, each in right.items()}
-
-
-if __name__ == "__main__":
-    import sys
-
-    fit(Path(sys.argv[1]), seed=int((sys.argv[2:] or ["0"])[0]))

@@ -41,9 +41,9 @@ def dynamic_threshold(x: Tensor, percentile: float, per: Per, highest: float | N
     """Clip x to [-s, s] and divide by s, with s = max(1, percentile of abs(x)) (Saharia et al. 2022, sec. 2.3).
 
     x (B, C, F, H, W); one s, of at most `highest`, for a whole clip or for every frame. Leaves an x within [-1, 1] as
-    it is, bit for bit.
+    it is, bit for bit. To a gradient s is a constant.
     """
-    rows = x.abs().flatten(1) if per is Per.CLIP else x.abs().transpose(1, 2).flatten(0, 1).flatten(1)
+    rows = x.detach().abs().flatten(1) if per is Per.CLIP else x.detach().abs().transpose(1, 2).flatten(0, 1).flatten(1)
     s = quantile(rows, percentile).clamp(1, highest).to(x.dtype)
     s = s.view(x.shape[0], 1, -1, 1, 1)
     return torch.maximum(torch.minimum(x, s), -s) / s
@@ -96,7 +96,7 @@ def reconstruction(
 
 def _select_numpy(a: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
     """Elements of rank `low` and `high`, counted from 0, of every row."""
-    ranked = torch.from_numpy(np.partition(a.detach().numpy(), (low, high), axis=1))
+    ranked = torch.from_numpy(np.partition(a.numpy(), (low, high), axis=1))
     return ranked[:, low], ranked[:, high]
 
 

@@ -93,6 +93,8 @@ class Sampler:
         ):
             if not valid:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected {expected}")
+        if self.learned and self.reconstruction:
+            raise ValueError(f"reconstruction is {self.reconstruction}, expected 0 where learned is true")
         if self.grid.end is End.FIRST and self.rule in (Rule.STOCHASTIC, Rule.HEUN):
             raise ValueError(f"grid.end is first, expected clean where rule is {self.rule.value}")
 

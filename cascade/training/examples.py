@@ -92,14 +92,16 @@ class Pooled:
         noise = generator(cfg.seed, "pooled noise", step, device=device)
         shape, part = stage.shape, cfg.crop
         count = cfg.batch
-        if float(torch.rand((), generator=rng)) < cfg.images:
+        still = float(torch.rand((), generator=rng)) < cfg.images
+        if still:
             count *= (part or shape).frames
             shape, part = replace(shape, frames=1), part and replace(part, frames=1)
         index = torch.randint(len(self.pool), (count,), generator=rng)
         video = self.pool.clips(index, shape, stage.fps, rng, part, cfg.crop_tries, self.stage.rule.rate(stage))
         text = self.text(index)
         kept = text.drop(torch.rand(count, generator=noise, device=device) >= cfg.drop_text)
-        x, cond = self.stage.example(video, kept, noise, self.imitation(text, noise))
+        # The stages before make clips, of which no single frame has an input of its own.
+        x, cond = self.stage.example(video, kept, noise, None if still else self.imitation(text, noise))
         eps = self.stage.far(cond, torch.randn(x.shape, generator=noise, device=device))
         u = torch.rand(count, generator=noise, device=device)
         # Evenly spread times: a uniform law with less variance than independent draws.
@@ -139,6 +141,7 @@ def pool_of(stage: Stage, source: Source, encoder: TextSource, cfg: TrainConfig)
     if pool is None or gap is None or gap.share == 0:
         return pool, []
     before, keys = imitation(gap, stage.device)
+    before.check(stage.rule.takes(replace(stage.cfg, shape=cfg.crop or stage.cfg.shape, train=None)))
     return replace(pool, before=before), keys
 
 

@@ -10,11 +10,12 @@ import torch
 
 from cascade.compose import compose
 from cascade.config import fingerprint, parse, plain, plugin
+from cascade.errors import ConfigError
 from cascade.loading import load_stage
 from cascade.settings import Before, Rule
 from cascade.stage import Stage
 from cascade.text import Text
-from cascade.video import Video
+from cascade.video import Shape, Video
 
 Imitate = Callable[[Video, Text, torch.Generator], Video]  # (degraded clips, text, where noise is drawn from)
 
@@ -31,6 +32,18 @@ class Imitation:
         before = self.before
         comes = None if before is None else lambda low: before(low, text, rng)
         return self.stage.imitate(video, text, rng, self.strength, comes)
+
+    def check(self, shape: Shape) -> None:
+        """Raises ConfigError unless clips of `shape`, those that come in when training, can be made."""
+        try:
+            cfg = self.stage.sized(shape)
+            low = self.stage.rule.takes(cfg)
+        except ValueError as error:
+            raise ConfigError(
+                f"train.gap: {self.stage.cfg.name} cannot make {shape}: {error}", fix="train.crop=null, or a larger one"
+            ) from error
+        if self.before is not None:
+            self.before.check(low)
 
 
 def imitation(before: Before, device: torch.device) -> tuple[Imitation, list[str]]:

@@ -20,7 +20,7 @@ from cascade.video import Video
 
 @dataclass
 class Preview:
-    """Contact sheet of a training: truth, input and samples of the averaged weights, for clips never trained on."""
+    """Contact sheet of a training: truth and samples of the averaged weights, for clips never trained on."""
 
     stage: Stage
     source: Source

@@ -2,7 +2,8 @@
 
 What a step sees follows from (seed, step) alone: training example i is drawn from generators keyed by i, and step s
 takes examples s * batch ... (s + 1) * batch - 1, however many processes or micro-batches share them. So resuming needs
-the weights, their average, the optimizer's moments and the step, and is equal to never having stopped.
+the weights, their average, the optimizer's moments and the step, and is equal to never having stopped. (A loss that
+compares clips with each other sees those of one process and micro-batch; it names their number among its `inputs`.)
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 Loss = Callable[[Batch, Callable[..., Tensor]], Tensor]  # (batch, network) -> (B,)
 Preview = Callable[[dict[str, Tensor], int], bytes]  # (averaged weights, step) -> a PNG
 LOGISTIC = ("checkpoint_every", "sample_every", "keep", "workers", "micro_batch", "checkpointing")  # change no result
-SAMPLING = ("sampler", "windows", "augment")  # settings of a stage that its own loss does not see
+# Settings of a stage that its own loss does not see.
+SAMPLING = ("sampler", "windows", "augment", "compile", "dtype", "offload", "frames_at_once", "keep_known")
 
 
 class Journal:
@@ -134,6 +136,21 @@ def fit(
     return state.average
 
 
+def here(device: torch.device) -> torch.device:
+    """Where this process works: its own GPU under `accelerate launch`."""
+    from accelerate import PartialState
+
+    everyone = PartialState(cpu=device.type == "cpu")
+    return device if everyone.num_processes == 1 else everyone.device
+
+
+def first_process() -> bool:
+    """Whether this is the process that writes, under `accelerate launch`."""
+    from accelerate import PartialState
+
+    return bool(PartialState().is_main_process)
+
+
 def accelerator_of(cfg: TrainConfig, device: torch.device) -> Accelerator:
     """Processes and precision. ConfigError for fp16 on the CPU, which would silently be float32."""
     from accelerate import Accelerator
@@ -198,7 +215,7 @@ def one_step(
         first = step * cfg.batch
         raise NumericError(
             f"training step {step + 1}: loss {total}, gradient norm {norm} (examples {first} to "
-            f"{first + cfg.batch - 1}); weights are unchanged since the last checkpoint",
+            f"{first + cfg.batch - 1}); the last checkpoint is whole",
             fix="train.lr=... smaller, or train.clip=... smaller",
         )
     optimizer.step()
@@ -207,13 +224,13 @@ def one_step(
 
 @contextmanager
 def products(cfg: TrainConfig, device: torch.device) -> Iterator[None]:
-    """Below full precision, what is left in float32 runs on a GPU's tensor cores as TF32 inside."""
-    if cfg.precision == "no" or device.type != "cuda":
+    """Below full precision, what is left in float32 runs on a GPU's tensor cores as TF32 inside; at full none does."""
+    if device.type != "cuda":
         yield
         return
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.allow_tf32 = True
+    torch.set_float32_matmul_precision("highest" if cfg.precision == "no" else "high")
+    torch.backends.cudnn.allow_tf32 = cfg.precision != "no"
     try:
         yield
     finally:
@@ -237,12 +254,13 @@ def milestone(
 ) -> None:
     """Writes what is due after this step: a checkpoint, a contact sheet."""
     step, last = state.step, state.step == cfg.steps
+    # The sheet first: killed in between, the step is done again and so is the sheet.
+    if preview is not None and cfg.sample_every and (step % cfg.sample_every == 0 or last):
+        store.write_file(out / f"samples-{step:07d}.png", preview(state.average, step))
     if step % cfg.checkpoint_every == 0 or last or stop:
         meta = {**state.meta(), "identity": identity}
         store.commit(out / f"step-{step:07d}", state.files(), kind="training", meta=meta)
         store.prune(out, cfg.keep)
-    if preview is not None and cfg.sample_every and (step % cfg.sample_every == 0 or last):
-        store.write_file(out / f"samples-{step:07d}.png", preview(state.average, step))
 
 
 def without(tree: dict[str, Any], keys: tuple[str, ...]) -> dict[str, Any]:
