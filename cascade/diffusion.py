@@ -96,7 +96,10 @@ class Diffusion:
     def table(self) -> Tensor:
         """log alpha_bar = log alpha^2 at t = 0, 1 / timesteps, ..., 1: (timesteps + 1,) float64, the first one 0."""
         assert self.discrete, "the cosine schedule has no table"
-        return _table(self.schedule, self.timesteps, tuple(self.betas or ()))
+        return self._table(torch.device("cpu"))
+
+    def _table(self, device: torch.device) -> Tensor:
+        return _table(self.schedule, self.timesteps, tuple(self.betas or ()), device)
 
     def timestep(self, n: Tensor) -> Tensor:
         """The time t of timestep n of a table, (B,) -> (B,) float64."""
@@ -156,12 +159,12 @@ class Diffusion:
             return torch.sigmoid(-0.5 * log_snr.double())
         if self.discrete:
             log_bar = torch.nn.functional.logsigmoid(log_snr.double())
-            return _interpolated(-log_bar, -self.table.to(log_bar.device), self._places(log_bar)) / self.timesteps
+            return _interpolated(-log_bar, -self._table(log_bar.device), self._places(log_bar)) / self.timesteps
         return torch.atan(self.shift * torch.exp(-0.5 * log_snr.double())) * (2 / math.pi)
 
     def _log_bar(self, t: Tensor) -> Tensor:
         """log alpha_bar of a table at t (B,), float64."""
-        return _interpolated(_whole(t.double() * self.timesteps), self._places(t), self.table.to(t.device))
+        return _interpolated(_whole(t.double() * self.timesteps), self._places(t), self._table(t.device))
 
     def _places(self, like: Tensor) -> Tensor:
         return torch.arange(self.timesteps + 1, dtype=torch.float64, device=like.device)
@@ -213,8 +216,13 @@ class Diffusion:
 
 
 @cache
-def _table(schedule: Schedule, timesteps: int, betas: tuple[float, ...]) -> Tensor:
-    """log alpha_bar with that of the clean video before it. Rounded to float32 where those who trained on it did."""
+def _table(schedule: Schedule, timesteps: int, betas: tuple[float, ...], device: torch.device) -> Tensor:
+    """log alpha_bar with that of the clean video before it. Rounded to float32 where those who trained on it did.
+
+    Made on the CPU, and copied to a GPU once: each copy makes the host wait for all that was launched.
+    """
+    if device.type != "cpu":
+        return _table(schedule, timesteps, betas, torch.device("cpu")).to(device)
     if schedule is Schedule.SQUAREDCOS:
         at = torch.arange(timesteps + 1, dtype=torch.float64) / timesteps
         bar = torch.cos((at + 0.008) / 1.008 * (math.pi / 2)) ** 2
