@@ -189,18 +189,10 @@ def stage_table(mine: Sequence[Series], layout: Layout) -> str:
     """What the clips of every stage of a chain show: a line for each evaluation and stage."""
     pairs = [(s, stage) for s in mine for stage in s.stages]
     columns = useful(layout.columns, pairs)
-    rows = [
-        [
-            s.name,
-            s.steps_text,
-            asked(s.exam),
-            stage,
-            *(cell(c, s, stage) for c in columns),
-            pace(s, [stage]),
-            clip_count(s),
-        ]
-        for s, stage in pairs
-    ]
+    rows = []
+    for s, stage in pairs:
+        numbers = [cell(c, s, stage) for c in columns]
+        rows.append([s.name, s.steps_text, asked(s.exam), stage, *numbers, pace(s, [stage]), clip_count(s)])
     return grid(["method", "steps", "prompts", "stage", *heads(columns), "s / clip", "n"], rows)
 
 
