@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,18 @@ from cascade.settings import Rule, StageConfig, TrainConfig
 from cascade.text import TextConfig
 
 
+@dataclass(kw_only=True)
+class Sections:
+    """The settings that a single task reads, which types them."""
+
+    distill: dict[str, Any] = field(default_factory=dict)
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    tune: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass
 class Request:
-    """A command on one stage, typed. `own` holds the sections that a single task reads: distill, evaluate, tune.
+    """A command on one stage, typed; `own` holds the `Sections`.
 
     `command` is what was typed, without `out`.
     """
@@ -42,7 +51,7 @@ class Request:
     def out(self, task: str) -> Path:
         """`out`, or a directory named by the hash of all settings."""
         if self.run.out is not None:
-            return Path(self.run.out)
+            return self.run.out
         settings = [plain(part) for part in (self.cfg, self.run, self.text, self.data)]
         return Path("runs") / f"{task}-{self.cfg.name}-{fingerprint([settings, self.own])[:12]}"
 
@@ -53,8 +62,8 @@ def request(kind: str, tree: dict[str, Any]) -> Request:
     run, on = take(tree, Given), take(tree, Device)
     text = parse(tree.pop("text", {}), TextConfig, "text")
     data = parse(tree.pop("data", {}), DataConfig, "data")
-    own = {name: tree.pop(name) for name in ("distill", "evaluate", "tune") if name in tree}
+    own = vars(take(tree, Sections))
     ask = take(tree, Memory)
     cfg: StageConfig = parse(tree, rule.Config)
     text = cfg.reads or text
-    return Request(cfg, rule, run, on, text, data, own, ask.command or "", ask.memory)  # type: ignore[arg-type]
+    return Request(cfg, rule, run, on, text, data, own, ask.command or "", ask.memory)

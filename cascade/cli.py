@@ -6,9 +6,12 @@ before the settings are known to be right.
 
 from __future__ import annotations
 
+import io
 import itertools
 import logging
+import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -50,6 +53,8 @@ Settings are `key=value` (see conf/). Everywhere: --cfg job (show the settings a
 YAML files), -m (one run for each combination of comma-separated values), --debug (tracebacks), --verbose.
 """
 
+
+MOST_RUNS = 10_000  # of one command with -m
 
 VERBS: dict[str, tuple[str | None, str]] = {  # the YAML in conf/ that its settings start from, and what it does
     "generate": ("generate", "cascade.generate.verb"),
@@ -187,12 +192,13 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
     for word in overrides:
         try:
             override = parser.parse_override(word)
+            key, several = override.get_key_element(), override.is_sweep_override()
+            values = itertools.islice(override.sweep_string_iterator(), MOST_RUNS + 1) if several else ()
+            choices.append([f"{key}={value}" for value in values] if several else [str(override.input_line)])
         except HydraException as error:
             raise ConfigError(f"-m: {word!r} is not key=value as Hydra reads it", fix="key=a,b,c") from error
-        if override.is_sweep_override():
-            choices.append([f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()])
-        else:
-            choices.append([str(override.input_line)])
+    if (count := math.prod(map(len, choices))) > MOST_RUNS:
+        raise ConfigError(f"-m: {count} combinations, at most {MOST_RUNS} can be run", fix="fewer values")
     return [list(combination) for combination in itertools.product(*choices)]
 
 
@@ -201,33 +207,76 @@ def run_main(argv: Sequence[str], body: Callable[[Sequence[str]], None], name: s
     debug = "--debug" in argv
     verbose = "--verbose" in argv
     argv = [word for word in argv if word not in ("--debug", "--verbose")]
+    _open_streams()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("cascade").setLevel(logging.DEBUG if verbose else logging.INFO)
-    signal.signal(signal.SIGTERM, _terminated)
-    try:
-        body(argv)
-        sys.stdout.flush()
-        code = 0
-    except CascadeError as error:
-        code = report(error, debug)
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:
+    with Told() as told:
+        try:
+            body(argv)
+            sys.stdout.flush()
+            code = 0
+        except BaseException as error:
+            code = told.code or verdict(error, debug, name)
+    sys.exit(told.code or code)
+
+
+def verdict(error: BaseException, debug: bool, name: str) -> int:
+    """The exit code of what ended a command, after its line on stderr; what nobody expected is raised again."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except MemoryError as error:
-        code = report(MemoryLimitError(f"out of memory {error}".strip(), "micro_batch=1, or smaller shapes"), debug)
-    except OSError as error:
-        if error.errno is None:
-            raise
-        code = report(
-            HostError(f"{error.filename or name}: {error.strerror}", "free the disk or choose another out="), debug
-        )
-    except RuntimeError as error:
-        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
-            raise
-        code = report(MemoryLimitError(str(error).splitlines()[0], "micro_batch=1, or smaller shapes"), debug)
-    sys.exit(code)
+        return 0
+    if isinstance(error, MemoryError):
+        error = MemoryLimitError(f"out of memory {error}".strip(), "micro_batch=1, or smaller shapes")
+    elif isinstance(error, OSError) and error.errno is not None:
+        error = HostError(f"{error.filename or name}: {error.strerror}", "free the disk or choose another out=")
+    elif isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error)):
+        error = MemoryLimitError(str(error).splitlines()[0], "micro_batch=1, or smaller shapes")
+    if not isinstance(error, CascadeError):
+        raise error
+    return report(error, debug)
+
+
+class Told:
+    """SIGINT and SIGTERM end the command, again and again where a library swallows what they raise, as some do while
+    they are imported. What runs because of it, such as the deletion of a temporary file, is interrupted only by a
+    further signal.
+    """
+
+    code = 0  # of the command, once it was told to end
+
+    def __enter__(self) -> Told:
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+        heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.hear) for number in heard}
+        return self
+
+    def hear(self, number: int, frame: FrameType | None) -> None:
+        if number != signal.SIGALRM:
+            self.code = 128 + number
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        if number != signal.SIGALRM or not _unwinding(sys.exc_info()[1]):
+            raise KeyboardInterrupt if self.code == 130 else SystemExit(self.code)
+
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def _unwinding(error: BaseException | None) -> bool:
+    return error is not None and (isinstance(error, KeyboardInterrupt | SystemExit) or _unwinding(error.__context__))
+
+
+def _open_streams() -> None:
+    """A stream that the caller closed leads nowhere; a terminal shows what it has no sign for as an escape."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def report(error: CascadeError, debug: bool) -> int:
@@ -237,10 +286,6 @@ def report(error: CascadeError, debug: bool) -> int:
         traceback.print_exception(error)
     print(f"error: {error}", file=sys.stderr)
     return error.code
-
-
-def _terminated(number: int, frame: FrameType | None) -> None:
-    sys.exit(143)
 
 
 if __name__ == "__main__":

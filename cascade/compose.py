@@ -65,7 +65,7 @@ def _composed(name: str, overrides: list[str], roots: list[Path]) -> dict[str, A
 
     try:
         groups = _groups(name, roots)
-    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+    except (OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
         raise _refusal(error, name, [], roots) from error
     _check_syntax(overrides, groups, roots)
     # A group's name that this configuration does not use as a group (`weights=DIR` of one stage) is a plain setting.
@@ -82,7 +82,7 @@ def _composed(name: str, overrides: list[str], roots: list[Path]) -> dict[str, A
         for path, text in _texts(OmegaConf.to_container(config, resolve=False), ""):
             _refuse_interpolation(text, path)
         tree = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    except (HydraException, OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, RecursionError) as error:
         raise _refusal(error, name, overrides, roots) from error
     assert isinstance(tree, dict)
     refuse_targets(tree, "")
@@ -171,7 +171,8 @@ def _refusal(error: Exception, name: str, overrides: list[str], roots: list[Path
     """Hydra's many lines as one, naming the override at fault where Hydra's message tells it."""
     from hydra.errors import MissingConfigException
 
-    reason = " ".join(re.split("Config search path|full_key:", str(error))[0].split())
+    said = "it refers to itself" if isinstance(error, RecursionError) else str(error) or str(error.__cause__)
+    reason = " ".join(re.split("Config search path|full_key:", said)[0].split())
     if unset := re.match(r"You must specify '(\w+)'", reason):
         return ConfigError(f"{unset[1]} is missing", fix=f"{unset[1]}=NAME, one that `cascade list` shows")
     guilty = [item for item in overrides if _key(item).lstrip("+~").partition("@")[0] in re.split(r"[^\w.]", reason)]

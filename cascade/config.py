@@ -173,7 +173,7 @@ def _scalar(value: Any, hint: type, where: str) -> Any:
     if hint is float and number:
         return float(value)
     if type(value) is not hint:
-        quoted = f"\"{where}='{value}'\"" if hint is str and number else ""  # out=2024 is a number to YAML
+        quoted = f"\"{where}='{value}'\"" if hint in (str, Path) and number else ""  # out=2024 is a number to YAML
         raise _wrong(value, NAMES[hint], where, fix=quoted)
     return value
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 from cascade.config import parse
 from cascade.errors import ConfigError
-from cascade.request import Prompts, take
+from cascade.request import Prompts
 from cascade.text import EmbeddingStore, TextConfig, encoder_of
+
+
+@dataclass(kw_only=True)
+class Embed(Prompts):
+    """The prompts and what embeds them."""
+
+    text: TextConfig = field(default_factory=TextConfig)
 
 
 def verb(tree: dict[str, Any]) -> None:
     """Text embeddings of a file of prompts, written once."""
-    text = parse(tree.pop("text", {}), TextConfig, "text")
-    run = take(tree, Prompts)
+    run = parse(tree, Embed)
     texts = run.texts()
     if run.out is None:
         raise ConfigError("out is missing", fix="out=DIRECTORY")
-    encoder = encoder_of(text)
-    folder = EmbeddingStore.create(Path(run.out), encoder)
-    texts += [] if text.negative is None else [text.negative]
+    encoder = encoder_of(run.text)
+    folder = EmbeddingStore.create(run.out, encoder)
+    texts += [] if run.text.negative is None else [run.text.negative]
     print(f"{run.out}: {folder.put(texts, encoder)} prompts embedded")

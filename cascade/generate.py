@@ -44,7 +44,7 @@ def verb(tree: dict[str, Any]) -> None:
     run, on, memory = take(tree, Generate), take(tree, Device), take(tree, Memory)
     chain = Chain.read(tree, [f.name for cls in (Generate, Device, Memory) for f in fields(cls)]).since(run.start)
     texts = run.texts()
-    out = Path(run.out) if run.out else Path("runs") / fingerprint(
+    out = run.out or Path("runs") / fingerprint(
         [plain(stage) for stage in chain.stages] + [plain(run), plain(on), plain(chain.text), memory.memory]
     )[:16]  # fmt: skip
     first = given(run, chain.stages[0], chain.rules[0])

@@ -36,7 +36,7 @@ def given(run: Given, cfg: StageConfig, rule: Rule) -> Video | None:
                 fix="mask=FILE, or image=, last= or extend= instead of input=",
             )
         takes = rule.takes(cfg)
-        video: Video | None = read_input(Path(run.input), (takes.height, takes.width))
+        video: Video | None = read_input(run.input, (takes.height, takes.width))
     else:
         video = with_hole(run, cfg) if run.mask is not None else with_ends(run, cfg)
         if video is not None and rule.rate(cfg) > 1:
@@ -72,11 +72,11 @@ def with_ends(run: Given, cfg: StageConfig) -> Video | None:
     size = cfg.shape.height, cfg.shape.width
     head, tail = torch.empty(3, 0, *size), torch.empty(3, 0, *size)
     if run.image is not None:
-        head = picture(Path(run.image), "image", size)
+        head = picture(run.image, "image", size)
     if run.extend is not None:
-        head = clip(Path(run.extend), "extend", cfg.fps, size)
+        head = clip(run.extend, "extend", cfg.fps, size)
     if run.last is not None:
-        tail = picture(Path(run.last), "last", size)
+        tail = picture(run.last, "last", size)
     there = head.shape[1] + tail.shape[1]
     if not there and run.seconds is None:
         return None
@@ -101,18 +101,17 @@ def with_hole(run: Given, cfg: StageConfig) -> Video:
     """The clip `input`, known where `mask`, a video as long or one picture for all frames, is not white."""
     assert run.input is not None and run.mask is not None
     size = cfg.shape.height, cfg.shape.width
-    frames = clip(Path(run.input), "input", cfg.fps, size)
-    path = Path(run.mask)
-    _there(path, "mask")
-    hole = covered(media.decode(path, fps=cfg.fps).frames, *size)
+    frames = clip(run.input, "input", cfg.fps, size)
+    _there(run.mask, "mask")
+    hole = covered(media.decode(run.mask, fps=cfg.fps).frames, *size)
     count = frames.shape[1]
     if len(hole) not in (1, count):
         raise InputError(
-            f"mask {path}: {len(hole)} frames at {cfg.fps:g} a second, but the clip has {count}",
+            f"mask {run.mask}: {len(hole)} frames at {cfg.fps:g} a second, but the clip has {count}",
             fix="a mask as long as the clip, or one picture",
         )
     if not hole.any():
-        raise InputError(f"mask {path}: nothing of it is white", fix="white where the video is to be made")
+        raise InputError(f"mask {run.mask}: nothing of it is white", fix="white where the video is to be made")
     known = ~hole.expand(count, -1, -1)
     return Video((frames * known)[None], cfg.fps, known[None])
 

@@ -12,31 +12,21 @@ from cascade.config import parse
 from cascade.errors import ConfigError, InputError
 
 MAX_FILE = 64 << 20  # bytes of a prompt file
+MOST_SAMPLES = 1_000_000
+MOST_SECONDS = 3600
 
 
 @dataclass(kw_only=True)
 class Prompts:
-    """What to make and how often; shared by the chain and the single stage."""
+    """The prompts, one or a file of them, and where what is made of them goes."""
 
     prompt: str | None = None
-    prompts: str | None = None
-    negative_prompt: str | None = None
-    seed: int = 0
-    samples: int = 1
-    out: str | None = None
+    prompts: Path | None = None
+    out: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"samples is {self.samples}, expected at least 1")
         if self.prompt is not None and self.prompts is not None:
             raise ConfigError("prompt and prompts are both set", fix="one of them")
-
-    @property
-    def negative(self) -> str | None:
-        """What guidance moves away from, checked."""
-        from cascade.text import check_negative
-
-        return None if self.negative_prompt is None else check_negative(self.negative_prompt)
 
     def texts(self) -> list[str]:
         """The prompts, checked. ConfigError without any, InputError for an unreadable file."""
@@ -48,30 +38,32 @@ class Prompts:
                     "prompt is missing", fix='prompt="a large red circle moves left on a black background"'
                 )
             return [check_prompt(self.prompt)]
-        return read_prompts(Path(self.prompts))
-
-
-MOST_SECONDS = 3600
+        return read_prompts(self.prompts)
 
 
 @dataclass(kw_only=True)
 class Given(Prompts):
-    """What the first stage is given beside prompts: files, as they are read in cascade/given.py.
+    """What to make, how often, and what the first stage is given: files, as they are read in cascade/given.py.
 
     `input` is a whole video, for a stage that takes one, or, with `mask`, a video with a hole. The others are for a
     stage that starts from text: `image` and `last` its first and last frame, `extend` a clip that goes on, `seconds`
     the length of the video.
     """
 
-    input: str | None = None
-    mask: str | None = None
-    image: str | None = None
-    last: str | None = None
-    extend: str | None = None
+    negative_prompt: str | None = None
+    seed: int = 0
+    samples: int = 1
+    input: Path | None = None
+    mask: Path | None = None
+    image: Path | None = None
+    last: Path | None = None
+    extend: Path | None = None
     seconds: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 1 <= self.samples <= MOST_SAMPLES:
+            raise ValueError(f"samples is {self.samples}, expected 1 to {MOST_SAMPLES}")
         if self.mask is not None and self.input is None:
             raise ConfigError("mask is set, but input, the video that it is for, is not", fix="input=FILE")
         if self.image is not None and self.extend is not None:
@@ -82,12 +74,21 @@ class Given(Prompts):
         if self.seconds is not None and not 0 < self.seconds <= MOST_SECONDS:
             raise ValueError(f"seconds is {self.seconds:g}, expected more than 0, at most {MOST_SECONDS}")
 
+    @property
+    def negative(self) -> str | None:
+        """What guidance moves away from, checked."""
+        from cascade.text import check_negative
+
+        return None if self.negative_prompt is None else check_negative(self.negative_prompt)
+
 
 def read_prompts(path: Path) -> list[str]:
     """One prompt a line; blank lines are skipped, faults named with their line."""
     from cascade.text import check_prompt
 
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise InputError(f"prompts {path}: is not a file", fix="prompts=FILE, UTF-8, one prompt a line")
         if path.stat().st_size > MAX_FILE:
             raise InputError(f"prompts {path}: larger than 64 MB", fix="several smaller files")
         lines = path.read_text(encoding="utf-8-sig").splitlines()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import re
+import shlex
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from cascade.given import given
 from cascade.loading import check_trained, known, launched, load_stage, save_stage
 from cascade.pipeline import Runner, digest, video_bytes
 from cascade.planning.memory import Memory, within
-from cascade.request import bars, jobs_of
+from cascade.request import Given, bars, jobs_of
 from cascade.settings import Rule, StageConfig, TrainConfig
 from cascade.stage import Stage
 from cascade.text import text_source
@@ -33,7 +35,7 @@ LOSSLESS = ".safetensors"
 def sample(ask: Request) -> None:
     """Videos of the stage for the prompts, from the file `input`, or from what is known of them."""
     texts = ask.run.texts()
-    out = Path(ask.run.out) if ask.run.out else ask.out("sample") / f"video{LOSSLESS}"
+    out = ask.run.out or ask.out("sample") / f"video{LOSSLESS}"
     jobs = jobs_of(texts, ask.run.samples, out)
     suffix = out.suffix if len(jobs) == 1 else LOSSLESS
     if suffix not in (LOSSLESS, *media.VIDEO_SUFFIXES) or (len(jobs) == 1 and out.is_dir()):
@@ -121,11 +123,34 @@ def tune(ask: Request) -> None:
 
 
 TASKS = {"sample": sample, "train": train, "distill": distill, "evaluate": evaluate, "tune": tune}
+READS = {  # of `Given` and of the sections that belong to one task
+    "sample": [f.name for f in fields(Given)],
+    "train": ["out"],
+    "distill": ["out", "distill"],
+    "evaluate": ["out", "seed", "evaluate"],
+    "tune": ["out", "seed", "tune"],
+}
 
 
 def run(kind: str, tree: dict[str, Any]) -> None:
     """The task that the settings ask for."""
     name = tree.pop("task", "sample")
-    if name not in TASKS:
+    if not isinstance(name, str) or name not in TASKS:
         raise ConfigError(f"task is {name!r}, expected one of {', '.join(TASKS)}", fix=suggest(str(name), TASKS))
-    TASKS[name](request(kind, tree))
+    ask = request(kind, tree)
+    check_read(name, ask)
+    TASKS[name](ask)
+
+
+def check_read(task: str, ask: Request) -> None:
+    """Raises ConfigError for a setting that `task` would ignore: another task reads it.
+
+    A section counts if it was typed: a stage's YAML may hold those of all tasks.
+    """
+    typed = {re.split(r"[.=]", word.lstrip("+"))[0] for word in shlex.split(ask.command)}
+    asked = [f.name for f in fields(Given) if getattr(ask.run, f.name) != f.default]
+    for name in (*asked, *(name for name in ask.own if name in typed)):
+        if name not in READS[task]:
+            readers = " or ".join(other for other, names in READS.items() if name in names)
+            fix = "train.seed=N" if name == "seed" else f"remove {name}, or task={readers}"
+            raise ConfigError(f"task={task} does not read {name}", fix=fix)

@@ -6,6 +6,7 @@ import json
 import os
 import queue
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -334,6 +335,17 @@ FAULTS: list[tuple[list[str], int, str]] = [
     (["generate", "prompt=x", "prompts=file"], 2, "one of them"),
     (["generate", "prompt=x", "negative_prompt= "], 2, "empty"),
     (["generate", "prompt=x", "-m", "seed=1,"], 2, "'seed=1,'"),
+    (["generate", "prompt=x", "-m", "chain=glob(*)"], 2, "'chain=glob(*)'"),
+    (["generate", "prompt=x", "-m", "seed=range(0,9000000000)"], 2, "combinations"),
+    (["generate", "prompt=x", "-m", "seed=range(0,200)", "samples=range(1,200)"], 2, "39800 combinations"),
+    (["generate", "prompt=x", "samples=10000000000"], 2, "samples"),
+    (["generate", "prompt=x", "out="], 2, "out"),
+    (["generate", "prompt=x", "image="], 2, "image"),
+    (["generate", "prompt=x", "out=2024"], 2, "\"out='2024'\""),
+    (["generate", "prompts="], 2, "prompts"),
+    (["generate", "prompts=."], 3, "not a file"),
+    (["embed", "prompt=x", "out="], 2, "out"),
+    (["embed", "prompt=x", "samples=2"], 2, "samples"),
     (["plan", "device=toaster"], 4, "toaster"),
     (["export", "out=."], 3, "not an artefact"),
     (["generate", "prompt=x", "hydra.run.dir=/tmp/x"], 2, "hydra"),
@@ -366,6 +378,14 @@ def test_a_mistake_is_one_line_and_creates_nothing(
         (["stage=mini_base", "prompt=x", "out=video.avi"], "video.avi"),
         (["stage=mini_base", "prompt=x", "out=."], "name of a video file"),
         (["stage=mini_base", "prompt=x", "samples=2", f"out={__file__}"], "2 clips"),
+        (["stage=mini_base", "task=train", "seed=5"], "task=train does not read seed. Fix: train.seed="),
+        (["stage=mini_base", "task=distill", "prompt=x"], "task=distill does not read prompt. Fix: .*task=sample"),
+        (
+            ["stage=mini_base", "prompt=x", "distill.steps=[2]"],
+            "task=sample does not read distill. Fix: .*task=distill",
+        ),
+        (["stage=mini_base", "task=evaluate", "evaluate=null"], "evaluate: null, expected a mapping"),
+        (["stage=mini_base", "task=[sample]"], "expected one of sample"),
     ],
 )
 def test_a_mistake_with_one_stage_creates_nothing(
@@ -426,6 +446,59 @@ def test_the_shipped_encoder_fits_the_shipped_chain() -> None:
     tree = compose("generate")
     chain = Chain.build(tree["stages"], tree, parse(tree["text"], TextConfig))
     assert {cfg.net.text for cfg in chain.stages} == {known_width(chain.text)}
+
+
+SWALLOWED = """
+import signal, sys, time
+from pathlib import Path
+from cascade import cli
+
+def body(argv):
+    try:
+        Path("ready").touch()
+        time.sleep(60)
+    except BaseException:  # as some libraries do while they are imported
+        pass
+    try:
+        time.sleep(60)
+    finally:
+        time.sleep(0.5)  # longer than it takes to be told again
+        Path("cleaned").touch()
+
+def other(argv):
+    try:
+        Path("ready").touch()
+        time.sleep(60)
+    except BaseException as error:
+        raise ImportError("initialization failed") from error
+
+cli.run_main([], {"swallowed": body, "other": other}[sys.argv[1]], "cascade")
+"""
+
+
+@pytest.mark.parametrize("how", ["swallowed", "other"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_command_whatever_becomes_of_what_it_raised(
+    tmp_path: Path, number: int, code: int, how: str
+) -> None:
+    env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    running = subprocess.Popen([sys.executable, "-c", SWALLOWED, how], cwd=tmp_path, env=env, stderr=subprocess.PIPE)
+    while not (tmp_path / "ready").exists():
+        time.sleep(0.01)
+    running.send_signal(number)
+    _, said = running.communicate(timeout=30)
+    assert running.returncode == code and said == b""
+    assert (tmp_path / "cleaned").exists() == (how == "swallowed")
+
+
+def test_closed_streams_and_a_plain_terminal_are_no_fault(tmp_path: Path) -> None:
+    command = shlex.join([sys.executable, "-m", "cascade.cli", "list"])
+    env = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1]), "PYTHONIOENCODING": "ascii"}
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        assert subprocess.run(f"{command} {closed}", shell=True, cwd=tmp_path, env=env, timeout=60).returncode == 0
+    words = [sys.executable, "-m", "cascade.cli", "generate", "prompts='\u00e9.txt'"]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 3 and done.stderr.startswith("error: prompts \\xe9.txt")
 
 
 def test_unknown_task_is_refused(stage: Any) -> None:

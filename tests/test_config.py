@@ -257,6 +257,10 @@ def conf(tmp_path: Path) -> Path:
         "more/chain/nested.yaml": "# @package _global_\ntext: x${oc.${seed}:HOME}\n",
         "more/chain/target.yaml": "# @package _global_\ntext: {_target_: os.system}\n",
         "more/chain/broken.yaml": "a: [\n",
+        "more/chain/circle.yaml": "a: &a [*a]\n",
+        "more/chain/itself.yaml": "defaults: [itself]\n",
+        "more/chain/number.yaml": "defaults: 3\n",
+        "more/chain/null.yaml": "null: 3\n",
         "more/chain/binary.yaml": "",
     }
     for name, text in files.items():
@@ -348,11 +352,13 @@ def test_a_bad_override_is_one_line_that_names_it(conf: Path, override: str, say
     assert str(conf) not in line and os.environ.get("HOME", "?") not in line.replace("HOME", "")
 
 
-@pytest.mark.parametrize("chain", ["evil", "nested", "target", "broken", "binary", "missing"])
+@pytest.mark.parametrize(
+    "chain", ["evil", "nested", "target", "broken", "binary", "missing", "circle", "itself", "number", "null"]
+)
 def test_a_hostile_file_of_the_user_is_refused(conf: Path, chain: str) -> None:
     with pytest.raises(ConfigError) as caught:
         compose("generate", [f"chain={chain}"], conf.parent / "more", root=conf)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and ": ." not in str(caught.value)
 
 
 @given(st.text(string.printable, max_size=30))

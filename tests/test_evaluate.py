@@ -25,7 +25,7 @@ from cascade.evaluation.marks import table, write
 from cascade.metrics import lpips
 from cascade.noise import Noise
 from cascade.pipeline import Runner
-from cascade.request import Prompts
+from cascade.request import Given
 from cascade.sampling.sampler import Sampler
 from cascade.stage import Stage
 from cascade.text import Text, TextConfig
@@ -36,7 +36,7 @@ WORLD = World(ShapesConfig())
 LARGE = {"shape": Shape(frames=4, height=24, width=24)}
 
 
-class Given(Stage):
+class Oracle(Stage):
     """A stage that makes of its input what its rule spreads it to, and of a prompt the real clip of its number."""
 
     def sample(self, low: Video | None, text: Text, negative: Text | None, noise: Noise, progress: Any = None) -> Video:
@@ -134,7 +134,7 @@ def test_a_film_is_the_same_at_every_frame_rate_and_another_one_is_another() -> 
 @pytest.mark.parametrize("kind", ["tsr", "interp", "ssr"])
 def test_a_stage_that_is_a_baseline_gains_nothing_over_it(kind: str, make_stage: Any, encode: Any) -> None:
     stage = make_stage(kind)
-    report = judge_stage(Given(stage.cfg, stage.rule, stage.net), WORLD, encode, EvaluateConfig(n=4, batch=3))
+    report = judge_stage(Oracle(stage.cfg, stage.rule, stage.net), WORLD, encode, EvaluateConfig(n=4, batch=3))
     found = {(row.name, row.group): row for row in report.rows if row.metric == "fidelity"}
     name = "bicubic" if kind == "ssr" else "blending"
     assert found[f"gain_{name}", "all"].value == pytest.approx(0, abs=1e-4)
@@ -167,7 +167,7 @@ def test_every_kind_is_judged_with_its_measures_and_every_number_is_stated(
 def test_real_clips_in_place_of_made_ones_are_right(make_stage: Any, encode: Any) -> None:
     cfg = EvaluateConfig(n=8, batch=3)
     stage = make_stage("base", fps=2.0, **LARGE)
-    oracle = Given(stage.cfg, stage.rule, Films(cfg, stage.cfg.shape, stage.cfg.fps))
+    oracle = Oracle(stage.cfg, stage.rule, Films(cfg, stage.cfg.shape, stage.cfg.fps))
     report = judge_stage(oracle, WORLD, encode, cfg)
     found = {(row.metric, row.name, row.condition): row.value for row in report.rows if row.group == "all"}
     assert found["attributes", "background", "made"] == found["attributes", "background", "real"] == 1
@@ -261,7 +261,7 @@ def test_what_was_left_out_is_judged_once_it_is_there(
     monkeypatch.setattr(evaluate, "text_source", lambda cfg: source)
     monkeypatch.setenv(assets.VARIABLE, str(tmp_path / "assets"))
     cfg = saved(make_stage("ssr", std=0.1), tmp_path)
-    run, own = Prompts(out=str(tmp_path / "out")), {"evaluate": {"n": 1, "metrics": ["lpips"]}}
+    run, own = Given(out=tmp_path / "out"), {"evaluate": {"n": 1, "metrics": ["lpips"]}}
     ask = Request(cfg, plugin("ssr"), run, Device(device="cpu"), TextConfig(encoder="x"), DataConfig(), own)  # type: ignore[arg-type]
     evaluate.stage_task(ask)
     assert "lpips is left out" in capsys.readouterr().out
@@ -276,7 +276,7 @@ def test_the_task_writes_a_report(
 ) -> None:
     monkeypatch.setattr(evaluate, "text_source", lambda cfg: source)
     cfg = saved(make_stage("ssr", std=0.1, augment=0.1), tmp_path)
-    run = Prompts(out=str(tmp_path / "out"), seed=3)
+    run = Given(out=tmp_path / "out", seed=3)
     own = {"evaluate": {"n": 2, "batch": 1}}
     ask = Request(cfg, plugin("ssr"), run, Device(device="cpu"), TextConfig(encoder="x"), DataConfig(), own)  # type: ignore[arg-type]
     evaluate.stage_task(ask)
@@ -294,7 +294,7 @@ def test_a_label_and_the_command_are_told_and_change_no_answer(
     make_stage: Any, source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evaluate, "text_source", lambda cfg: source)
-    cfg, run = saved(make_stage("ssr", std=0.1), tmp_path), Prompts(out=str(tmp_path / "out"))
+    cfg, run = saved(make_stage("ssr", std=0.1), tmp_path), Given(out=tmp_path / "out")
 
     def judge(command: str, **own: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         own = {"evaluate": {"n": 2, "batch": 1, **own}}
