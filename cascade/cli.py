@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 
 from cascade import __version__
 from cascade.compose import compose, split_prompts
-from cascade.config import suggest
+from cascade.config import package_root, suggest
 from cascade.errors import CascadeError, ConfigError, HostError, MemoryLimitError
 
 HELP = """\
@@ -84,7 +84,7 @@ def stage_command(kind: str, argv: Sequence[str]) -> None:
     from cascade import tasks
 
     if {"-h", "--help"} & set(argv):
-        print(HELP, end="")
+        print(help_of("python -m stages", "stage"), end="")
         return
     for tree in settings("stage", argv, f"python -m stages.{kind}"):
         if tree.get("kind") != kind:
@@ -116,7 +116,7 @@ def command(argv: Sequence[str]) -> None:
         raise ConfigError(f"unknown verb {verb!r}", fix=f"cascade {suggest(verb, VERBS)}")
     primary, name = VERBS[verb]
     if {"-h", "--help"} & set(rest):
-        print(HELP, end="")
+        print(help_of(f"cascade {verb}", primary), end="")
         return
     if primary is None:
         if rest:
@@ -125,6 +125,14 @@ def command(argv: Sequence[str]) -> None:
         return
     for tree in settings(primary, rest, f"cascade {verb}"):
         function(name)(tree)
+
+
+def help_of(verb: str, primary: str | None) -> str:
+    """The lines of HELP about one verb, and the file of its settings, whose comments say what they are."""
+    lines = [line for line in HELP.splitlines(keepends=True) if re.match(rf"  {re.escape(verb)}\b", line)]
+    if primary is not None:
+        lines += ["\n", (package_root() / "conf" / f"{primary}.yaml").read_text()]
+    return "".join([*lines, "\n", HELP[HELP.index("Settings are") :]])
 
 
 def function(name: str) -> Callable[[dict[str, Any]], None]:

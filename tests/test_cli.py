@@ -23,7 +23,7 @@ from conftest import STAGES
 
 from cascade import cli, loading, pipeline, store, tasks
 from cascade.chain import Chain, chain_settings
-from cascade.config import kinds, parse, plugin
+from cascade.config import kinds, package_root, parse, plugin
 from cascade.errors import CascadeError, ConfigError, InputError
 from cascade.settings import StageConfig
 from cascade.stage import Stage
@@ -288,6 +288,14 @@ def test_settings_are_shown_and_swept(cascade: Any, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize("name", [name for _, name in cli.VERBS.values()])
 def test_every_verb_has_a_function_that_says_what_it_does(name: str) -> None:
     assert callable(cli.function(name)) and cli.function(name).__doc__
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_the_help_of_a_verb_says_what_its_settings_are(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    cli.command([verb, "--help"])
+    said, (primary, _) = capsys.readouterr().out, cli.VERBS[verb]
+    assert set(re.findall(r"(?m)^  cascade (\w+)", said)) == {verb}
+    assert primary is None or (package_root() / "conf" / f"{primary}.yaml").read_text() in said
 
 
 def test_help_names_every_verb_task_and_kind() -> None:
