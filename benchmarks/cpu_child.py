@@ -67,7 +67,7 @@ def generate() -> dict[str, float]:
         timed(pipeline.Runner, "sample", lambda args: f"{args[1].cfg.name}: run")
         timed(pipeline, "commit_stage", lambda args: f"{args[0].name}: write")
         timed(generate, "finish", lambda args: "encode video and sheet")
-        generate.verb(tree)
+        generate.verb(tree)()
     laps["all"] = time.thread_time()
     laps["before any import of ours"] = began
     return laps

@@ -91,6 +91,7 @@ def obtain(name: str, root: Path) -> bool:
     meta["layout"] = LAYOUT
     if final.is_dir() and not store.problems(final, asset.kind) and store.manifest(final)["meta"] == meta:
         return False
+    store.check_ours(final, asset.kind)
 
     def fill(made: Path) -> None:
         download = made / "package"
@@ -280,7 +281,7 @@ ASSETS = {
 @dataclass(kw_only=True)
 class AssetsConfig:
     only: list[str] | None = None
-    out: str | None = None
+    out: Path | None = None
 
 
 def verb(tree: dict[str, Any]) -> None:
@@ -291,9 +292,8 @@ def verb(tree: dict[str, Any]) -> None:
         if name not in ASSETS:
             near = suggest(name, ASSETS).replace(" or ", ",")
             raise ConfigError(f"only names {name!r}, which is no asset", fix=f"only=[{near}]")
-    root = Path(cfg.out) if cfg.out else folder()
+    root = cfg.out or folder()
     with store.lock(root):
-        store.sweep(root)
         for name in names:
             print(f"{root / name}: {'made' if obtain(name, root) else 'there'}", flush=True)
     if root.absolute() != folder().absolute():

@@ -16,6 +16,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -54,6 +55,7 @@ YAML files), -m (one run for each combination of comma-separated values), --debu
 """
 
 
+Verb = Callable[[dict[str, Any]], Callable[[], None] | None]  # checks settings; does the work, or returns what does it
 MOST_RUNS = 10_000  # of one command with -m
 
 VERBS: dict[str, tuple[str | None, str]] = {  # the YAML in conf/ that its settings start from, and what it does
@@ -86,13 +88,14 @@ def stage_command(kind: str, argv: Sequence[str]) -> None:
     if {"-h", "--help"} & set(argv):
         print(help_of("python -m stages", "stage"), end="")
         return
-    for tree in settings("stage", argv, f"python -m stages.{kind}"):
+    trees = settings("stage", argv, f"python -m stages.{kind}")
+    for tree in trees:
         if tree.get("kind") != kind:
             raise ConfigError(
                 f"the stage is of kind {tree.get('kind')}, this is stages.{kind}",
                 fix=f"python -m stages.{tree.get('kind')}",
             )
-        tasks.run(kind, tree)
+    carry_out(partial(tasks.task, kind), trees)
 
 
 # entry ---------------------------------------------------------------------------------------------------------------
@@ -123,8 +126,14 @@ def command(argv: Sequence[str]) -> None:
             raise ConfigError(f"cascade {verb} takes no settings, not {rest[0]!r}", fix=f"cascade {verb}")
         function(name)({})
         return
-    for tree in settings(primary, rest, f"cascade {verb}"):
-        function(name)(tree)
+    carry_out(function(name), settings(primary, rest, f"cascade {verb}"))
+
+
+def carry_out(verb: Verb, trees: Sequence[dict[str, Any]]) -> None:
+    """With -m the last combination is checked before the first one runs."""
+    for work in [verb(tree) for tree in trees]:
+        if work is not None:
+            work()
 
 
 def help_of(verb: str, primary: str | None) -> str:
@@ -135,10 +144,10 @@ def help_of(verb: str, primary: str | None) -> str:
     return "".join([*lines, "\n", HELP[HELP.index("Settings are") :]])
 
 
-def function(name: str) -> Callable[[dict[str, Any]], None]:
+def function(name: str) -> Verb:
     """What VERBS names, its module imported only now."""
     module, _, attribute = name.rpartition(".")
-    found: Callable[[dict[str, Any]], None] = getattr(import_module(module), attribute)
+    found: Verb = getattr(import_module(module), attribute)
     return found
 
 
@@ -218,43 +227,26 @@ def run_main(argv: Sequence[str], body: Callable[[Sequence[str]], None], name: s
     _open_streams()
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("cascade").setLevel(logging.DEBUG if verbose else logging.INFO)
-    with Told() as told:
-        try:
-            body(argv)
-            sys.stdout.flush()
-            code = 0
-        except BaseException as error:
-            code = told.code or verdict(error, debug, name)
-    sys.exit(told.code or code)
+    with Ending(debug, name) as ending:
+        body(argv)
+        sys.stdout.flush()
+    sys.exit(ending.code)
 
 
-def verdict(error: BaseException, debug: bool, name: str) -> int:
-    """The exit code of what ended a command, after its line on stderr; what nobody expected is raised again."""
-    if isinstance(error, KeyboardInterrupt):
-        return 130
-    if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    if isinstance(error, MemoryError):
-        error = MemoryLimitError(f"out of memory {error}".strip(), "micro_batch=1, or smaller shapes")
-    elif isinstance(error, OSError) and error.errno is not None:
-        error = HostError(f"{error.filename or name}: {error.strerror}", "free the disk or choose another out=")
-    elif isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error)):
-        error = MemoryLimitError(str(error).splitlines()[0], "micro_batch=1, or smaller shapes")
-    if not isinstance(error, CascadeError):
-        raise error
-    return report(error, debug)
+class Ending:
+    """How a command ends: with the exit code of a signal, or of what went wrong and its line on stderr.
 
-
-class Told:
-    """SIGINT and SIGTERM end the command, again and again where a library swallows what they raise, as some do while
-    they are imported. What runs because of it, such as the deletion of a temporary file, is interrupted only by a
-    further signal.
+    SIGINT and SIGTERM end it, again and again where a library swallows what they raise, as some do while they are
+    imported. What runs because of it, such as the deletion of a temporary file, is interrupted only by a further one.
+    What nobody expected is raised.
     """
 
-    code = 0  # of the command, once it was told to end
+    code = 0
 
-    def __enter__(self) -> Told:
+    def __init__(self, debug: bool, name: str) -> None:
+        self.debug, self.name = debug, name
+
+    def __enter__(self) -> Ending:
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
         heard = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
         self.before = {number: signal.signal(number, self.hear) for number in heard}
@@ -267,14 +259,33 @@ class Told:
         if number != signal.SIGALRM or not _unwinding(sys.exc_info()[1]):
             raise KeyboardInterrupt if self.code == 130 else SystemExit(self.code)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.before.items():
             signal.signal(number, handler)
+        if error is not None and not self.code:
+            self.code = verdict(error, self.debug, self.name)
+        return self.code != 0 or isinstance(error, BrokenPipeError)
 
 
 def _unwinding(error: BaseException | None) -> bool:
     return error is not None and (isinstance(error, KeyboardInterrupt | SystemExit) or _unwinding(error.__context__))
+
+
+def verdict(error: BaseException, debug: bool, name: str) -> int:
+    """The exit code of what ended a command, after its line on stderr; 0: there is none for it."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    if isinstance(error, MemoryError):
+        error = MemoryLimitError(f"out of memory {error}".strip(), "micro_batch=1, or smaller shapes")
+    elif isinstance(error, OSError) and error.errno is not None:
+        error = HostError(f"{error.filename or name}: {error.strerror}", "free the disk or choose another out=")
+    elif isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error)):
+        error = MemoryLimitError(str(error).splitlines()[0], "micro_batch=1, or smaller shapes")
+    return report(error, debug) if isinstance(error, CascadeError) else 0
 
 
 def _open_streams() -> None:
@@ -282,7 +293,7 @@ def _open_streams() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from cascade import store
 from cascade.config import parse
 from cascade.errors import ConfigError
 from cascade.request import Prompts
-from cascade.text import EmbeddingStore, TextConfig, encoder_of
+from cascade.text import EmbeddingStore, TextConfig, check_negative, encoder_of
 
 
 @dataclass(kw_only=True)
@@ -24,7 +25,8 @@ def verb(tree: dict[str, Any]) -> None:
     texts = run.texts()
     if run.out is None:
         raise ConfigError("out is missing", fix="out=DIRECTORY")
+    texts += [] if run.text.negative is None else [check_negative(run.text.negative)]
+    store.check_place(run.out)
     encoder = encoder_of(run.text)
     folder = EmbeddingStore.create(run.out, encoder)
-    texts += [] if run.text.negative is None else [run.text.negative]
     print(f"{run.out}: {folder.put(texts, encoder)} prompts embedded")

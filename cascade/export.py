@@ -63,8 +63,9 @@ The same without diffusers, verified by `manifest.json`: `cascade.Cascade.from_p
 """
 
 
-def check(chain: Chain) -> None:
-    """Raises ConfigError for what cannot be exported, before anything loads."""
+def check(chain: Chain, out: Path) -> None:
+    """Raises ConfigError for what cannot be exported, InputError for what is not replaced, before anything loads."""
+    store.check_ours(out, checkpoint.EXPORTED)
     taken = {TEXT, TOKENS, "chain", "cascade", *autoencoders(chain).values()}
     pipeline = foreign.model_class("DiffusionPipeline")
     if len(chain.texts) > 1 or chain.text.prior is not None or encoders.is_clip(find_encoder(chain.text.encoder)):
@@ -100,7 +101,7 @@ def others(chain: Chain) -> store.Pairs:
 
 def write(chain: Chain, out: Path, load: Load = load_stage, besides: Callable[[Chain], store.Pairs] = others) -> Path:
     """Writes the folder `out`, whole or not at all, from the stages that `load` gives, one after the other."""
-    check(chain)
+    check(chain, out)
     return store.commit(out, _files(chain, load, besides(chain)), kind=checkpoint.EXPORTED, replace=True)
 
 
@@ -159,7 +160,7 @@ class ExportConfig:
     """Where the chain goes, and how it is laid out."""
 
     format: str = "diffusers"
-    out: str | None = None
+    out: Path | None = None
 
     def __post_init__(self) -> None:
         if self.format != "diffusers":
@@ -172,9 +173,8 @@ def verb(tree: dict[str, Any]) -> None:
     chain = Chain.read(tree, ["format", "out"])
     if ask.out is None:
         raise ConfigError("out is missing", fix="out=DIRECTORY")
-    store.check_ours(Path(ask.out))
     chain.check_weights()
     find_encoder(chain.text.encoder)
-    check(chain)
-    with store.lock(Path(ask.out)):
-        print(write(chain, Path(ask.out)))
+    check(chain, ask.out)
+    with store.lock(ask.out):
+        print(write(chain, ask.out))

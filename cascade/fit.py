@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from cascade import store
 from cascade.cli import run_main
 from cascade.config import suggest
 from cascade.errors import ConfigError
@@ -65,7 +66,10 @@ def command(argv: Sequence[str]) -> None:
     if not least <= len(words) <= len(parameters):
         shown = " ".join(p.name.upper() if p.default is p.empty else f"[{p.name.upper()}]" for p in parameters)
         raise ConfigError(f"fit {argv[0]}: {len(words)} words, expected {shown}", fix=f"{argv[0]} {shown}")
-    fit(Path(words[0]), *words[1:])
+    out = Path(words[0])
+    store.check_place(out)
+    store.check_ours(out, "text" if fit is text else "weights")
+    fit(out, *words[1:])
     print(words[0])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,11 @@ from typing import Any
 from cascade import __version__, store
 from cascade.chain import Chain, Device
 from cascade.config import fingerprint, plain
-from cascade.errors import ConfigError
+from cascade.errors import ConfigError, InputError
 from cascade.given import given
 from cascade.pipeline import Runner, finish
 from cascade.planning.memory import Memory, within
-from cascade.request import Given, bars, jobs_of, take
+from cascade.request import Given, Job, bars, jobs_of, take
 from cascade.text import text_source
 
 
@@ -39,7 +40,18 @@ class Generate(Given):
             raise ConfigError(why, fix="start=STAGE or mask=FILE")
 
 
-def verb(tree: dict[str, Any]) -> None:
+def check_places(jobs: Sequence[Job], chain: Chain) -> None:
+    """Raises HostError where the videos of `jobs` cannot be written, InputError where something else would be lost."""
+    for job in jobs:
+        for stage in chain.stages:
+            folder = job.directory / "stages" / stage.name
+            store.check_place(folder)
+            store.check_ours(folder, "stage")
+        if (kind := store.kind_of(job.directory)) is not None:
+            raise InputError(f"cannot write {job.directory}: it holds {kind!r}", fix="choose another out=")
+
+
+def verb(tree: dict[str, Any]) -> Callable[[], None]:
     """Prompt to video through a chain; the video's path on stdout, or how many there are."""
     run, on, memory = take(tree, Generate), take(tree, Device), take(tree, Memory)
     chain = Chain.read(tree, [f.name for cls in (Generate, Device, Memory) for f in fields(cls)]).since(run.start)
@@ -52,10 +64,19 @@ def verb(tree: dict[str, Any]) -> None:
     chain.runs_on(on)
     chain = within(chain, on, memory, None if first is None else first.shape)
     jobs = jobs_of(texts, run.samples, out)
-    with store.lock(out), bars() as progress:
-        runner = Runner(chain, text_source(chain.text), on, run.seed, run.negative, progress)
-        videos = runner.run(jobs, first)
-        for job in jobs:
-            meta = {"seed": run.seed, "negative_prompt": run.negative_prompt, "stages": [s.name for s in chain.stages]}
-            finish(job, videos[job.directory], run.format, run.fps, {**meta, "cascade": __version__})
-    print(jobs[0].directory / f"video.{run.format[0]}" if len(jobs) == 1 else f"{out}: {len(jobs)} videos")
+    check_places(jobs, chain)
+
+    def work() -> None:
+        with store.lock(out), bars() as progress:
+            for job in jobs:
+                store.sweep(job.directory)
+                store.sweep(job.directory / "stages")
+            runner = Runner(chain, text_source(chain.text), on, run.seed, run.negative, progress)
+            videos = runner.run(jobs, first)
+            meta = {"seed": run.seed, "negative_prompt": run.negative_prompt, "cascade": __version__}
+            for job in jobs:
+                told = {**meta, "stages": [stage.name for stage in chain.stages]}
+                finish(job, videos[job.directory], run.format, run.fps, told)
+        print(jobs[0].directory / f"video.{run.format[0]}" if len(jobs) == 1 else f"{out}: {len(jobs)} videos")
+
+    return work

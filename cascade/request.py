@@ -17,12 +17,18 @@ MOST_SECONDS = 3600
 
 
 @dataclass(kw_only=True)
-class Prompts:
-    """The prompts, one or a file of them, and where what is made of them goes."""
+class Out:
+    """Where what a command makes goes."""
+
+    out: Path | None = None
+
+
+@dataclass(kw_only=True)
+class Prompts(Out):
+    """The prompts, one or a file of them."""
 
     prompt: str | None = None
     prompts: Path | None = None
-    out: Path | None = None
 
     def __post_init__(self) -> None:
         if self.prompt is not None and self.prompts is not None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +76,7 @@ def write(path: Path, video: Video, meta: dict[str, Any]) -> None:
 def train(ask: Request) -> None:
     """Trains the stage and writes its averaged weights to <out>/weights."""
     cfg, out = ask.training, ask.out("train")
+    store.check_ours(out / "weights", checkpoint.KIND)
     stage, key = new_stage(ask.cfg, ask.rule, cfg)
     stage, cfg = stage.to(here(ask.on.torch)), replace(cfg, init=key)  # what it starts from is named by content
     source = open_source(ask.data, ask.cfg.shape, ask.cfg.fps, out / "clips")
@@ -105,6 +108,8 @@ def distill(ask: Request) -> None:
     """Teaches a student with guidance inside and then with fewer and fewer steps."""
     from cascade.distillation.distill import stage_task
 
+    for weights in ask.out("distill").glob("*/weights"):  # of a round
+        store.check_ours(weights, checkpoint.KIND)
     stage_task(ask)
 
 
@@ -132,14 +137,15 @@ READS = {  # of `Given` and of the sections that belong to one task
 }
 
 
-def run(kind: str, tree: dict[str, Any]) -> None:
-    """The task that the settings ask for."""
+def task(kind: str, tree: dict[str, Any]) -> Callable[[], None]:
+    """What the settings ask for, checked. Raises HostError where its `out` cannot be written, before anything loads."""
     name = tree.pop("task", "sample")
     if not isinstance(name, str) or name not in TASKS:
         raise ConfigError(f"task is {name!r}, expected one of {', '.join(TASKS)}", fix=suggest(str(name), TASKS))
     ask = request(kind, tree)
     check_read(name, ask)
-    TASKS[name](ask)
+    store.check_place(ask.out(name))
+    return partial(TASKS[name], ask)
 
 
 def check_read(task: str, ask: Request) -> None:

@@ -24,7 +24,7 @@ from conftest import STAGES
 from cascade import cli, loading, pipeline, store, tasks
 from cascade.chain import Chain, chain_settings
 from cascade.config import kinds, package_root, parse, plugin
-from cascade.errors import CascadeError, ConfigError, InputError
+from cascade.errors import CascadeError, ConfigError, HostError, InputError
 from cascade.settings import StageConfig
 from cascade.stage import Stage
 from cascade.text import T5Text, TextConfig
@@ -285,6 +285,13 @@ def test_settings_are_shown_and_swept(cascade: Any, capsys: pytest.CaptureFixtur
     assert {tree["prompt"] for tree in shown} == {"a ${oc.env:HOME}, b = c"}
 
 
+@pytest.mark.parametrize("fault", ["base.sampler.steps=2,-1", "tsr.shape.frames=8,9", "tsr.sampler.rule=ddim,none"])
+def test_of_many_runs_none_begins_before_all_are_checked(cascade: Any, tmp_path: Path, fault: str) -> None:
+    with pytest.raises(ConfigError):
+        cascade("generate", f"prompt={PROMPT}", "out=runs", "-m", fault)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", [name for _, name in cli.VERBS.values()])
 def test_every_verb_has_a_function_that_says_what_it_does(name: str) -> None:
     assert callable(cli.function(name)) and cli.function(name).__doc__
@@ -358,6 +365,12 @@ FAULTS: list[tuple[list[str], int, str]] = [
     (["export", "out=."], 3, "not an artefact"),
     (["generate", "prompt=x", "hydra.run.dir=/tmp/x"], 2, "hydra"),
     (["generate", "prompt=x", "out=file"], 4, "file"),
+    (["generate", "prompt=x", "out=file/deep"], 4, "file/deep"),
+    (["generate", "prompt=x", "out=a/b/c", "text.store=none"], 3, "none"),
+    (["embed", "prompt=x", "out=file/deep"], 4, "file/deep"),
+    (["embed", "prompt=x", "out=a/b/c", "text.negative=' '"], 2, "empty"),
+    (["import", "weights=show1", "source=none", "out=a/b/c"], 3, "none"),
+    (["evaluate", "given=true", "out=a/b/c"], 2, "for a stage alone"),
     (["generate", "prompt=x", "--nonsense"], 2, "--nonsense"),
 ]
 
@@ -369,14 +382,64 @@ def test_a_mistake_is_one_line_and_creates_nothing(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("in the way")
-    before = tree_bytes(tmp_path)
+    before = tree_bytes(tmp_path), sorted(tmp_path.rglob("*"))
     more = ["chain=mini", "--config-dir", str(mini)] if words[:1] in (["generate"], ["export"]) else []
     with pytest.raises(SystemExit) as exit_:
         cli.run_main([*words, *more], cli.command, "cascade")
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert exit_.value.code == code, said
     assert len(said) == 1 and named in said[0] and "Fix: " in said[0]
-    assert tree_bytes(tmp_path) == before
+    assert (tree_bytes(tmp_path), sorted(tmp_path.rglob("*"))) == before
+
+
+def test_what_lies_in_out_is_kept_and_named_before_anything_is_made(
+    cascade: Any, mini: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(mini / "weights" / "base", "weights")
+    Path("run/stages/tsr").mkdir(parents=True)
+    Path("run/stages/tsr/thesis.txt").write_text("years of work")
+    Path("file/0001").mkdir(parents=True)
+    Path("file/0001/stages").write_text("in the way")
+    before = tree_bytes(Path())
+    monkeypatch.setattr(Stage, "sample", lambda *_, **__: pytest.fail("made for nothing"))
+    for out, words in (("weights", "it holds 'weights'"), ("run", "not an artefact"), ("file", "0001/stages")):
+        with pytest.raises((InputError, HostError), match=words):
+            cascade("generate", "prompt=x", f"out={out}", f"samples={1 + (out == 'file')}")
+    with pytest.raises(InputError, match="it holds 'weights', not 'pipeline'"):
+        cascade("export", "out=weights")
+    assert tree_bytes(Path()) == before
+
+
+def test_a_task_finds_out_first_that_it_may_not_write(stage: Any, mini: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("file").write_text("in the way")
+    for folder in ("trained/weights", "student/02/weights"):
+        shutil.copytree(mini / "weights" / "base", folder)
+        Path(folder, "thesis.txt").write_text("years of work")
+    for folder in ("tuned", "judged"):
+        store.commit(Path(folder), {"a": b"1"}, kind="test")
+    before = tree_bytes(Path())
+    monkeypatch.setattr(Stage, "__init__", lambda *_: pytest.fail("a stage was made for nothing"))
+    for task in tasks.TASKS:
+        with pytest.raises(HostError, match="file/deep"):
+            stage("base", f"task={task}", *["prompt=x"] * (task == "sample"), "out=file/deep.mp4")
+    for task, out, words in (
+        ("train", "trained", "thesis"), ("distill", "student", "thesis"), ("evaluate", "judged", "'test'")
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=words):
+            stage("base", f"task={task}", f"out={out}")
+    with pytest.raises(InputError, match="'test', not 'tune'"):
+        stage("tsr", "task=tune", "out=tuned", "tune.before=null", "tune.by.input=degraded", "augment_max=0.1")
+    assert tree_bytes(Path()) == before
+
+
+def test_what_a_killed_run_left_is_swept(cascade: Any) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    cascade("generate", f"prompt={PROMPT}", "out=run")
+    for folder in ("run", "run/stages"):
+        Path(folder, f".tmp-base-{dead.pid}-0123abcd").mkdir()
+    cascade("generate", f"prompt={PROMPT}", "out=run")
+    assert not list(Path("run").rglob(".tmp-*"))
 
 
 @pytest.mark.parametrize(

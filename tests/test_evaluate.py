@@ -17,7 +17,7 @@ from cascade.config import kinds, parse, plain, plugin
 from cascade.data.captions import held_out
 from cascade.data.shapes import ShapesConfig
 from cascade.data.source import DataConfig, World
-from cascade.errors import ConfigError, InputError
+from cascade.errors import ConfigError
 from cascade.evaluation import evaluate
 from cascade.evaluation.evaluate import judge_chain, judge_stage
 from cascade.evaluation.exam import Case, EvaluateConfig, Exam, measure, measures
@@ -94,6 +94,8 @@ def test_the_verb_composes_and_refuses_what_it_does_not_know() -> None:
     assert error.value.fix == "seed"
     with pytest.raises(ConfigError, match="no measure"):
         evaluate.chain_verb(compose("evaluate", ["metrics=[beauty]"]))
+    with pytest.raises(ConfigError, match="image and given are for a stage alone"):
+        evaluate.chain_verb(compose("evaluate", ["given=true"]))
 
 
 # what is asked
@@ -375,10 +377,3 @@ def test_a_chain_is_judged_stage_by_stage_and_makes_nothing_twice(
     again = judge_chain(runner, WORLD, EvaluateConfig(n=4, batch=3), out)
     assert store.canonical(again.tree()) == store.canonical(report.tree())
     judge_chain(runner, WORLD, EvaluateConfig(n=2, batch=3), out)
-
-
-def test_a_chain_is_given_nothing_and_damaged_clips_are_refused(runner: Runner, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="given"):
-        judge_chain(runner, WORLD, EvaluateConfig(n=1, given=True), tmp_path)
-    with pytest.raises(InputError):
-        store.read(tmp_path / "videos/0000/stages/base", "stage")

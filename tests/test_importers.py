@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from cascade import checkpoint, cli, importers, loading
+from cascade import checkpoint, cli, importers, loading, store
 from cascade.config import package_root, parse, plain, plugin
 from cascade.errors import CascadeError, ConfigError, InputError
 from cascade.importers import layout_of
@@ -419,6 +419,13 @@ class Trap:
 
     def __reduce__(self) -> Any:
         return Path.touch, (self.path,)
+
+
+def test_what_is_of_another_kind_is_named_before_the_source_is_read(tmp_path: Path) -> None:
+    store.commit(tmp_path / "ours", {"a": b"1"}, kind="text")
+    for way, kind in (("cascade", "weights"), ("source", "published")):
+        with pytest.raises(InputError, match=f"ours: it holds 'text', not '{kind}'"):
+            bring("modelscope", tmp_path / "absent", tmp_path / "ours", to=way)
 
 
 def test_a_pickle_is_never_run(tmp_path: Path) -> None:

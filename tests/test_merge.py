@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cascade import checkpoint
-from cascade.errors import ConfigError, InputError
+from cascade.errors import ConfigError, HostError, InputError
 from cascade.fit import command
 from cascade.merge import merge
 
@@ -34,6 +34,14 @@ def test_half_of_what_was_learned_is_the_mean(tmp_path: Path) -> None:
     before, after = saved(tmp_path / "before", 2.0), saved(tmp_path / "after", 7.0)
     weights = checkpoint.load(merge(tmp_path / "out", after, before, before, 0.5))
     assert torch.equal(weights.state["a"], torch.full((8,), 4.5)) and weights.config["steps"] == 2.0
+
+
+def test_what_is_of_another_kind_is_kept(tmp_path: Path) -> None:
+    saved(tmp_path / "out", 1.0)
+    with pytest.raises(InputError, match="it holds 'weights', not 'text'"):
+        command(["text", str(tmp_path / "out")])
+    with pytest.raises(HostError, match="Not a directory"):
+        command(["judge", str(tmp_path / "out/config.json/deep")])
 
 
 def test_other_architectures_are_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from cascade.errors import ConfigError, InputError
 from cascade.evaluation import evaluate
 from cascade.evaluation.exam import EvaluateConfig, measures
 from cascade.evaluation.marks import Row, Timing, subject_key
-from cascade.request import Prompts
+from cascade.request import Given
 from cascade.results import plots
 from cascade.results.gates import Gate, outcome
 from cascade.results.page import Layout, gap_table, missing, page
@@ -346,7 +346,7 @@ def test_real_evaluations_become_a_page_and_measures_beside_the_card(
         for seed in (0, 1):
             cfg = stage.cfg
             cfg.weights, cfg.sampler = str(folder), Sampler(steps=steps)
-            run = Prompts(out=str(tmp_path / f"runs/{steps}-{seed}"), seed=seed)
+            run = Given(out=tmp_path / f"runs/{steps}-{seed}", seed=seed)
             own, on, said = {"evaluate": {"n": 4}}, Device(device="cpu"), f"typed {steps} {seed}"
             evaluate.stage_task(Request(cfg, plugin("ssr"), run, on, TextConfig(encoder="x"), DataConfig(), own, said))  # type: ignore[arg-type]
     before = checkpoint.load(folder).hash

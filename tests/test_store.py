@@ -124,11 +124,47 @@ def test_what_is_not_ours_is_never_touched(tmp_path: Path, replace: bool) -> Non
     (other / "manifest.json").write_text('{"name": "an extension"}')
     (tmp_path / "file").write_text("text")
     (tmp_path / "link").symlink_to(mine)
+    (tmp_path / "piped").mkdir()
+    os.mkfifo(tmp_path / "piped/manifest.json")
     before = tree(tmp_path)
-    for name in ("mine", "other", "file", "link"):
+    for name in ("mine", "other", "file", "link", "piped"):
         with pytest.raises(InputError, match="not an artefact"):
             store.commit(tmp_path / name, NEW, kind="test", replace=replace)
     assert tree(tmp_path) == before and temporaries(tmp_path) == []
+
+
+@pytest.mark.parametrize("replace", [True, False])
+def test_an_artefact_of_another_kind_is_kept(tmp_path: Path, replace: bool) -> None:
+    path = store.commit(tmp_path / "x", OLD, kind="weights")
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match="it holds 'weights', not 'test'"):
+        store.commit(path, NEW, kind="test", replace=replace)
+    with pytest.raises(InputError, match="it holds 'weights', not 'test'"):
+        store.commit_into(path, NEW, kind="test")
+    with pytest.raises(InputError, match="it holds 'weights', not 'test'"):
+        store.check_into(path, "test")
+    assert tree(tmp_path) == before and store.kind_of(path) == "weights"
+
+
+@pytest.mark.parametrize("manifest", ["whole", "damaged", "of another program"])
+def test_what_else_lies_in_an_artefact_is_never_lost(tmp_path: Path, manifest: str) -> None:
+    path = store.commit(tmp_path / "x", OLD, kind="test")
+    (path / "sub/thesis.txt").write_text("years of work")
+    if manifest != "whole":
+        (path / "manifest.json").write_text("{" if manifest == "damaged" else "// an extension's\n{}")
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match=r"x: sub/thesis\.txt there is no part of that artefact"):
+        store.commit(path, NEW, kind="test", replace=True)
+    assert tree(tmp_path) == before
+
+
+def test_locks_remains_and_measures_are_replaced_with_an_artefact(tmp_path: Path) -> None:
+    path = store.commit(tmp_path / "x", OLD, kind="test")
+    for name in (".lock-sub", ".tmp-a.bin-1-0123abcd", store.MEASURES):
+        (path / name).write_bytes(b"")
+    store.check_ours(path, "test")
+    store.commit(path, NEW, kind="test", replace=True)
+    assert store.read(path).files == NEW and not (path / store.MEASURES).exists()
 
 
 def test_a_failing_callback_leaves_nothing(tmp_path: Path) -> None:
@@ -601,6 +637,46 @@ def test_a_lock_is_held_once_and_freed_by_an_error(tmp_path: Path) -> None:
         pass
 
 
+def test_only_a_regular_file_is_a_lock(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("years of work")
+    (tmp_path / ".lock-link").symlink_to("mine")
+    os.mkfifo(tmp_path / ".lock-pipe")
+    (tmp_path / ".lock-folder").mkdir()
+    for name in ("link", "pipe", "folder"):
+        with pytest.raises(HostError, match=f"lock-{name}: "), store.lock(tmp_path / name):
+            pass
+    assert (tmp_path / "mine").read_text() == "years of work" and len(os.listdir(tmp_path)) == 4
+
+
+def test_a_full_disk_is_named_by_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(HostError, match="No space left"), store.lock(tmp_path / "a/run"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_takes_away_the_folders_made_for_it_if_nothing_came_of_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError), store.lock(tmp_path / "a/b/run"):
+        raise InputError("refused")
+    assert os.listdir(tmp_path) == []
+    with store.lock(tmp_path / "a/b/run"):
+        (tmp_path / "a/result").write_bytes(b"")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "result"]
+
+
+def test_a_lock_sweeps_what_the_dead_left_of_its_directory(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name in (f".tmp-run-{dead.pid}-0123abcd", f".tmp-other-{dead.pid}-0123abcd"):
+        (tmp_path / name / "inner").mkdir(parents=True)
+        (tmp_path / "run" / name).mkdir(parents=True)
+    with store.lock(tmp_path / "run"):
+        assert temporaries(tmp_path) == [f".tmp-other-{dead.pid}-0123abcd"] and temporaries(tmp_path / "run") == []
+
+
 def test_an_unwritable_place_is_a_host_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for path in (tmp_path / "file/x", tmp_path / ("n" * 300), Path("/proc/x")):
@@ -609,11 +685,17 @@ def test_an_unwritable_place_is_a_host_error(tmp_path: Path) -> None:
         with pytest.raises(HostError, match="cannot write"):
             store.write_file(path, b"")
         with pytest.raises(HostError, match="cannot write"):
+            store.check_place(path / "deep")
+        with pytest.raises(HostError, match="cannot write"), store.lock(path / "deep"):
+            pass
+        with pytest.raises(HostError, match="cannot write"):
             store.commit_into(path, {"a": b"1"}, kind="test")
     with pytest.raises(HostError):
         store.commit_file(tmp_path / "file/x.bin", b"", kind="test")
     with pytest.raises(HostError, match="it is a file"), store.lock(tmp_path / "file"):
         pass
+    for path in (tmp_path, tmp_path / "file", tmp_path / "new/name"):
+        store.check_place(path)
     assert os.listdir(tmp_path) == ["file"]
 
 

@@ -301,9 +301,11 @@ def sampled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float]]:
 def test_the_task_writes_what_was_found_and_the_level(
     ask: Any, sampled: list[Any], tmp_path: Path, capsys: Any
 ) -> None:
-    file = tmp_path / "up.yaml"
+    file, link = tmp_path / "up.yaml", tmp_path / "link.yaml"
     file.write_text("name: ssr  # up\naugment: 0.03  # of the input\n")
-    ask(write=str(file), within=0.0)
+    link.symlink_to("up.yaml")
+    ask(write=str(link), within=0.0)
+    assert link.is_symlink()
     printed = capsys.readouterr().out
     tree = json.loads((tmp_path / "out/tune.json").read_bytes())
     assert store.problems(tmp_path / "out", "tune") == []

@@ -34,10 +34,10 @@ from cascade.evaluation.exam import (
     lacking,
     measure,
 )
-from cascade.evaluation.marks import Report, clips_of, described, rows_of, sheet_of, strips_of, table, write
+from cascade.evaluation.marks import REPORT, Report, clips_of, described, rows_of, sheet_of, strips_of, table, write
 from cascade.loading import load_stage
 from cascade.pipeline import VIDEO, Progress, Runner, precision, read_clip
-from cascade.request import bars, jobs_of, take
+from cascade.request import Out, bars, jobs_of, take
 from cascade.settings import Rule, StageConfig
 from cascade.stage import Stage
 from cascade.text import Text, text_source
@@ -98,6 +98,7 @@ def stage_task(ask: Request) -> None:
     for name in names:
         measure(name)
     out = ask.out("evaluate")
+    store.check_into(out, REPORT)
     stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
     config = read_weights(ask.cfg).config
     encoder = text_source(ask.text)
@@ -136,10 +137,6 @@ def judge_chain(runner: Runner, source: Source, cfg: EvaluateConfig, out: Path) 
     The clips are a chain's ordinary artefacts below `out`/videos, so that a run that was cut short goes on.
     """
     chain, exam = runner.chain, Exam(source, cfg)
-    if cfg.image or cfg.given:
-        raise ConfigError(
-            "image and given are for a stage alone", fix="python -m stages.base task=evaluate evaluate.image=true"
-        )
     last = chain.stages[-1]
     names = cfg.metrics if cfg.metrics is not None else list(chain.rules[0].METRICS)
     stages = {}
@@ -149,6 +146,8 @@ def judge_chain(runner: Runner, source: Source, cfg: EvaluateConfig, out: Path) 
         stages[stage.name] = described(told, weights.hash, weights.config)
     questions = exam.questions(last.shape, last.fps)
     jobs = jobs_of([question.prompt for question in questions], 1, out / "videos")
+    for job in jobs:
+        store.sweep(job.directory / "stages")
     runner.run(jobs, None)
     rows = []
     for stage, rule in zip(chain.stages, chain.rules, strict=True):
@@ -197,11 +196,15 @@ def read_weights(stage: StageConfig) -> checkpoint.Weights:
     return checkpoint.load(checkpoint.locate(stage.weights, stage.name, stage.sampler.steps))
 
 
-def chain_verb(tree: dict[str, Any]) -> None:
+def chain_verb(tree: dict[str, Any]) -> Callable[[], None]:
     """`cascade evaluate`: judges a chain; report.json and report.png in `out`, and a table on stdout."""
     cfg, on = take(tree, EvaluateConfig), take(tree, Device)
     data = parse(tree.pop("data", {}), DataConfig, "data")
-    given, command = tree.pop("out", None), str(tree.pop("command", None) or "")
+    where, command = take(tree, Out), str(tree.pop("command", None) or "")
+    if cfg.image or cfg.given:
+        raise ConfigError(
+            "image and given are for a stage alone", fix="python -m stages.base task=evaluate evaluate.image=true"
+        )
     chain = Chain.read(tree, ["out", "data", *(f.name for cls in (EvaluateConfig, Device) for f in fields(cls))])
     for name in cfg.metrics or chain.rules[0].METRICS:
         measure(name)
@@ -210,13 +213,18 @@ def chain_verb(tree: dict[str, Any]) -> None:
     for stage in chain.stages:
         read_weights(stage)  # of all stages, before any of them is used
     parts = [plain(part) for part in (*chain.stages, cfg, on, data, chain.text)]
-    out = Path(given) if given else Path("runs") / f"evaluate-{fingerprint(parts)[:12]}"
+    out = where.out or Path("runs") / f"evaluate-{fingerprint(parts)[:12]}"
     last = chain.stages[-1]
-    with store.lock(out), bars() as progress:
-        runner = Runner(chain, text_source(chain.text), on, cfg.seed, None, progress)
-        source = open_source(data, last.shape, last.fps, out / "clips")
-        report = judge_chain(runner, source, cfg, out)
-        report.command = command
-        write(report, out)
-    print(table(report))
-    print(out / "report.png")
+    store.check_into(out, REPORT)
+
+    def work() -> None:
+        with store.lock(out), bars() as progress:
+            runner = Runner(chain, text_source(chain.text), on, cfg.seed, None, progress)
+            source = open_source(data, last.shape, last.fps, out / "clips")
+            report = judge_chain(runner, source, cfg, out)
+            report.command = command
+            write(report, out)
+        print(table(report))
+        print(out / "report.png")
+
+    return work

@@ -23,6 +23,7 @@ from cascade.evaluation.exam import MADE, SHOWN, Answers, EvaluateConfig, Questi
 from cascade.settings import StageConfig
 
 JSON, PICTURE, TIMING = "report.json", "report.png", "timing.json"
+REPORT = "report"  # kind of the artefact of the first two
 STRIPS = "strips"  # pictures of the first clips alone, a file for each label of the contact sheet
 LINES, FRAMES = 3, 8  # clips of a strip picture, one below the other, and the most frames of each
 ARCHITECTURE = ("kind", "net", "diffusion", "sampler", "identity")  # what weights record that is no fact about them
@@ -217,7 +218,7 @@ def write(report: Report, out: Path) -> None:
     """
     files = {JSON: store.canonical(report.tree()), PICTURE: picture(report)}
     files |= {f"{STRIPS}/{label}.png": data for label, data in report.strips.items()}
-    store.commit_into(out, files, kind="report", meta={"stages": list(report.subject["stages"])})
+    store.commit_into(out, files, kind=REPORT, meta={"stages": list(report.subject["stages"])})
     taken = timing(report)
     if taken.seconds or not same_subject(out / TIMING, taken.subject):
         store.write_file(out / TIMING, store.canonical(plain(taken)))

@@ -30,7 +30,7 @@ from cascade.text import Text, text_source
 from cascade.training.imitation import Imitate, imitation
 from cascade.video import Video
 
-JSON = "tune.json"
+JSON, KIND = "tune.json", "tune"
 LINE = re.compile(r"(?m)^(augment:[ \t]*)([^\s#]+)")  # of a stage's YAML, its value apart
 
 
@@ -102,10 +102,12 @@ def stage_task(ask: Request) -> None:
     """`task=tune`: tune.json in `out`, a table on stdout, and with `tune.write` the level in the stage's YAML."""
     cfg = parse(ask.own.get("tune", {}), TuneConfig, "tune")
     check(ask.cfg, ask.rule, cfg)
-    target = None if cfg.write is None else locate(cfg.write)
+    target = None if cfg.write is None else locate(cfg.write).resolve()  # a link stays one
     if target is not None:
+        store.check_place(target)
         edited(read_yaml(target), ask.cfg.name, 0.0, str(target))  # refused before anything is made
     questions, out = cfg.exam(ask.run.seed, ask.rule), ask.out("tune")
+    store.check_into(out, KIND)
     stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
     config, encoder = read_weights(ask.cfg).config, text_source(ask.text)
     before, keys = (None, []) if cfg.before is None else imitation(cfg.before, ask.on.torch)
@@ -134,7 +136,7 @@ def stage_task(ask: Request) -> None:
             "choice": plain(choice),
             "command": ask.command,
         }
-        store.commit_into(out, {JSON: store.canonical(tree)}, kind="tune", meta={"stage": stage.cfg.name})
+        store.commit_into(out, {JSON: store.canonical(tree)}, kind=KIND, meta={"stage": stage.cfg.name})
     print(table(found, choice, cfg, stage.cfg))
     print(out / JSON)
     if target is not None:

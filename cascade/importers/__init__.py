@@ -26,6 +26,8 @@ from cascade.importers import _source as source
 from cascade.nets.unet3d import UNet3D
 from cascade.nets.unet3d_config import UNet3DConfig
 
+PUBLISHED = "published"  # kind of a folder that is written back
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -50,8 +52,8 @@ class ImportConfig:
     """What is imported, and for what."""
 
     weights: str
-    source: str
-    out: str
+    source: Path
+    out: Path
     kind: str = "base"
     prediction: Prediction = Prediction.EPS
     file: str | None = None
@@ -80,13 +82,14 @@ def verb(tree: dict[str, Any]) -> None:
         if tree.get(name) is None:
             raise ConfigError(f"{name} is missing", fix=f"{name}={'modelscope' if name == 'weights' else 'DIRECTORY'}")
     run = parse(tree, ImportConfig)
-    with store.lock(Path(run.out)):
+    store.check_ours(run.out, PUBLISHED if run.to is To.SOURCE else checkpoint.KIND)
+    with store.lock(run.out):
         print((write_back if run.to is To.SOURCE else bring)(run))
 
 
 def bring(run: ImportConfig) -> str:
     """The source's weights as a weights directory. Raises InputError for a source that is not exactly as it says."""
-    layout, folder = layout_of(run.weights), source.folder(Path(run.source))
+    layout, folder = layout_of(run.weights), source.folder(run.source)
     config = source.config(folder)
     cfg = source.understood(folder, config, layout.classes, layout.network)
     paths = source.files(folder, run.file)
@@ -97,7 +100,7 @@ def bring(run: ImportConfig) -> str:
     source.check(folder, state, wanted)
     parameters = sum(tensor.numel() for tensor in state.values())
     checkpoint.save(
-        Path(run.out),
+        run.out,
         state,
         {
             "kind": run.kind,
@@ -118,7 +121,7 @@ def write_back(run: ImportConfig) -> str:
         raise ConfigError(
             f"{run.weights} cannot be written back, only {', '.join(able)}", fix=suggest("", able, "weights=")
         )
-    weights = checkpoint.load(Path(run.source))
+    weights = checkpoint.load(run.source)
     cfg = parse(weights.config.get("net", {}), UNet3DConfig, "net")
     origin = weights.config.get("source", {})
     if origin.get("layout") == run.weights and layout.network(origin["config"]) == cfg:
@@ -129,7 +132,7 @@ def write_back(run: ImportConfig) -> str:
         "config.json": store.canonical(config),
         "diffusion_pytorch_model.safetensors": store.tensors_to_bytes(weights.state, metadata=("format", "pt")),
     }
-    store.commit(Path(run.out), files, kind="published", meta={"weights": weights.hash}, replace=True)
+    store.commit(run.out, files, kind=PUBLISHED, meta={"weights": weights.hash}, replace=True)
     return f"{run.out}: {len(weights.state)} tensors as {run.weights} has them"
 
 

@@ -21,7 +21,6 @@ from cascade.results.plots import Column
 from cascade.results.series import Evaluation, Series, collect, pool
 
 MARKDOWN, DATA, PICTURES = "results.md", "results.json", "results"
-MEASURES = "MEASURES.md"  # beside a model card, and not in the manifest: see docs/decisions.md
 FORMAT = 1
 
 
@@ -29,10 +28,10 @@ FORMAT = 1
 class ReportConfig:
     """What is collected and how it is shown."""
 
-    runs: str | None = None  # directory with evaluations, however deep
-    out: str = "docs"
-    notes: str = "docs/results-notes.md"  # what still goes wrong, by hand
-    cards: str | None = None  # directory of weights directories that get a MEASURES.md
+    runs: Path | None = None  # directory with evaluations, however deep
+    out: Path = Path("docs")
+    notes: Path = Path("docs/results-notes.md")  # what still goes wrong, by hand
+    cards: Path | None = None  # directory of weights directories that get a MEASURES.md
     stages: list[str] = field(default_factory=list)
     columns: list[Column] = field(default_factory=list)
     expected: dict[str, list[int]] = field(default_factory=dict)
@@ -46,8 +45,8 @@ def verb(tree: dict[str, Any]) -> None:
         raise ConfigError("runs is missing", fix="runs=DIR, where evaluations lie")
     if cfg.cards is not None and not locate(cfg.cards).is_dir():
         raise InputError(f"cards {cfg.cards}: is not a directory", fix="cards=checkpoints/tiny")
-    series = pool(collect(Path(cfg.runs)))
-    out = Path(cfg.out)
+    series = pool(collect(cfg.runs))
+    out = cfg.out
     with store.lock(out):
         write(series, cfg, out)
     if cfg.cards is not None:
@@ -64,7 +63,7 @@ def write(series: Sequence[Series], cfg: ReportConfig, out: Path) -> None:
     if shown:
         store.commit(out / PICTURES, shown, kind="pictures", replace=True)
     store.write_file(out / DATA, store.canonical(results(series, gates)))
-    text = page(series, gates, layout, set(shown), notes(Path(cfg.notes)))
+    text = page(series, gates, layout, set(shown), notes(cfg.notes))
     store.write_file(out / MARKDOWN, text.encode())
 
 
@@ -175,7 +174,7 @@ def write_cards(series: Sequence[Series], columns: Sequence[Column], folder: Pat
         key = store.read(path, "weights").hash
         mine = [s for s in series if s.what == "stage" and s.first.subject.stages[s.last].weights == key]
         if mine:
-            written.append(store.write_file(path / MEASURES, card(mine, columns, key).encode()))
+            written.append(store.write_file(path / store.MEASURES, card(mine, columns, key).encode()))
     return written
 
 

@@ -5,12 +5,14 @@ the size and SHA-256 of its files. It is written under a temporary name, flushed
 it is always complete, whatever was killed or ran full.
 """
 
-from cascade.store.disk import TEMPORARY, discard, growing, lock, sweep, write_file
+from cascade.store.disk import TEMPORARY, check_place, discard, growing, lock, sweep, write_file
 from cascade.store.reading import (
     MANIFEST,
+    MEASURES,
     Artefact,
     canonical,
     from_json,
+    kind_of,
     latest,
     manifest,
     manifest_path,
@@ -19,23 +21,27 @@ from cascade.store.reading import (
     read,
 )
 from cascade.store.tensors import bytes_to_tensors, metadata, refuse_pickle, tensors_to_bytes
-from cascade.store.writing import Fill, Pairs, check_ours, commit, commit_file, commit_into, prune
+from cascade.store.writing import Fill, Pairs, check_into, check_ours, commit, commit_file, commit_into, prune
 
 __all__ = [
     "MANIFEST",
+    "MEASURES",
     "TEMPORARY",
     "Artefact",
     "Fill",
     "Pairs",
     "bytes_to_tensors",
     "canonical",
+    "check_into",
     "check_ours",
+    "check_place",
     "commit",
     "commit_file",
     "commit_into",
     "discard",
     "from_json",
     "growing",
+    "kind_of",
     "latest",
     "lock",
     "manifest",

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -20,6 +21,11 @@ from typing import IO
 from cascade.errors import HostError, LockedError
 
 TEMPORARY = re.compile(r"\.(tmp|del|old)-(.+)-(\d+)-[0-9a-f]{8}")
+
+
+def passing(name: str) -> bool:
+    """Whether a file of that name is a lock or a temporary one, and no part of what lies beside it."""
+    return name.startswith(".lock-") or TEMPORARY.fullmatch(name) is not None
 
 
 def write_file(path: Path, data: bytes) -> Path:
@@ -65,13 +71,28 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
-def make_directories(path: Path) -> None:
+def make_directories(path: Path) -> list[Path]:
+    """Makes `path` and what is above it; returns what was not there, the outermost first."""
     if path.is_dir():
-        return
-    make_directories(path.parent)
+        return []
+    made = make_directories(path.parent)
     with contextlib.suppress(FileExistsError):
         os.mkdir(path)
+        made.append(path)
     sync_directory(path.parent)
+    return made
+
+
+def check_place(path: Path) -> None:
+    """Raises HostError where nothing could be written at `path`, which is found out by trying in the nearest folder."""
+    with host(path, 0):
+        path = path.absolute()
+        place = path if path.is_dir() else path.parent
+        while not place.exists():
+            place = place.parent
+        probe = aside(place / path.name, "tmp")
+        os.mkdir(probe)
+        os.rmdir(probe)
 
 
 def aside(path: Path, why: str) -> Path:
@@ -109,28 +130,49 @@ def megabytes(size: int) -> str:
 def lock(directory: Path) -> Iterator[None]:
     """Holds `directory` for this process by flock on `.lock-<name>` beside it; the kernel drops it if we die.
 
-    Raises LockedError naming the holder. The lock file is gone afterwards, so it is never part of an artefact.
+    What dead processes left of the directory, and in it, is swept first.
+    Raises LockedError naming the holder, HostError where nothing can be written. The lock file is gone afterwards, so
+    it is never part of an artefact, and with it the folders that were made for it, if nothing came of it.
     """
-    directory = directory.resolve()
+    directory = Path(os.path.realpath(directory))
+    check_place(directory)
     if directory.exists() and not directory.is_dir():
         raise HostError(f"cannot write {directory}: it is a file", fix="choose another out=, a directory")
     path = directory.parent / f".lock-{directory.name}"
-    with host(path, 0):
-        make_directories(path.parent)
-        fd = _acquired(path)
+    made: list[Path] = []
     try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, str(os.getpid()).encode(), 0)
-        yield
-    finally:
-        path.unlink(missing_ok=True)  # while it is held: whoever waits on the old inode sees that it is gone
-        os.close(fd)
-
-
-def _acquired(path: Path) -> int:
-    while True:
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        with host(path, 0):
+            fd = _acquired(path, made)
         try:
+            with host(path, 0):
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, str(os.getpid()).encode(), 0)
+                sweep(directory)
+                sweep(directory.parent, directory.name)
+            yield
+        finally:
+            path.unlink(missing_ok=True)  # while it is held: whoever waits on the old inode sees that it is gone
+            os.close(fd)
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in reversed(made):
+                folder.rmdir()
+
+
+def _acquired(path: Path, made: list[Path]) -> int:
+    """The lock file, held. Adds to `made` the folders that were made for it."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK  # a link or a FIFO is no lock
+    while True:
+        made += make_directories(path.parent)
+        try:
+            fd = os.open(path, flags, 0o644)
+        except FileNotFoundError:
+            if path.parent.is_dir():
+                raise
+            continue  # who had made that folder took it away
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise HostError(f"cannot write {path}: it is not a regular file", fix="remove it")
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             pid = os.pread(fd, 20, 0).decode(errors="replace").strip()
@@ -148,13 +190,16 @@ def _acquired(path: Path) -> int:
         os.close(fd)
 
 
-def sweep(parent: Path) -> None:
-    """Removes what dead processes left in `parent`, and puts back what they were replacing. Call it under the lock."""
+def sweep(parent: Path, name: str | None = None) -> None:
+    """Removes what dead processes left in `parent` (of `name` alone, if given), and puts back what they were replacing.
+
+    Call it under the lock.
+    """
     if not parent.is_dir():
         return
     for path in sorted(parent.iterdir()):
         match = TEMPORARY.fullmatch(path.name)
-        if not match or _alive(int(match[3])):
+        if not match or name not in (None, match[2]) or _alive(int(match[3])):
             continue
         final = parent / match[2]
         if match[1] == "old" and not final.exists():

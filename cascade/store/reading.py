@@ -19,6 +19,7 @@ from cascade.store.disk import megabytes
 MANIFEST = "manifest.json"
 FORMAT = 1
 MANIFEST_LIMIT = 16 << 20  # bytes
+MEASURES = "MEASURES.md"  # lies in an artefact and is no part of it, nor is it a loss when that is replaced
 
 log = logging.getLogger("cascade")
 
@@ -70,6 +71,14 @@ def manifest_path(path: Path) -> Path:
 def manifest(path: Path, kind: str | None = None) -> dict[str, Any]:
     """The checked manifest: format_version, kind, files, meta. Raises InputError."""
     return _parsed(path, kind)[0]
+
+
+def kind_of(path: Path) -> str | None:
+    """The kind of the artefact `path` by its manifest; None where there is none, or a damaged one."""
+    try:
+        return str(manifest(path)["kind"])
+    except InputError:
+        return None
 
 
 def read(path: Path, kind: str | None = None, only: Collection[str] | None = None) -> Artefact:
@@ -132,7 +141,7 @@ def _parsed(path: Path, kind: str | None) -> tuple[dict[str, Any], bytes]:
         raise _bad(path, f"there is no such file or directory ({holds(path.parent)})")
     if not file.exists():
         raise _bad(path, f"{file.name} is missing ({holds(file.parent)})")
-    data = _bytes(file.parent, file.name, None)
+    data = contents(file.parent, file.name)
     tree = from_json(data, file)
     reason = _unfit(tree, data)
     if reason:
@@ -186,14 +195,14 @@ def legal(name: str) -> str:
 
 
 def _verified(folder: Path, name: str, entry: Mapping[str, Any]) -> bytes:
-    data = _bytes(folder, name, entry["bytes"])
+    data = contents(folder, name, entry["bytes"])
     if hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise _bad(folder / name, "is damaged: its SHA-256 is not the manifest's")
     return data
 
 
-def _bytes(folder: Path, name: str, size: int | None) -> bytes:
-    """All of a regular file inside `folder`, of `size` bytes if given; a link that leaves the folder is refused."""
+def contents(folder: Path, name: str, size: int | None = None) -> bytes:
+    """All of a regular file inside `folder`, of `size` bytes (None: a manifest); a link to outside is refused."""
     path = folder / name
     try:
         if not path.resolve(strict=True).is_relative_to(folder.resolve()):

@@ -8,15 +8,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from cascade.errors import HostError, InputError
-from cascade.store.disk import aside, discard, host, make_directories, sync_directory, write_file, write_new
+from cascade.store.disk import aside, discard, host, make_directories, passing, sync_directory, write_file, write_new
 from cascade.store.reading import (
     MANIFEST,
-    MANIFEST_LIMIT,
+    MEASURES,
+    contents,
     holds,
     legal,
     manifest_bytes,
@@ -26,6 +27,7 @@ from cascade.store.reading import (
 )
 
 Fill = Callable[[Path], None]
+ELSEWHERE = "choose another name or move it away"
 Pairs = Iterable[tuple[str, bytes]]  # names and contents, made one after the other: not all in memory at once
 
 
@@ -40,7 +42,7 @@ def commit(
     """Makes the directory artefact `final` from named bytes, or from what `files(directory)` writes into a directory.
 
     If `final` already verifies it is kept and the new one dropped, unless `replace`. A damaged artefact is replaced;
-    a directory that is not an artefact is never touched. Raises HostError (disk, permission), InputError.
+    what `check_ours` refuses is never touched. Raises HostError (disk, permission), InputError.
     """
     need = sum(len(data) for data in files.values()) if isinstance(files, Mapping) else 0
     with host(final, need):
@@ -56,7 +58,7 @@ def commit(
             entries = _flushed(tmp) if callable(files) else _written(tmp, files)
             write_new(tmp / MANIFEST, manifest_bytes(kind, entries, meta or {}))
             sync_directory(tmp)
-            _place(tmp, final, replace)
+            _place(tmp, final, kind, entries, replace)
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
     return final
@@ -71,6 +73,7 @@ def commit_into(
     """
     with host(directory, sum(len(data) for data in files.values())):
         entries = {legal(name): _entry(data) for name, data in files.items()}
+        check_into(directory, kind)
         manifest_data = manifest_bytes(kind, entries, meta or {})
         if _same(directory / MANIFEST, manifest_data) and not problems(directory):
             return directory
@@ -146,17 +149,17 @@ def _same(path: Path, data: bytes) -> bool:
     return path.is_file() and path.stat().st_size == len(data) and path.read_bytes() == data
 
 
-def _place(tmp: Path, final: Path, replace: bool) -> None:
+def _place(tmp: Path, final: Path, kind: str, names: Collection[str], replace: bool) -> None:
     """Renames `tmp` to `final`. The loser of a race finds the winner's artefact there and keeps it."""
     for _ in range(10):
-        if _occupied(final):
-            if not replace and not problems(final):
-                return
-            check_ours(final)
-            _exchange(tmp, final)
-            return
         try:
-            os.rename(tmp, final)
+            if not _occupied(final):
+                os.rename(tmp, final)
+            elif not replace and not problems(final, kind):
+                return
+            else:
+                check_ours(final, kind, names)
+                _exchange(tmp, final)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
@@ -170,24 +173,55 @@ def _occupied(path: Path) -> bool:
     return os.path.lexists(path) and not (path.is_dir() and not path.is_symlink() and not any(path.iterdir()))
 
 
-def check_ours(final: Path) -> None:
-    """Raises InputError where `commit` would refuse to write.
+def check_ours(final: Path, kind: str, names: Collection[str] | None = None) -> None:
+    """Raises InputError where `commit` would refuse to write an artefact of `kind`: where anything else would be lost.
 
-    A damaged manifest is ours to replace; a folder without one, or with that of another program, is not.
+    A damaged manifest is ours to replace, if nothing is there but the files `names` of the new artefact (None: not
+    known yet). A folder without a manifest, or with that of another program, is not.
     """
     if not _occupied(final):
         return
+    if final.is_symlink():
+        raise _not_ours(final)
+    listed = _listed(final, kind, names)
+    if listed is not None and (foreign := _foreign(final, {*listed, MANIFEST, MEASURES})):
+        raise InputError(f"cannot write {final}: {foreign} there is no part of that artefact", fix=ELSEWHERE)
+
+
+def check_into(directory: Path, kind: str) -> None:
+    """Raises InputError where `commit_into` would replace the manifest of anything else."""
+    if os.path.lexists(directory / MANIFEST):
+        _listed(directory, kind, None)
+
+
+def _listed(folder: Path, kind: str, names: Collection[str] | None) -> Collection[str] | None:
+    """The files that the manifest in `folder` lists, `names` if it is damaged. InputError unless it is of `kind`."""
     try:
-        tree = json.loads((final / MANIFEST).read_bytes()[:MANIFEST_LIMIT])
+        tree = json.loads(contents(folder, MANIFEST))
     except (ValueError, RecursionError):
-        return
-    except OSError:
+        return names
+    except InputError:
         tree = None
-    if not isinstance(tree, dict) or "format_version" not in tree or final.is_symlink():
-        raise InputError(
-            f"cannot write {final}: it exists and is not an artefact of Cascade ({holds(final)})",
-            fix="choose another name or move it away",
-        )
+    if not isinstance(tree, dict) or "format_version" not in tree:
+        raise _not_ours(folder)
+    if tree.get("kind") != kind:
+        raise InputError(f"cannot write {folder}: it holds {tree.get('kind')!r}, not {kind!r}", fix=ELSEWHERE)
+    files = tree.get("files")
+    return files if isinstance(files, dict) else names
+
+
+def _foreign(folder: Path, listed: Collection[str]) -> str:
+    """The first file below `folder` that is none of `listed`, or nothing."""
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        folders = path.is_dir() and not path.is_symlink()
+        if not folders and name.as_posix() not in listed and not any(map(passing, name.parts)):
+            return str(name)
+    return ""
+
+
+def _not_ours(path: Path) -> InputError:
+    return InputError(f"cannot write {path}: it exists and is not an artefact of Cascade ({holds(path)})", ELSEWHERE)
 
 
 def _exchange(tmp: Path, final: Path) -> None:
