@@ -25,6 +25,11 @@ class Sections:
     tune: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(kw_only=True)
+class Folder:
+    config_dir: Path | None = None  # that of --config-dir: the user's settings beside conf/
+
+
 @dataclass
 class Request:
     """A command on one stage, typed; `own` holds the `Sections`.
@@ -41,6 +46,7 @@ class Request:
     own: dict[str, Any]
     command: str = ""
     memory: str | None = None
+    config_dir: Path | None = None
 
     @property
     def training(self) -> TrainConfig:
@@ -63,7 +69,7 @@ def request(kind: str, tree: dict[str, Any]) -> Request:
     text = parse(tree.pop("text", {}), TextConfig, "text")
     data = parse(tree.pop("data", {}), DataConfig, "data")
     own = vars(take(tree, Sections))
-    ask = take(tree, Memory)
+    ask, folder = take(tree, Memory), take(tree, Folder)
     cfg: StageConfig = parse(tree, rule.Config)
     text = cfg.reads or text
-    return Request(cfg, rule, run, on, text, data, own, ask.command or "", ask.memory)
+    return Request(cfg, rule, run, on, text, data, own, ask.command or "", ask.memory, folder.config_dir)

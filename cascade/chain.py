@@ -139,7 +139,7 @@ class Chain:
                     fix=f"{stage.name}.net.text={width}",
                 )
         for before, after, rule in zip(self.stages, self.stages[1:], self.rules[1:], strict=False):
-            _check_pair(before, after, rule)
+            check_pair(before, after, rule)
 
     def text_of(self, stage: StageConfig) -> TextConfig:
         """The text encoder that `stage` reads."""
@@ -237,7 +237,8 @@ def _check_parts(stage: StageConfig, rule: Rule) -> None:
             Stage(stage, rule).at_once(torch.empty(size))
 
 
-def _check_pair(before: StageConfig, after: StageConfig, rule: Rule) -> None:
+def check_pair(before: StageConfig, after: StageConfig, rule: Rule) -> None:
+    """Raises ConfigError unless what `before` gives is what `after`, of that `rule`, takes."""
     takes, rate = rule.takes(after), rule.rate(after)
     wrong = [side for side in ("frames", "height", "width") if getattr(before.shape, side) != getattr(takes, side)]
     if wrong:

@@ -65,11 +65,16 @@ def locate(weights: str | None, stage: str, steps: int) -> Path:
 
     Such a file says for each stage which directory serves which number of sampler steps, {stage: {steps: directory}};
     `any` is a teacher, which serves all others.
-    Raises ConfigError where there are none, naming those that exist.
+    Raises ConfigError where there are none, naming those that exist, and for RANDOM, which is no directory.
     """
     if weights is None:
         raise ConfigError(
             f"{stage} has no weights", fix=f"{stage}.weights=DIRECTORY, or {stage}.weights={RANDOM} to try it out"
+        )
+    if weights == RANDOM:
+        raise ConfigError(
+            f"{stage}.weights is {RANDOM}, which is for trying a stage out: it can only sample",
+            fix=f"{stage}.weights=DIRECTORY",
         )
     table = config.package_root() / "conf" / "weights" / f"{weights}.yaml"
     if not re.fullmatch(r"[\w-]+", weights) or not table.is_file():

@@ -136,10 +136,10 @@ def _dataclass(tree: Any, cls: type, where: str) -> Any:
     except ConfigError as error:
         raise ConfigError(f"{where}: {error.message}" if where else error.message, error.fix) from error
     except ValueError as error:
-        raise ConfigError(f"{where}: {error}" if where else str(error), _mend(str(error), where)) from error
+        raise ConfigError(f"{where}: {error}" if where else str(error), mend(str(error), where)) from error
 
 
-def _mend(message: str, where: str) -> str:
+def mend(message: str, where: str) -> str:
     """The fix in `name is value, expected ...`, as our own checks say it."""
     found = re.match(r"([\w.]+) (?:and .*)?(?:is|are) .*expected (.+)", message, re.DOTALL)
     return f"set {join(where, found[1])} to {found[2]}" if found else f"another value in {where or 'the settings'}"

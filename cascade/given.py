@@ -87,7 +87,7 @@ def with_ends(run: Given, cfg: StageConfig) -> Video | None:
     if total <= there:
         raise ConfigError(
             f"seconds is {run.seconds:g}, which is {total} frames of {cfg.name}, and {there} are given",
-            fix=f"seconds={(there + new) / cfg.fps:g}",
+            fix=f"seconds={max(there + new, cfg.shape.frames) / cfg.fps:g}",
         )
     video = Video.unknown(1, 3, replace(cfg.shape, frames=total), cfg.fps)
     assert video.known is not None

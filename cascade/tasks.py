@@ -82,7 +82,7 @@ def train(ask: Request) -> None:
     source = open_source(ask.data, ask.cfg.shape, ask.cfg.fps, out / "clips")
     encoder = text_source(ask.text)
     preview = Preview(stage, source, encoder.encode, cfg)
-    pool, before = pool_of(stage, source, encoder, cfg)
+    pool, before = pool_of(stage, source, encoder, cfg, ask.config_dir)
     inputs = [plain(ask.data), encoder.fingerprint, *before]
     with attention.use(ask.on.attention):
         average = fit(stage, source, encoder.encode, cfg, out, preview=preview, inputs=inputs, pool=pool)

@@ -254,6 +254,14 @@ def test_importing_everything_touches_nothing(tmp_path: Path) -> None:
 # what no module does -------------------------------------------------------------------------------------------------
 
 
+def test_no_refusal_leaves_out_what_mends_it() -> None:
+    names = {node.name for node in tree(ROOT / "cascade/errors.py").body if isinstance(node, ast.ClassDef)}
+    refusals = [(call, where) for _, call, name, where in calls() if last(name) in names]
+    assert refusals and not [
+        where for call, where in refusals if len(call.args) < 2 and "fix" not in [word.arg for word in call.keywords]
+    ]
+
+
 def opens_for_writing(call: ast.Call) -> bool:
     text = ast.unparse(call)
     flags = any(flag in text for flag in ("O_WRONLY", "O_RDWR", "O_CREAT", "O_APPEND")) and "os.devnull" not in text

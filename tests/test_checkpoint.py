@@ -323,6 +323,8 @@ def test_steps_without_weights_name_those_that_exist(table: None, stage: str, me
     assert f"{stage}.weights=DIRECTORY" in caught.value.fix
 
 
-def test_no_weights_at_all_is_said() -> None:
+def test_no_weights_at_all_is_said_and_random_ones_are_in_no_directory() -> None:
     with pytest.raises(ConfigError, match="tsr has no weights"):
         checkpoint.locate(None, "tsr", 4)
+    with pytest.raises(ConfigError, match=r"tsr\.weights is random.*can only sample\. Fix: tsr\.weights=DIRECTORY"):
+        checkpoint.locate(checkpoint.RANDOM, "tsr", 4)

@@ -64,7 +64,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "../up.mp4,up",
         ",no file",
     ]
-    rows += ["/etc/passwd,absolute", "silent.mp4,half, a caption"]
+    rows += ["/etc/passwd,absolute", "silent.mp4,half, a caption", f"good.mp4,{'word ' * 2001}", "good.mp4,a \x1b[2J b"]
     (root / "captions.csv").write_bytes("\r\n".join(rows).encode() + b"\r\nbinary.mp4,\xff\xfe\r\n")
     return root
 
@@ -94,9 +94,12 @@ def test_every_file_is_used_or_skipped_with_a_reason(clips: Clips, cache: Path) 
         "../up.mp4": "outside the folder",
         "/etc/passwd": "outside the folder",
         "captions.csv:11": "names no file",
+        "captions.csv:14": "bad caption: 10004 characters, more than 10000",
+        "captions.csv:15": "bad caption: character U+001B at offset 2 is not text",
+        "captions.csv:16": "bad caption: character U+DCFF at offset 0 is not text",
     }
-    assert len(clips) == 2 and clips.skipped.total() == 10
-    assert clips.skipped["no caption"] == 3 and clips.skipped["too short"] == 1
+    assert len(clips) == 2 and clips.skipped.total() == 13
+    assert clips.skipped["no caption"] == 3 and clips.skipped["bad caption"] == 3 and clips.skipped["too short"] == 1
     (ledger,) = cache.glob("*/ledger.jsonl")
     assert [json.loads(line) for line in ledger.read_text().splitlines()] == clips.ledger
     assert all(len(line["sha256"]) == 64 for line in clips.ledger if line["status"] == "used")
@@ -176,10 +179,10 @@ def test_a_damaged_clip_is_found_and_made_again(folder: Path, cache: Path, clips
 
 
 def test_too_many_bad_files_or_none_usable_is_an_error(folder: Path, cache: Path, clips: Clips, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"2 of 12 files.*3 no caption") as caught:
+    with pytest.raises(InputError, match=r"2 of 15 files.*3 no caption") as caught:
         ingest(ClipsConfig(path=str(folder), max_bad_fraction=0.3), SHAPE, 8.0, cache)
     assert "max_bad_fraction" in caught.value.fix
-    with pytest.raises(InputError, match="0 of 12"):
+    with pytest.raises(InputError, match=r"0 of 15.* Fix: a smaller shape\.frames"):
         ingest(ClipsConfig(path=str(folder)), Shape(frames=99, height=16, width=16), 8.0, cache)
     with pytest.raises(InputError, match="not a directory"):
         ingest(ClipsConfig(path=str(tmp_path / "none")), SHAPE, 8.0, cache)

@@ -25,12 +25,12 @@ from cascade.distillation import distill
 from cascade.distillation.distill import Course, ladder
 from cascade.distillation.lesson import Lesson, halved, predict
 from cascade.distillation.rounds import DistillConfig, Method, check_sampler, rounds, told
-from cascade.errors import ConfigError
+from cascade.errors import ConfigError, NumericError
 from cascade.loading import load_stage
 from cascade.loading import save_stage as save_weights
 from cascade.nets.unet_config import LevelSpec, Mixer, UNetConfig
 from cascade.noise import Key, Noise, generator
-from cascade.request import Prompts
+from cascade.request import Given
 from cascade.sampling.sampler import Rule, Sampler, Threshold, sample
 from cascade.sampling.solvers import ddim
 from cascade.settings import StageConfig, TrainConfig
@@ -523,6 +523,12 @@ def test_cut_between_a_rounds_training_and_its_weights(
     assert hashes(tmp_path) == hashes(whole)
 
 
+def test_a_loss_that_is_no_number_names_the_rate_of_the_distillation(tmp_path: Path) -> None:
+    nothing = SimpleNamespace(sample=lambda shape, *_: (Dots().sample(shape, 4, 0)[0] * math.nan, CAPTIONS[0]))
+    with pytest.raises(NumericError, match=r"loss nan.*Fix: distill\.lr=\.\.\. smaller, or train\.clip"):
+        climb(tmp_path, source=nothing)  # type: ignore[arg-type]
+
+
 def test_whole_rounds_are_not_done_again_and_damaged_ones_are(whole: Path, tmp_path: Path) -> None:
     climb(tmp_path)
     climb(tmp_path, Cutting(0))
@@ -593,6 +599,7 @@ def test_rounds_have_seeds_of_their_own_and_make_whole_clips_with_their_captions
         ({"steps": [8, 3], "round_steps": 1}, "half of the one before"),
         ({"steps": [0], "round_steps": 1}, "steps is"),
         ({"steps": [8], "round_steps": 0}, "round_steps"),
+        ({"steps": [8], "round_steps": 2 * 10**9}, "round_steps"),
         ({"steps": [8], "round_steps": 1, "guidance_steps": -1}, "guidance_steps"),
         ({"steps": [8], "round_steps": 1, "guidance": [3, 1]}, "guidance"),
         ({"steps": [8], "round_steps": 1, "guidance": [1]}, "guidance"),
@@ -621,9 +628,9 @@ def test_a_sampler_whose_times_or_noise_a_student_never_sees_is_refused(sampler:
 
 
 def test_settings_that_do_not_fit_the_training_are_refused() -> None:
-    with pytest.raises(ConfigError, match="micro_batch"):
+    with pytest.raises(ConfigError, match=r"micro_batch.*Fix: set train\.micro_batch to a divisor of batch \(3\)"):
         rounds(replace(LADDER, batch=3), training(micro_batch=2), guided=True)
-    with pytest.raises(ConfigError, match="lr is"):
+    with pytest.raises(ConfigError, match=r"lr is.*Fix: set distill\.lr to 0 to 1"):
         rounds(replace(LADDER, lr=7), training(), guided=True)
 
 
@@ -643,7 +650,7 @@ def test_the_range_of_w_holds_the_samplers_and_lies_in_the_teachers() -> None:
 def request(tmp_path: Path, own: dict[str, Any], **changes: Any) -> Request:
     cfg = config(guidance=1.0, train=training(batch=2), weights=str(tmp_path / "teacher"), **changes)
     return Request(
-        cfg, base, Prompts(out=str(tmp_path / "out")), Device(device="cpu"), TextConfig(), DataConfig(),  # type: ignore[arg-type]
+        cfg, base, Given(out=tmp_path / "out"), Device(device="cpu"), TextConfig(), DataConfig(),  # type: ignore[arg-type]
         {"distill": own},
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ from cascade.errors import ConfigError
 from cascade.evaluation import evaluate
 from cascade.evaluation.evaluate import judge_chain, judge_stage
 from cascade.evaluation.exam import Case, EvaluateConfig, Exam, measure, measures
-from cascade.evaluation.marks import table, write
+from cascade.evaluation.marks import picture, table, write
 from cascade.metrics import lpips
 from cascade.noise import Noise
 from cascade.pipeline import Runner
@@ -76,7 +76,7 @@ def test_measures_are_the_files_that_judge() -> None:
     assert "features" not in measures()
     with pytest.raises(ConfigError, match="fidelty") as error:
         measure("fidelty")
-    assert error.value.fix == "metrics=fidelity"
+    assert error.value.fix == "write fidelity"
 
 
 @pytest.mark.parametrize("wrong", [{"n": 0}, {"batch": 0}, {"two": 1.5}, {"split": "test"}, {"wording": "rude"}])
@@ -377,3 +377,9 @@ def test_a_chain_is_judged_stage_by_stage_and_makes_nothing_twice(
     again = judge_chain(runner, WORLD, EvaluateConfig(n=4, batch=3), out)
     assert store.canonical(again.tree()) == store.canonical(report.tree())
     judge_chain(runner, WORLD, EvaluateConfig(n=2, batch=3), out)
+
+
+@pytest.mark.parametrize("metrics", [[], ["known"]])
+def test_a_chain_of_which_nothing_can_be_measured_is_shown(runner: Runner, metrics: list[str], tmp_path: Path) -> None:
+    report = judge_chain(runner, WORLD, EvaluateConfig(n=1, metrics=metrics), tmp_path / "out")
+    assert not report.rows and picture(report) and ("known is left out" in table(report)) == (metrics == ["known"])

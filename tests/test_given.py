@@ -145,6 +145,14 @@ def test_a_stage_that_needs_a_video_takes_no_part_of_one(here: Path, kind: str, 
         chain.check()
 
 
+def test_too_few_seconds_name_as_many_as_are_enough(here: Path, stage_config: Make) -> None:
+    cfg = stage_config("base", windows=EXTEND)
+    for words in ({}, {"image": "dark.png"}, {"extend": "clip.mp4"}):
+        with pytest.raises(ConfigError, match="are given") as error:
+            asked(cfg, seconds=0.001, **words)
+        asked(cfg, seconds=float(error.value.fix.removeprefix("seconds=")), **words)
+
+
 def test_a_long_video_needs_windows(here: Path, stage_config: Make) -> None:
     with pytest.raises(ConfigError, match=r"windows\.rule=extend") as error:
         asked(stage_config("base"), seconds=1.0)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
 import pytest
 import torch
 
@@ -47,8 +53,21 @@ def test_a_part_is_a_part_of_the_whole(pool: Pool) -> None:
         assert torch.allclose(clip[:, f : f + 3, y : y + 9, x : x + 11], part, atol=1e-4)
 
 
-def test_processes_change_nothing(pool: Pool) -> None:
+def test_processes_change_nothing_and_do_not_hear_ctrl_c(pool: Pool, capfd: pytest.CaptureFixture[str]) -> None:
+    def interrupt() -> None:
+        while not (workers := multiprocessing.active_children()):
+            time.sleep(0.01)
+        for delay in (0.2, 0.6):  # while they start, and later
+            time.sleep(delay)
+            for worker in workers:
+                os.kill(worker.pid or 0, signal.SIGINT)
+
+    ctrl_c = threading.Thread(target=interrupt, daemon=True)
+    ctrl_c.start()
     many = Pool.draw(WORLD, 1001, "pool", 3, workers=2)
+    ctrl_c.join()
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert "KeyboardInterrupt" not in capfd.readouterr().err
     assert many.captions[:60] == pool.captions and torch.equal(many.bodies[:60], pool.bodies)
     assert torch.equal(many.shapes[:60], pool.shapes) and len(many) == 1001
 

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import colorsys
 from itertools import combinations, product
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from cascade.config import parse as parse_settings
 from cascade.data.captions import (
     BACKGROUNDS,
     COLOURS,
@@ -24,9 +26,11 @@ from cascade.data.captions import (
     say,
     vocabulary,
 )
+from cascade.data.clips import ClipsConfig
 from cascade.data.outlines import distance
 from cascade.data.scenes import DIAMETERS, HUES, Focus, Scene, draw_scene, draw_spec, numpy_generator
 from cascade.data.shapes import ShapesConfig, render, sample, truth
+from cascade.data.source import DataConfig, open_source
 from cascade.errors import ConfigError
 from cascade.video import Shape
 
@@ -205,14 +209,24 @@ def test_a_key_is_the_same_film_at_every_size_and_rate() -> None:
 
 
 def test_refusals_name_the_setting() -> None:
-    with pytest.raises(ConfigError, match="split='valid'"):
-        ShapesConfig(split="valid")
-    with pytest.raises(ConfigError, match="two=2"):
-        ShapesConfig(two=2)
-    with pytest.raises(ConfigError, match="seconds=nan"):
-        ShapesConfig(seconds=float("nan"))
-    with pytest.raises(ConfigError, match="the scene lasts 2 s"):
+    for wrong, why in (
+        ({"split": "valid"}, r"split is 'valid'.*Fix: set data\.shapes\.split to one of train, held_out, all"),
+        ({"two": 2.0}, r"two is 2\.0.*Fix: set data\.shapes\.two to 0 to 1"),
+        ({"seconds": 0.0}, r"seconds is 0\.0.*Fix: set data\.shapes\.seconds to a positive number"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            parse_settings(wrong, ShapesConfig, "data.shapes")
+    with pytest.raises(ConfigError, match=r"data\.shapes\.seconds is 2, but 16 frames.*Fix: data\.shapes\.seconds=4"):
         render(scenes(1)[0], 16, 8, 8, 4)
+
+
+def test_what_is_too_long_for_the_data_is_refused_before_anything_is_drawn_or_read(tmp_path: Path) -> None:
+    shape = Shape(frames=32, height=8, width=8)
+    with pytest.raises(ConfigError, match=r"data\.shapes\.seconds is 2, but 32 frames at 4 fps end at 7\.75 s"):
+        open_source(DataConfig(), shape, 4.0, tmp_path)
+    clips = ClipsConfig(path="absent", max_seconds=5.0)
+    with pytest.raises(ConfigError, match=r"data\.clips\.max_seconds is 5, .*Fix: data\.clips\.max_seconds=8, or"):
+        open_source(DataConfig(clips=clips), shape, 4.0, tmp_path)
 
 
 # focus ---------------------------------------------------------------------------------------------------------------
@@ -226,6 +240,25 @@ def test_focus_makes_words_as_frequent_as_asked_and_keeps_compositions_out() -> 
     assert 0.5 < grows < 0.62 and 0.3 < stars < 0.42  # the share, and what comes by itself
     assert not any(held_out(spec) for spec in specs)
     assert all(len({thing.shape for thing in spec.things}) == len(spec.things) for spec in specs)
+
+
+def test_a_focus_that_leaves_nothing_to_draw_is_refused() -> None:
+    """All focuses of every shape and motion, each split: one that is accepted can be drawn from."""
+    seen = set()
+    for shape, motion in product(SHAPES, MOTIONS):
+        focus = [Focus(share=1, shapes=[shape]), Focus(share=1, motions=[motion])]
+        possible = any(held_out(Spec((Thing(shape, colour, "small", motion),), "black")) for colour in COLOURS)
+        seen.add(possible)
+        if possible:
+            cfg = ShapesConfig(split="held_out", focus=focus)
+            spec = draw_spec(numpy_generator(shape, motion), 0.0, cfg.split, cfg.focus)
+            assert (spec.things[0].shape, spec.things[0].motion) == (shape, motion)
+        else:
+            with pytest.raises(ValueError, match="split is held_out, of which focus leaves nothing"):
+                ShapesConfig(split="held_out", focus=focus)
+        for legal in ({}, {"two": 1.0, "split": "held_out"}, {"split": "all"}):
+            ShapesConfig(focus=focus, **legal)  # type: ignore[arg-type]
+    assert seen == {True, False}
 
 
 def test_a_focus_on_unknown_words_is_refused() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,17 +20,21 @@ import torch
 from conftest import deep_net, encode_text
 from torch import Tensor, nn
 
-from cascade import checkpoint, loading, store
+from cascade import checkpoint, cli, loading, store
+from cascade.ask import request
+from cascade.compose import compose
+from cascade.config import package_root, parse, plugin
 from cascade.data.shapes import ShapesConfig
 from cascade.data.source import World
 from cascade.diffusion import Prediction
 from cascade.errors import ConfigError, InputError, LockedError, NumericError
 from cascade.noise import generator
-from cascade.settings import Gap, TrainConfig
+from cascade.settings import Before, Gap, StageConfig, TrainConfig
 from cascade.stage import Batch, Stage
 from cascade.tasks import new_stage
 from cascade.text import T5Text, Text, TextConfig
 from cascade.training.examples import Examples, Pooled, batches, crop, pool_of, pooled
+from cascade.training.imitation import imitation
 from cascade.training.state import Signals, State
 from cascade.training.train import fit, learning_rate, settings
 from cascade.video import Shape, Video
@@ -60,7 +65,7 @@ def train(make_stage: Make, encode: Make, clips: Any, tmp_path: Path, one_thread
 
     def run(name: str, stage: Stage | None = None, source: Any = None, **changes: Any) -> Stage:
         made = stage or make_stage("tsr", net=deep_net())
-        own = {key: changes.pop(key) for key in ("preview", "inputs", "loss", "progress") if key in changes}
+        own = {key: changes.pop(key) for key in ("preview", "inputs", "loss", "progress", "pool") if key in changes}
         cfg = TrainConfig(**({"steps": 6, "batch": 2, "lr": 1e-3, "ema": 0.9, "checkpoint_every": 3} | changes))
         fit(made, source or clips, encode, cfg, tmp_path / name, **({"progress": False} | own))
         return made
@@ -596,9 +601,7 @@ def drawn(make_stage: Make, reader: T5Text, kind: str = "base", **changes: Any) 
     cfg = TrainConfig(**({"steps": 4, "batch": 4, "lr": 1e-3, "pool": 30, "drop_text": 0.5} | changes))
     stage = make_stage(kind, augment_max=0.5)
     stage.cfg.fps, stage.cfg.train = 4.0, cfg
-    pool = pooled(stage, World(ShapesConfig(two=0.5)), reader, cfg)
-    assert pool is not None
-    return pool
+    return pooled(stage, World(ShapesConfig(two=0.5)), reader, cfg)
 
 
 def one_process(rank: int = 0, world: int = 1) -> Any:
@@ -633,16 +636,90 @@ def test_a_pool_is_for_the_procedural_world_read_by_t5(make_stage: Make, encode:
 
 
 def test_the_gap_brings_what_the_stage_before_makes(make_stage: Make, reader: T5Text) -> None:
-    """All, some or none of the clips come in as the stage before makes them; the truth stays the truth."""
+    """All or some of the clips come in as the stage before makes them; the truth stays the truth."""
     plain_pool = drawn(make_stage, reader, "ssr", drop_text=0.0)
     truth = plain_pool.step(0)
-    for share in (0.0, 0.5, 1.0):
+    for share in (0.5, 1.0):
         gap = Gap(stage="tiny/tsr", share=share)
         pool = replace(drawn(make_stage, reader, "ssr", drop_text=0.0, gap=gap), before=Gray())
         batch = pool.step(0)
         gray = (batch.cond.concat[batch.cond.level == 0].flatten(1).abs().amax(1) == 0).float()
         assert torch.equal(batch.x, truth.x)
-        assert share == 0.5 or bool((gray == share).all())
+        assert bool((gray == 1).all()) == (share == 1)
+
+
+def shipped(name: str, **changes: Any) -> tuple[StageConfig, Any]:
+    tree, rule = compose("stage", [f"stage={name}"]), plugin(compose("stage", [f"stage={name}"])["kind"])
+    known = {f.name for f in fields(rule.Config)}
+    return replace(parse({key: tree[key] for key in tree if key in known}, rule.Config), **changes), rule
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "before", "why"),
+    [
+        ("tiny/base", {}, {"stage": "tiny/tsr"}, r"train\.gap is set, but base starts from text.*Fix: train\.gap=null"),
+        ("tiny/ssr1", {}, {"stage": "tiny/base"}, r"gap\.stage is tiny/base: ssr1 takes 16x32x32.*base gives 8x32x32"),
+        ("tiny/ssr1", {}, {"stage": "tiny/tsrr"}, r"train\.gap: .*tiny/tsrr\.yaml.* Fix: train\.gap\.stage=tiny/tsr$"),
+        ("tiny/ssr1", {"fps": 6.0}, {"stage": "tiny/tsr"}, r"fps is 6, but 1 x tsr's 8 is 8.*Fix: train\.gap\.stage="),
+        ("tiny/ssr1", {"shape": Shape(frames=8, height=64, width=64)}, {"stage": "tiny/tsr"}, "ssr1 takes 8x32x32"),
+        (
+            "tiny/ssr1", {}, {"stage": "tiny/tsr", "before": {"stage": "tiny/tsr"}},
+            r"train\.gap\.before\.stage is tiny/tsr: tsr takes 8x32x32, but tsr gives 16x32x32",
+        ),
+        (
+            "tiny/tsr", {}, {"stage": "tiny/base", "before": {"stage": "tiny/base"}},
+            r"train\.gap\.before is set, but base starts from text",
+        ),
+    ],
+)  # fmt: skip
+def test_what_does_not_come_before_is_refused_and_nothing_loads(
+    name: str, changes: Any, before: Any, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cascade.training.imitation.load_stage", None)
+    with pytest.raises(ConfigError, match=why):
+        imitation(parse(before, Before), *shipped(name, **changes), torch.device("cpu"), "train.gap")
+
+
+def test_a_stage_before_may_be_of_the_users_own_folder(tmp_path: Path) -> None:
+    (tmp_path / "stage/mine").mkdir(parents=True)
+    shutil.copy(package_root() / "conf/stage/tiny/tsr.yaml", tmp_path / "stage/mine/enlarger.yaml")
+    words = ["stage=tiny/ssr1", "train.gap.stage=mine/enlarger", "train.gap.share=1", "train.pool=5"]
+    words += ["data.shapes.two=0", "--config-dir", str(tmp_path)]
+    (tree,) = cli.settings("stage", words)
+    ask = request("ssr", {key: value for key, value in tree.items() if key != "task"})
+    assert ask.config_dir == tmp_path and ask.training.gap is not None
+    made, keys = imitation(ask.training.gap, ask.cfg, ask.rule, torch.device("cpu"), "train.gap", ask.config_dir)
+    assert made is not None and made.stage.cfg.name == "tsr" and len(keys) == 1
+
+
+def test_a_gap_says_what_share_and_needs_a_pool() -> None:
+    for gap, pool, why in (
+        ({"stage": "tiny/tsr"}, 5, r"gap\.share: is missing"),
+        ({"stage": "tiny/tsr", "share": 0}, 5, "share is 0.0, expected more than 0"),
+        ({"stage": "tiny/tsr", "share": 0.5}, 0, r"pool is 0.*Fix: set train\.pool to scenes such as 20000"),
+    ):
+        with pytest.raises(ConfigError, match=why):
+            parse({"steps": 1, "batch": 1, "lr": 0.1, "pool": pool, "gap": gap}, TrainConfig, "train")
+
+
+def test_a_pool_is_drawn_once_nothing_else_is_refused(train: Make, make_stage: Make, reader: T5Text) -> None:
+    drawings: list[Pooled] = []
+
+    def draw() -> Pooled:
+        made = drawn(make_stage, reader, "tsr", steps=2, batch=2)
+        drawings.append(replace(made, text=lambda index: encode_text([made.pool.captions[i] for i in index])))
+        return drawings[-1]
+
+    with pytest.raises(ConfigError, match="fp16"):
+        train("out", pool=draw, precision="fp16")
+    train("out", pool=draw, steps=2)
+    assert len(drawings) == 1
+    train("out", pool=draw, steps=2)  # it is over
+    with pytest.raises(ConfigError, match="other settings"):
+        train("out", pool=draw, steps=2, lr=2e-3)
+    assert len(drawings) == 1
+    made, _ = pool_of(make_stage("tsr"), World(ShapesConfig()), reader, drawings[0].cfg)
+    assert made is not None and made() is made()
 
 
 def test_no_single_frame_comes_in_as_the_stage_before_makes_clips(make_stage: Make, reader: T5Text) -> None:

@@ -29,7 +29,7 @@ from cascade.evaluation.sweep import Better, Input, TuneConfig, choose, sweep
 from cascade.evaluation.tune import edited
 from cascade.metrics.fidelity import pooled
 from cascade.noise import generator
-from cascade.request import Prompts
+from cascade.request import Given
 from cascade.settings import Before
 from cascade.stage import Stage
 from cascade.text import Text, TextConfig
@@ -124,8 +124,10 @@ BY = {"measure": "fidelity.psnr", "better": "higher", "input": "before"}
         ("base", {}, "starts from text"),
         ("ssr", {"before": None}, "tune.before names no stage"),
         ("ssr", {"by": {**BY, "measure": "fvdd.fvd"}}, "'fvdd'"),
-        ("ssr", {"metrics": ["fvd"]}, "no 'fidelity'"),
-        ("ssr", {"metrics": ["beauty"]}, "no measure"),
+        ("ssr", {"metrics": ["fvd"]}, r"no 'fidelity'\. Fix: tune\.metrics=\[fvd,fidelity\]"),
+        ("ssr", {"metrics": []}, r"no 'fidelity'\. Fix: tune\.metrics=\[fidelity\]"),
+        ("ssr", {"metrics": ["fidelty"]}, "'fidelty', which is no measure. Fix: write fidelity"),
+        ("ssr", {"by": {**BY, "measure": "fidelty.psnr"}}, r"Fix: tune\.by\.measure=fidelity\.psnr"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused(kind: str, changes: Any, reason: str, make_stage: Any) -> None:
@@ -269,7 +271,7 @@ def ask(make_stage: Any, source: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     before = make_stage("tsr", std=0.1)
     stage = make_stage("ssr", std=0.1, augment_max=0.1)
     monkeypatch.setattr(tune, "text_source", lambda cfg: source)
-    monkeypatch.setattr(tune, "imitation", lambda cfg, device: (Imitation(before, 0.5), [f"the hash of {cfg.stage}"]))
+    monkeypatch.setattr(tune, "imitation", lambda cfg, *_: (Imitation(before, 0.5), [f"the hash of {cfg.stage}"]))
     card = {"kind": "ssr", "net": plain(stage.cfg.net), "diffusion": plain(stage.cfg.diffusion)}
     checkpoint.save(tmp_path / "weights", stage.net.state_dict(), card)
     cfg = replace(stage.cfg, weights=str(tmp_path / "weights"))
@@ -277,7 +279,7 @@ def ask(make_stage: Any, source: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     def run(**own: Any) -> None:
         tree = {**compose("stage", ["stage=tiny/ssr1"])["tune"], "n": 3, "batch": 2, "metrics": ["fidelity"]}
         tree |= {"before": {"stage": "tiny/tsr"}, "levels": [0, 0.1], **own}
-        run_cfg = Prompts(out=str(tmp_path / "out"))
+        run_cfg = Given(out=tmp_path / "out")
         on, text = Device(device="cpu"), TextConfig(encoder="x")
         tune.stage_task(Request(cfg, stage.rule, run_cfg, on, text, DataConfig(), {"tune": tree}, "typed"))  # type: ignore[arg-type]
 

@@ -29,6 +29,7 @@ from cascade.errors import ConfigError, InputError, LockedError
 from cascade.media import fit, to_float
 from cascade.media.child import Decoder
 from cascade.noise import Key, generator
+from cascade.text import check_prompt
 from cascade.video import Shape
 
 log = logging.getLogger("cascade")
@@ -164,7 +165,7 @@ def ingest(cfg: ClipsConfig, shape: Shape, fps: float, cache: Path) -> Clips:
             f"clips {folder}: not a directory", fix="data.clips.path=FOLDER, video files with captions.csv"
         )
     if not 0 < fps < math.inf:
-        raise ConfigError(f"clips {folder}: fps is {fps}, expected a positive number")
+        raise ConfigError(f"clips {folder}: fps is {fps}, expected a positive number", fix="fps=8")
     listed, ledger = _listed(folder)
     clips = Clips(cfg, shape, fps, [], ledger)
     with contextlib.suppress(LockedError), store.lock(cache):
@@ -189,7 +190,8 @@ def _checked(clips: Clips) -> Clips:
     reasons = "; ".join(f"{count} {reason}" for reason, count in skipped.most_common(4))
     what = f"clips {clips.cfg.path}: {used} of {seen} files are usable (skipped: {reasons or 'none'})"
     if not used:
-        raise InputError(what, fix=f"video files, with their captions in one of {', '.join(CAPTION_FILES)}")
+        fix = f"video files, with their captions in one of {', '.join(CAPTION_FILES)}"
+        raise InputError(what, fix="a smaller shape.frames, or longer videos" if skipped["too short"] else fix)
     if bad > clips.cfg.max_bad_fraction * seen:
         raise InputError(what, fix="repair or remove the files that ledger.jsonl names, or raise max_bad_fraction")
     if skipped:
@@ -251,7 +253,8 @@ def _digest(path: Path, name: str) -> tuple[str, str]:
 
 
 def _listed(folder: Path) -> tuple[dict[str, list[str]], list[dict[str, str]]]:
-    """Captions by file, for every file that is named or found, and a ledger line for each entry that names none."""
+    """Captions by file, for every file that is named or found, and a ledger line for each entry that names none, or
+    whose caption no encoder would read."""
     found = [name for name in CAPTION_FILES if (folder / name).is_file()]
     if len(found) != 1:
         what = f"both {' and '.join(found)}" if found else f"none of {', '.join(CAPTION_FILES)}"
@@ -270,8 +273,12 @@ def _listed(folder: Path) -> tuple[dict[str, list[str]], list[dict[str, str]]]:
             ledger.append(_line(f"{source.name}:{number}", "names no file"))
             continue
         captions = listed.setdefault(os.path.normpath(file), [])
-        if isinstance(caption, str) and caption.strip() and not any("\udc80" <= c <= "\udcff" for c in caption):
-            captions.append(" ".join(caption.split()))
+        words = " ".join(caption.split()) if isinstance(caption, str) else ""
+        try:
+            captions += [words] if words and check_prompt(words) else []
+        except ConfigError as error:
+            reason = f"bad caption: {error.message.removeprefix('prompt: ')}"
+            ledger.append(_line(f"{source.name}:{number}", reason))
     for path in folder.rglob("*"):
         if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
             listed.setdefault(path.relative_to(folder).as_posix(), [])

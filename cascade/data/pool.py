@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-from collections.abc import Sequence
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import resource_tracker
 
 import torch
 from torch import Tensor
@@ -57,7 +60,9 @@ class Pool:
         make = partial(_rows, cfg, key)
         if workers:
             # A fork of a process whose libraries run threads can hang on a lock that one of them held.
-            with multiprocessing.get_context("spawn").Pool(workers) as pool:
+            with deaf():
+                started = multiprocessing.get_context("spawn").Pool(workers)
+            with started as pool:
                 parts = pool.map(make, chunks)
         else:
             parts = [make(chunk) for chunk in chunks]
@@ -120,6 +125,17 @@ class Pool:
                 best = torch.where(better.view(-1, 1, 1, 1, 1), frames, best)
                 most = torch.maximum(most, contrast)
         return Video(best, fps)
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Processes started inside never hear Ctrl-C: who started them hears it, at the end of this at the soonest."""
+    resource_tracker.ensure_running()  # it would unblock the signal when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which they inherit
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 Row = tuple[list[list[int]], list[list[list[float]]], list[tuple[float, float, float]], list[str]]

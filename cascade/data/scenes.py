@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -114,6 +115,17 @@ def draw_spec(rng: np.random.Generator, two: float = 0.2, split: str = "train", 
             continue
         if split == "all" or held_out(spec) == (split == "held_out"):
             return spec
+
+
+def drawable(two: float, split: str, focus: Sequence[Focus]) -> bool:
+    """Whether `draw_spec` can end: a thing by itself has a composition of `split`, whatever `focus` always changes."""
+    shapes, motions = list(SHAPES), list(MOTIONS)
+    for words in focus:
+        if words.share == 1:
+            shapes, motions = words.shapes or shapes, words.motions or motions
+    things = (Thing(shape, colour, SIZES[0], motion) for shape, colour, motion in product(shapes, COLOURS, motions))
+    found = {held_out(Spec((thing,), BACKGROUNDS[0])) for thing in things}
+    return two == 1 or split == "all" or (split == "held_out") in found
 
 
 def draw_scene(spec: Spec, rng: np.random.Generator, seconds: float = 2.0) -> Scene:

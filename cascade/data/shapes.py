@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cascade.data.captions import say
 from cascade.data.outlines import distance
-from cascade.data.scenes import SPLITS, Body, Focus, Scene, draw_scene, draw_spec, numpy_generator, state
+from cascade.data.scenes import SPLITS, Body, Focus, Scene, draw_scene, draw_spec, drawable, numpy_generator, state
 from cascade.errors import ConfigError
 from cascade.noise import Key
 from cascade.video import Shape
@@ -51,11 +51,15 @@ class ShapesConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.two <= 1:
-            raise ConfigError(f"two={self.two}: expected a share in [0, 1]")
+            raise ValueError(f"two is {self.two}, expected 0 to 1")
         if self.split not in SPLITS:
-            raise ConfigError(f"split={self.split!r}: expected one of {', '.join(SPLITS)}")
+            raise ValueError(f"split is {self.split!r}, expected one of {', '.join(SPLITS)}")
         if not 0 < self.seconds < math.inf:
-            raise ConfigError(f"seconds={self.seconds}: expected a positive number")
+            raise ValueError(f"seconds is {self.seconds}, expected a positive number")
+        if not drawable(self.two, self.split, self.focus):
+            raise ValueError(
+                f"split is {self.split}, of which focus leaves nothing, expected all, or a focus of smaller share"
+            )
 
 
 def sample(cfg: ShapesConfig, shape: Shape, fps: float, *key: Key) -> tuple[Tensor, str, Scene]:
@@ -102,13 +106,18 @@ def truth(scene: Scene, frames: int, height: int, width: int, fps: float, start:
     return Truth(centres, np.stack([state[2] for state in states], axis=1), np.stack(masks, axis=1))
 
 
-def _times(scene: Scene, frames: int, fps: float, start: float) -> Array:
+def check_length(name: str, seconds: float, frames: int, fps: float, start: float = 0.0) -> None:
+    """Raises ConfigError for a clip longer than what data.<name> says that there is."""
     last = start + (frames - 1) / fps
-    if last > scene.seconds:
+    if last > seconds:
         raise ConfigError(
-            f"{frames} frames at {fps:g} fps end at {last:g} s, but the scene lasts {scene.seconds:g} s",
-            fix=f"seconds={math.ceil(last)}",
+            f"data.{name} is {seconds:g}, but {frames} frames at {fps:g} fps end at {last:g} s",
+            fix=f"data.{name}={math.ceil(last)}, or a smaller shape.frames",
         )
+
+
+def _times(scene: Scene, frames: int, fps: float, start: float) -> Array:
+    check_length("shapes.seconds", scene.seconds, frames, fps, start)
     return (start + np.arange(frames) / fps) / scene.seconds
 
 

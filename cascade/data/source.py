@@ -9,7 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from cascade.data.clips import ClipsConfig, ingest
-from cascade.data.shapes import ShapesConfig, sample
+from cascade.data.shapes import ShapesConfig, check_length, sample
 from cascade.noise import Key
 from cascade.video import Shape
 
@@ -42,7 +42,12 @@ class World:
 
 
 def open_source(cfg: DataConfig, shape: Shape, fps: float, cache: Path) -> Source:
-    """The source that `cfg` names; videos are decoded once, into `cache`. Raises InputError."""
+    """The source that `cfg` names, of clips of up to `shape` at `fps`; videos are decoded once, into `cache`.
+
+    Raises ConfigError if they cannot be that long, and what `ingest` raises.
+    """
     if cfg.clips is None:
+        check_length("shapes.seconds", cfg.shapes.seconds, shape.frames, fps)
         return World(cfg.shapes)
+    check_length("clips.max_seconds", cfg.clips.max_seconds, shape.frames, fps)
     return ingest(cfg.clips, shape, fps, cache)

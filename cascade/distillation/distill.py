@@ -28,13 +28,13 @@ from cascade.diffusion import Prediction
 from cascade.distillation.lesson import Lesson
 from cascade.distillation.reward import Rewarded
 from cascade.distillation.rounds import DistillConfig, Method, Round, check_sampler, check_student, recipe, rounds, told
-from cascade.errors import ConfigError
+from cascade.errors import ConfigError, NumericError
 from cascade.loading import load_stage, save_stage
 from cascade.sampling.sampler import Rule
 from cascade.settings import StageConfig, TrainConfig
 from cascade.stage import Stage
 from cascade.text import Text, text_source
-from cascade.training.examples import Pooled, pool_of
+from cascade.training.examples import Draw, pool_of
 from cascade.training.preview import Preview as Sheet
 from cascade.training.train import Loss, Preview, first_process, fit, here, settings
 
@@ -61,7 +61,7 @@ class Course:
     preview: Callable[[Stage], Preview] | None = None
     progress: bool = True
     inputs: Any = None
-    pool: Pooled | None = None
+    pool: Draw | None = None
 
     @contextmanager
     def begun(self, device: torch.device) -> Iterator[tuple[PartialState, torch.device]]:
@@ -95,11 +95,14 @@ class Course:
             return directory
         log.info("%s: %s", student.cfg.name, recipe(step, student.cfg.w_range, self.cfg.method))
         sheet = None if self.preview is None else self.preview(student)
-        average = fit(
-            task, self.source, self.encode, own, directory.parent, loss=loss,
-            preview=None if sheet is None else lambda average, at: sheet(result(average), at),
-            progress=self.progress, inputs=inputs, pool=self.pool,
-        )  # fmt: skip
+        try:
+            average = fit(
+                task, self.source, self.encode, own, directory.parent, loss=loss,
+                preview=None if sheet is None else lambda average, at: sheet(result(average), at),
+                progress=self.progress, inputs=inputs, pool=self.pool,
+            )  # fmt: skip
+        except NumericError as error:
+            raise NumericError(error.message, fix=error.fix.replace("train.lr", "distill.lr")) from error
         if everyone.is_main_process:
             save(directory, student.cfg, result(average), step, key, identity, self.cfg.method)
         everyone.wait_for_everyone()
@@ -253,7 +256,7 @@ def stage_task(ask: Request) -> None:
         told(teacher.cfg, cfg)
     out, encoder = ask.out("distill"), text_source(ask.text)
     source = open_source(ask.data, ask.cfg.shape, ask.cfg.fps, out / "clips")
-    pool, before = pool_of(teacher, source, encoder, train)
+    pool, before = pool_of(teacher, source, encoder, train, ask.config_dir)
     course = Course(
         source, encoder.encode, cfg, train, out, lambda student: Sheet(student, source, encoder.encode, train),
         inputs=[plain(ask.data), encoder.fingerprint, *before], pool=pool,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from cascade.codec import Kind
+from cascade.config import mend
 from cascade.errors import ConfigError
 from cascade.nets.unet3d_config import UNet3DConfig
 from cascade.sampling.grid import Spacing
@@ -51,8 +52,8 @@ class DistillConfig:
         if len(self.guidance) != 2 or not 0 <= self.guidance[0] <= self.guidance[1]:
             raise ValueError(f"guidance is {self.guidance}, expected the lowest and the highest w, such as [0, 4]")
         for name, low in (("round_steps", 1), ("guidance_steps", 0), ("grid", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {low}")
+            if not low <= getattr(self, name) <= 10**9:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {low} to {10**9}")
         for name in ("lr", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
@@ -97,7 +98,8 @@ def rounds(cfg: DistillConfig, train: TrainConfig, guided: bool) -> list[Round]:
                 images=0.0, times=[0.0, 1.0], seed=train.seed + number,
             )  # fmt: skip
         except ValueError as error:
-            raise ConfigError(f"distill: {error}") from error
+            where = "distill" if hasattr(cfg, str(error).split()[0]) else "train"
+            raise ConfigError(f"{where}: {error}", fix=mend(str(error), where)) from error
 
     ladder = [Round(f"{steps:02d}", steps, training(cfg.round_steps, 2 + i)) for i, steps in enumerate(cfg.steps)]
     if guided and cfg.guidance_steps:

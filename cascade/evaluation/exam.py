@@ -98,7 +98,7 @@ def measures() -> list[str]:
 def measure(name: str) -> ModuleType:
     """The measure `name`. Raises ConfigError naming those that there are."""
     if name not in measures():
-        raise ConfigError(f"metrics names {name!r}, which is no measure", fix=suggest(name, measures(), "metrics="))
+        raise ConfigError(f"metrics names {name!r}, which is no measure", fix=f"write {suggest(name, measures())}")
     return import_module(f"cascade.metrics.{name}")
 
 

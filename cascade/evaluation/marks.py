@@ -239,8 +239,8 @@ def table(report: Report) -> str:
     lines = [f"{stages[-1]}: {last[0].shape} at {last[0].fps:g} fps, seed {last[0].seed}"] if last else []
     lines += pivot(last, lambda row: f"{row.condition}, {row.group}")
     if len(stages) > 1:
-        whole = "all" if len({row.group for row in last}) > 1 else last[0].group
-        made = [row for row in report.rows if (row.condition, row.group) == (MADE, whole)]
+        groups = {row.group for row in report.rows}
+        made = [row for row in report.rows if row.condition == MADE and (len(groups) == 1 or row.group == "all")]
         lines += ["", *pivot(made, lambda row: row.stage)]
     lines += [f"{name} is left out: {why}" for name, why in report.skipped.items()]
     return "\n".join(lines)

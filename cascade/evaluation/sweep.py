@@ -22,7 +22,7 @@ from torch import Tensor
 from cascade.config import suggest
 from cascade.errors import ConfigError
 from cascade.evaluation.answers import Comes, answers_of, at_level, augmented
-from cascade.evaluation.exam import SPLITS, Answers, EvaluateConfig, Exam, measure
+from cascade.evaluation.exam import SPLITS, Answers, EvaluateConfig, Exam, measure, measures
 from cascade.evaluation.marks import Row, grouped, jackknife, left_out, numbers
 from cascade.pipeline import Progress
 from cascade.settings import Before, Rule, StageConfig, from_text
@@ -138,11 +138,13 @@ def check(stage: StageConfig, rule: Rule, cfg: TuneConfig) -> None:
     names = cfg.exam(0, rule).metrics or []
     for name in names:
         measure(name)
-    metric = cfg.by.measure.partition(".")[0]
+    metric, _, value = cfg.by.measure.partition(".")
     if metric not in names:
         raise ConfigError(
             f"{stage.name}: tune.by.measure is {cfg.by.measure!r}, of which tune.metrics has no {metric!r}",
-            fix=suggest(metric, names, "tune.by.measure="),
+            fix=f"tune.metrics=[{','.join((*names, metric))}]"
+            if metric in measures()
+            else suggest(cfg.by.measure, [f"{name}.{value}" for name in names], "tune.by.measure="),
         )
 
 

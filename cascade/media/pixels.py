@@ -33,7 +33,7 @@ def to_bytes(frames: Tensor) -> Bytes:
     assert frames.ndim == 4 and frames.shape[0] == 3 and frames.numel(), tuple(frames.shape)
     frames = frames.detach().float().cpu()
     if not bool(frames.isfinite().all()):
-        raise NumericError("video: some pixels are not finite")
+        raise NumericError("video: some pixels are not finite", fix="make it again, with dtype=float32")
     pixels: Bytes = ((frames + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 3, 0).contiguous().numpy()
     return pixels
 

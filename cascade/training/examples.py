@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -111,7 +112,7 @@ class Pooled:
     def imitation(self, text: Text, rng: torch.Generator) -> Callable[[Video], Video] | None:
         """Makes a share of the clips that come in as the stages before do."""
         gap, before = self.cfg.gap, self.before
-        if gap is None or before is None or gap.share == 0:
+        if gap is None or before is None:
             return None
 
         def mixed(low: Video) -> Video:
@@ -132,25 +133,29 @@ class Pooled:
                 yield batch[slice(first * parts, (first + share) * parts)]
 
 
-def pool_of(stage: Stage, source: Source, encoder: TextSource, cfg: TrainConfig) -> tuple[Pooled | None, list[str]]:
-    """Examples from a pool, if `cfg` asks for one, and what names the stages before, if their videos are among them.
+Draw = Callable[[], Pooled]
 
+
+def pool_of(
+    stage: Stage, source: Source, encoder: TextSource, cfg: TrainConfig, config_dir: Path | None = None
+) -> tuple[Draw | None, list[str]]:
+    """What draws a pool, if `cfg` asks for one, and what names the stages before, if their videos are among them.
+
+    A large one takes minutes: it is drawn once, by whoever needs it first, when all that can be refused has been.
     Raises ConfigError if the data or the text cannot be had that way, and what loading those stages raises.
     """
-    pool, gap = pooled(stage, source, encoder, cfg), cfg.gap
-    if pool is None or gap is None or gap.share == 0:
-        return pool, []
-    before, keys = imitation(gap, stage.device)
-    before.check(stage.rule.takes(replace(stage.cfg, shape=cfg.crop or stage.cfg.shape, train=None)))
-    return replace(pool, before=before), keys
-
-
-def pooled(stage: Stage, source: Source, encoder: TextSource, cfg: TrainConfig) -> Pooled | None:
-    """Examples from a pool, if `cfg` asks for one. ConfigError if the data or the text cannot be had that way."""
     if not cfg.pool:
-        return None
+        return None, []
     if not isinstance(source, World) or not isinstance(encoder, T5Text):
         raise ConfigError("train.pool is for the procedural world, its captions read by T5", fix="train.pool=0")
+    before, keys = imitation(cfg.gap, stage.cfg, stage.rule, stage.device, "train.gap", config_dir)
+    if before is not None:
+        before.check(stage.rule.takes(replace(stage.cfg, shape=cfg.crop or stage.cfg.shape, train=None)))
+    return cache(partial(pooled, stage, source, encoder, cfg, before)), keys
+
+
+def pooled(stage: Stage, source: World, encoder: T5Text, cfg: TrainConfig, before: Imitate | None = None) -> Pooled:
+    """Examples from a pool that is drawn now."""
     pool = Pool.draw(source.cfg, cfg.pool, cfg.seed, "pool", workers=cfg.workers)
     device = stage.device
     ids, mask = (tensor.to(device) for tensor in encoder.pieces(pool.captions))
@@ -159,7 +164,7 @@ def pooled(stage: Stage, source: Source, encoder: TextSource, cfg: TrainConfig) 
         here = index.to(device)
         return encoder.embed(ids[here], mask[here])
 
-    return Pooled(stage, pool.to(device), text, cfg)
+    return Pooled(stage, pool.to(device), text, cfg, before)
 
 
 def crop(video: Video, size: Shape, rate: int, rng: torch.Generator) -> Video:

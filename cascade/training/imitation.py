@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import cast
 
 import torch
 
+from cascade.chain import check_pair
 from cascade.compose import compose
 from cascade.config import fingerprint, parse, plain, plugin
 from cascade.errors import ConfigError
 from cascade.loading import load_stage
-from cascade.settings import Before, Rule
+from cascade.settings import Before, Rule, StageConfig, from_text
 from cascade.stage import Stage
 from cascade.text import Text
 from cascade.video import Shape, Video
@@ -46,12 +48,27 @@ class Imitation:
             self.before.check(low)
 
 
-def imitation(before: Before, device: torch.device) -> tuple[Imitation, list[str]]:
-    """The stages that make the input, and what names them: hashes of weights and samplers, the last stage's first.
+def imitation(
+    before: Before | None,
+    after: StageConfig,
+    after_rule: Rule,
+    device: torch.device,
+    where: str,
+    config_dir: Path | None = None,
+) -> tuple[Imitation | None, list[str]]:
+    """The stages that make the input of `after`, and what names them: hashes of weights and samplers, the last first.
 
-    Raises what loading a stage raises.
+    `where` is the setting that names them. All are checked against each other before any is loaded. Raises ConfigError
+    for one that does not come before the other, and what loading a stage raises.
     """
-    tree = compose("stage", [f"stage={before.stage}"])
+    if before is None:
+        return None, []
+    if from_text(after, after_rule):
+        raise ConfigError(f"{where} is set, but {after.name} starts from text: no stage comes before", f"{where}=null")
+    try:
+        tree = compose("stage", [f"stage={before.stage}"], config_dir)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error.message}", error.fix.replace("stage=", f"{where}.stage=")) from error
     rule = cast(Rule, plugin(str(tree["kind"])))
     known = {f.name for f in fields(rule.Config)}
     cfg = parse({key: value for key, value in tree.items() if key in known}, rule.Config, before.stage)
@@ -59,6 +76,11 @@ def imitation(before: Before, device: torch.device) -> tuple[Imitation, list[str
         cfg = replace(cfg, weights=before.weights)
     if before.steps is not None:
         cfg = replace(cfg, sampler=replace(cfg.sampler, steps=before.steps))
+    try:
+        check_pair(cfg, after, after_rule)
+    except ConfigError as error:
+        fix = f"{where}.stage=the one before {after.name}"
+        raise ConfigError(f"{where}.stage is {before.stage}: {error.message}", fix) from error
+    first, keys = imitation(before.before, cfg, rule, device, f"{where}.before", config_dir)
     stage, key = load_stage(cfg, rule, device)
-    first, keys = (None, []) if before.before is None else imitation(before.before, device)
     return Imitation(stage, before.strength, first), [fingerprint([key, plain(cfg.sampler)]), *keys]

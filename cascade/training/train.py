@@ -28,7 +28,7 @@ from cascade.nets.unet3d import UNet3D
 from cascade.settings import TrainConfig
 from cascade.stage import Batch, Stage
 from cascade.text import Text
-from cascade.training.examples import Examples, Pooled, batches
+from cascade.training.examples import Draw, Examples, batches
 from cascade.training.state import Signals, State
 
 if TYPE_CHECKING:
@@ -82,14 +82,14 @@ def fit(
     preview: Preview | None = None,
     progress: bool = True,
     inputs: Any = None,
-    pool: Pooled | None = None,
+    pool: Draw | None = None,
 ) -> dict[str, Tensor]:
     """Trains `stage.net` in place and returns the averaged weights; resumes from the newest checkpoint in `out`.
 
     Checkpoints are out/step-NNNNNN; `preview(average, step)` makes the PNG of out/samples-NNNNNN.png. `inputs` is plain
-    data that names what else decides the result: the data set, the text encoder. `pool` makes the examples instead of
-    `source` and `encode`. On SIGINT and SIGTERM the step is finished and saved first. Under `accelerate launch` all
-    processes return the same weights, the first one writes.
+    data that names what else decides the result: the data set, the text encoder. `pool` draws what makes the examples
+    instead of `source` and `encode`. On SIGINT and SIGTERM the step is finished and saved first. Under
+    `accelerate launch` all processes return the same weights, the first one writes.
 
     Raises NumericError before a NaN or infinity reaches the weights, ConfigError if `out` holds a training with other
     settings or the settings do not suit the device, LockedError while another training works in `out`.
@@ -102,37 +102,39 @@ def fit(
     objective = stage.loss if loss is None else loss
     identity = fingerprint(settings(stage, cfg, own=loss is None) | {"inputs": inputs})
     writes = accelerator.is_main_process
-    with store.lock(out) if writes else nullcontext(), products(cfg, device), Signals() as signals:
+    with store.lock(out) if writes else nullcontext(), products(cfg, device):
         if writes:
             store.sweep(out)
         accelerator.wait_for_everyone()  # the others read once the lock is held and a dead run's remains are gone
         resume(state, out, identity)
         model, optimizer = accelerator.prepare(net, state.optimizer, device_placement=[False, False])
-        if pool is None:
-            loader = batches(Examples(stage, source, encode, cfg), cfg, state.step, accelerator)
-        else:
-            loader = replace(pool, stage=stage, cfg=cfg).batches(state.step, accelerator)
+        drawn = None if pool is None or state.step == cfg.steps else replace(pool(), stage=stage, cfg=cfg)
         journal = Journal(out, stage.cfg.name, cfg, state.step, progress) if writes else None
         stop = False
-        try:
-            while state.step < cfg.steps and not stop:
-                rate = learning_rate(cfg, state.step)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                value, norm = one_step(accelerator, model, optimizer, objective, loader, cfg, state.step)
-                state.step += 1
-                state.update_average(cfg.ema)
-                stop = mean(accelerator, float(signals.seen > 0)) > 0
+        with Signals() as signals:  # the loader's processes begin in here, so that they wait for the step too
+            if drawn is None:
+                loader = batches(Examples(stage, source, encode, cfg), cfg, state.step, accelerator)
+            else:
+                loader = drawn.batches(state.step, accelerator)
+            try:
+                while state.step < cfg.steps and not stop:
+                    rate = learning_rate(cfg, state.step)
+                    for group in optimizer.param_groups:
+                        group["lr"] = rate
+                    value, norm = one_step(accelerator, model, optimizer, objective, loader, cfg, state.step)
+                    state.step += 1
+                    state.update_average(cfg.ema)
+                    stop = mean(accelerator, float(signals.seen > 0)) > 0
+                    if journal is not None:
+                        journal.note(state.step, value, norm, rate)
+                        milestone(state, cfg, out, identity, preview, stop)
+            finally:
                 if journal is not None:
-                    journal.note(state.step, value, norm, rate)
-                    milestone(state, cfg, out, identity, preview, stop)
-        finally:
-            if journal is not None:
-                journal.close()
-            accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-        accelerator.wait_for_everyone()  # the last checkpoint is written
-        if stop and not signals.seen:
-            signals.seen = signal.SIGTERM  # another process was asked to stop
+                    journal.close()
+                accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+            accelerator.wait_for_everyone()  # the last checkpoint is written
+            if stop and not signals.seen:
+                signals.seen = signal.SIGTERM  # another process was asked to stop
     return state.average
 
 
