@@ -67,7 +67,7 @@ def clips_for(chain: Chain, jobs: int, copies: int, image: Any, video: Any) -> l
         picture = media.read_image(Path(image)) if isinstance(image, str | Path) else of_images(image, "image")[0]
         return [known_first(picture, cfg)] * jobs
     if isinstance(video, str | Path):
-        video = read_input(Path(video), (takes.height, takes.width))
+        video = read_input(Path(video), (takes.height, takes.width), cfg.colours)
     elif video is not None and not isinstance(video, Video):
         video = Video(of_clips(video), cfg.fps / rule.rate(cfg))
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from cascade.request import take
 from cascade.settings import DTYPES, Rule, StageConfig, check_told, from_text
 from cascade.stage import Stage
 from cascade.text import TextConfig, known_width, read_width
+from cascade.video import Video
 from cascade.windows import Join
 
 
@@ -35,10 +38,8 @@ class Device:
         if self.micro_batch < 1:
             raise ValueError(f"micro_batch is {self.micro_batch}, expected at least 1")
         attention.check(self.attention)
-        try:
-            torch.device("cpu" if self.device == "auto" else self.device)
-        except RuntimeError as error:
-            raise HostError(f"device is {self.device!r}, which torch does not know", fix="device=auto") from error
+        if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", self.device):
+            raise HostError(f"device is {self.device!r}, expected cpu, cuda or cuda:N", fix="device=auto")
 
     @property
     def type(self) -> str:
@@ -88,6 +89,8 @@ class Chain:
         names = take(tree, _Names).stages
         text = parse(tree.pop("text", {}), TextConfig, "text")
         sections = {name: tree.pop(name) for name in names if name in tree}
+        if "chain" in tree:  # where Hydra puts a file that does not say where it goes
+            raise ConfigError("the chain's file sets nothing", fix="its first line: # @package _global_")
         for key in (key for key, value in tree.items() if not (isinstance(value, Mapping) and "kind" in value)):
             raise ConfigError(f"unknown setting {key}", fix=suggest(key, [*names, "stages", "text", *others]))
         return Chain.build(names, sections, text)
@@ -149,6 +152,15 @@ class Chain:
     def texts(self) -> list[TextConfig]:
         """The different ones that its stages read."""
         return list({fingerprint(text): text for text in map(self.text_of, self.stages)}.values())
+
+    def fps(self, given: Video | None) -> float:
+        """The rate of the video that the last stage makes."""
+        stages = list(zip(self.stages, self.rules, strict=True))
+        if given is None or given.known is not None:
+            rate, stages = self.stages[0].fps, stages[1:]
+        else:
+            rate = given.fps
+        return rate * math.prod(rule.rate(stage) for stage, rule in stages)
 
     def runs_on(self, on: Device) -> None:
         """Raises HostError without such a device, ConfigError for a stage that cannot be launched there as it says."""

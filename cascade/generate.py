@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from cascade import __version__, store
+from cascade import __version__, media, store
 from cascade.chain import Chain, Device
 from cascade.config import fingerprint, plain
 from cascade.errors import ConfigError, InputError
@@ -30,8 +30,6 @@ class Generate(Given):
         super().__post_init__()
         if not self.format or not set(self.format) <= {"mp4", "gif", "webm"}:
             raise ConfigError(f"format is [{','.join(self.format)}]", fix="format=[mp4], of mp4, gif and webm")
-        if self.fps is not None and not 0 < self.fps <= 1000:
-            raise ValueError(f"fps is {self.fps}, expected 0 to 1000")
         if self.start is not None and (self.input is None or self.mask is not None):
             why = "start and input belong together: the stage to begin with and the whole video it gets"
             raise ConfigError(why, fix="start=STAGE input=FILE, without mask")
@@ -60,6 +58,8 @@ def verb(tree: dict[str, Any]) -> Callable[[], None]:
         [plain(stage) for stage in chain.stages] + [plain(run), plain(on), plain(chain.text), memory.memory]
     )[:16]  # fmt: skip
     first = given(run, chain.stages[0], chain.rules[0])
+    for suffix in run.format:
+        media.check_rate(f".{suffix}", chain.fps(first) if run.fps is None else run.fps)
     chain.check_weights()
     chain.runs_on(on)
     chain = within(chain, on, memory, None if first is None else first.shape)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cascade import media
+from cascade.codec import COLOURS
 from cascade.errors import ConfigError, InputError
 from cascade.pipeline import read_clip
 from cascade.request import Given
@@ -36,7 +37,7 @@ def given(run: Given, cfg: StageConfig, rule: Rule) -> Video | None:
                 fix="mask=FILE, or image=, last= or extend= instead of input=",
             )
         takes = rule.takes(cfg)
-        video: Video | None = read_input(run.input, (takes.height, takes.width))
+        video: Video | None = read_input(run.input, (takes.height, takes.width), cfg.colours)
     else:
         video = with_hole(run, cfg) if run.mask is not None else with_ends(run, cfg)
         if video is not None and rule.rate(cfg) > 1:
@@ -47,11 +48,11 @@ def given(run: Given, cfg: StageConfig, rule: Rule) -> Video | None:
     return video
 
 
-def read_input(path: Path, size: tuple[int, int]) -> Video:
+def read_input(path: Path, size: tuple[int, int], colours: int) -> Video:
     """The user's own clip, lossless or any video file, at the height and width that a stage takes."""
     _there(path, "input")
     if path.suffix == CLIP:
-        return read_clip(path.read_bytes(), str(path)).resize(*size)
+        return read_clip(path.read_bytes(), f"input {path}", colours).resize(*size)
     return media.read_video(path, size=size)
 
 
@@ -127,7 +128,7 @@ def clip(path: Path, setting: str, fps: float, size: tuple[int, int]) -> Tensor:
     _there(path, setting)
     if path.suffix != CLIP:
         return media.read_video(path, fps=fps, size=size).frames[0]
-    video = read_clip(path.read_bytes(), str(path))
+    video = read_clip(path.read_bytes(), f"{setting} {path}", COLOURS)
     times: Sequence[float] = [frame / video.fps for frame in range(video.shape.frames)]
     nearest = [frame for _, frame in media.resampled(zip(times, range(len(times)), strict=True), fps)]
     return media.fit(video.frames[0][:, nearest].transpose(0, 1), *size).transpose(0, 1)

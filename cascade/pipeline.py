@@ -26,7 +26,7 @@ from torch import Tensor
 from cascade import attention, media, store
 from cascade.chain import Chain, Device
 from cascade.config import fingerprint, plain
-from cascade.errors import CascadeError, InputError, NumericError
+from cascade.errors import CascadeError, InputError
 from cascade.kernels import say_once
 from cascade.loading import Load, known, launched, load_stage
 from cascade.noise import Noise
@@ -37,6 +37,8 @@ from cascade.text import Text, TextSource, text_source
 from cascade.video import Video
 
 VIDEO = "video.safetensors"
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of a clip
+SLACK = 0.01  # beyond [-1, 1], for what rounds
 log = logging.getLogger("cascade")
 Progress = Callable[[str, int, int], None]  # stage name, steps done, steps in all
 
@@ -74,17 +76,25 @@ def video_bytes(video: Video) -> bytes:
     return store.tensors_to_bytes({"video": frames}, metadata=("fps", repr(float(video.fps))))
 
 
-def read_clip(data: bytes, where: str) -> Video:
-    """The inverse of `video_bytes`."""
-    frames = store.bytes_to_tensors(data, where).get("video")
-    fps = store.metadata(data).get("fps")
-    if frames is None or frames.ndim != 4 or fps is None:
-        raise InputError(
-            f"{where}: is not a clip (a tensor `video` (C, F, H, W) with its fps)", fix="a file `out` made"
-        )
-    if not torch.isfinite(frames).all():
-        raise NumericError(f"{where}: not all values are finite", fix="make it again")
-    return Video(frames[None].float(), float(fps))
+def read_clip(data: bytes, where: str, colours: int | None = None) -> Video:
+    """The inverse of `video_bytes`, of so many colours if they are said; InputError for anything else."""
+    frames, said = store.bytes_to_tensors(data, where).get("video"), store.metadata(data).get("fps", "")
+    fix = "a file that `out` made"
+    if frames is None or frames.ndim != 4 or not frames.numel() or frames.dtype not in FLOATS:
+        raise InputError(f"{where}: is not a clip (a tensor `video` (C, F, H, W) of floats)", fix)
+    if colours not in (None, len(frames)):
+        raise InputError(f"{where}: has {len(frames)} colours, expected {colours}", fix)
+    frames = frames.float()
+    low, high = (float(value) for value in frames.aminmax())
+    if not (low >= -1 - SLACK and high <= 1 + SLACK):  # so that NaN is refused
+        raise InputError(f"{where}: has values from {low:g} to {high:g}, expected -1 to 1", fix)
+    try:
+        fps = float(said)
+    except ValueError:
+        fps = 0.0
+    if not media.RATES[0] <= fps <= media.RATES[1]:
+        raise InputError(f"{where}: its fps is {said!r}, expected {media.RATES[0]:g} to {media.RATES[1]:g}", fix)
+    return Video(frames[None], fps)
 
 
 @dataclass

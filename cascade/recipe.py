@@ -8,7 +8,6 @@ as its command does when it is given again.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import signal
@@ -26,10 +25,12 @@ from cascade import checkpoint, store
 from cascade.compose import compose
 from cascade.config import fingerprint, parse, suggest
 from cascade.errors import CascadeError, ConfigError
+from cascade.tasks import asked
 
 log = logging.getLogger("cascade")
 FITS = ("text", "features", "judge", "merge")  # what is no task of a stage, see cascade/fit.py
 PROFILES = ("cpu", "gpu")
+JUDGING = ("evaluate", "tune", "sample")  # tasks that make no weights
 REFERENCE = re.compile(r"@([\w-]+)((?:/\w+)?)")
 
 
@@ -70,15 +71,18 @@ class Recipe:
     steps: dict[str, Step]
     every: list[str] = field(default_factory=list)
     ships: dict[str, str] = field(default_factory=dict)
-    out: str = "runs/train"
+    out: Path = Path("runs/train")
     profile: str = "auto"
     jobs: int = 1
     only: list[str] | None = None
-    config_dir: str | None = None  # the folder of --config-dir, which every step is given too
+    config_dir: Path | None = None  # the folder of --config-dir, which every step is given too
 
     def __post_init__(self) -> None:
         if self.profile not in (*PROFILES, "auto"):
             raise ValueError(f"profile is {self.profile}, expected cpu, gpu or auto")
+        for name in self.steps:
+            if not re.fullmatch(r"[\w-]+", name):
+                raise ValueError(f"steps names {name!r}, expected letters, digits, _ and -: it becomes a folder")
         if self.jobs < 1:
             raise ValueError(f"jobs is {self.jobs}, expected at least 1")
 
@@ -111,6 +115,8 @@ def tasks_of(recipe: Recipe, profile: str) -> dict[str, Task]:
             raise ConfigError(f"recipe: {' needs '.join((*path, name))}", fix="steps that do not need themselves")
         for need in sorted(known[name].needs):
             add(need, (*path, name))
+            if known[need].step.task in JUDGING:
+                raise ConfigError(f"recipe: {name} needs @{need}, which makes no weights", fix="a step that trains")
         ordered.setdefault(name, known[name])
 
     for name in known if recipe.only is None else recipe.only:
@@ -161,42 +167,68 @@ def expanded(name: str, step: Step, profile: str, every: list[str]) -> list[Task
     ]
 
 
-def resolve(word: str, out: Path) -> str:
-    """References as directories below `out`."""
+def resolve(word: str, out: Path, said: Callable[[str], str] = str) -> str:
+    """References as directories below `out`, each as `said` writes it."""
     root = str(out) if out.is_absolute() else f"./{out}"
-    return REFERENCE.sub(lambda m: f"{root}/{m[1]}{m[2]}/weights", word)
+    return REFERENCE.sub(lambda m: said(f"{root}/{m[1]}{m[2]}/weights"), word)
 
 
-def command(task: Task, out: Path, config_dir: str | None = None) -> list[str]:
-    """The command line of a step. ConfigError for a stage that there is not."""
-    words = [resolve(word, out) for word in task.words]
-    if task.step.stage is None:
-        return [sys.executable, "-m", "cascade.fit", str(task.step.fit), str(out / task.name / "weights"), *words]
-    own = None if config_dir is None else Path(config_dir)
-    kind = compose("stage", [f"stage={task.step.stage}"], own)["kind"]
-    start = [sys.executable, "-m", f"stages.{kind}", f"stage={task.step.stage}", f"task={task.step.task or 'train'}"]
-    return [*start, f"out={out / task.name}", *words, *([] if own is None else ["--config-dir", str(own)])]
+def quoted(path: str) -> str:
+    """A path as Hydra reads it: in quotes unless it is plain, where backslashes count before a quote alone."""
+    if re.fullmatch(r"[\w.-]*/[\w./-]*", path, re.ASCII):
+        return path
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda m: 2 * m[1] + (m[2] and rf"\{m[2]}"), path) + "'"
+
+
+def command(task: Task, out: Path, config_dir: Path | None = None) -> list[str]:
+    """The command line of a step. Raises ConfigError for settings that it would refuse."""
+    step = task.step
+    if step.stage is None:
+        words = [resolve(word, out) for word in task.words]
+        return [sys.executable, "-m", "cascade.fit", str(step.fit), str(out / task.name / "weights"), *words]
+    words = [f"stage={step.stage}", f"task={step.task or 'train'}", f"out={quoted(str(out / task.name))}"]
+    words += [resolve(word, out, quoted) for word in task.words]
+    try:
+        tree = compose("stage", words, config_dir)
+        kind = str(tree.get("kind"))
+        asked(kind, tree)
+    except CascadeError as error:
+        raise type(error)(f"recipe step {task.name}: {error.message}", error.fix) from error
+    options = [] if config_dir is None else ["--config-dir", str(config_dir)]
+    return [sys.executable, "-m", f"stages.{kind}", *words, *options]
 
 
 def record(task: Task, out: Path) -> dict[str, Any]:
     """What a step that is done was made of, and what it made: its words, and manifests of weights by their hash."""
     parts = {f"@{name}{part}" for word in task.words for name, part in REFERENCE.findall(word)} | {f"@{task.name}"}
-    manifests = {part: Path(resolve(part, out)) / "manifest.json" for part in sorted(parts)}
-    hashes = {part: fingerprint(path.read_text()) for part, path in manifests.items() if path.is_file()}
+    manifests = {part: Path(resolve(part, out)) / store.MANIFEST for part in sorted(parts)}
+    hashes = {
+        part: fingerprint(path.read_text("utf-8", "replace")) for part, path in manifests.items() if path.is_file()
+    }
     return {"words": list(task.words), "weights": hashes}
 
 
 def is_done(task: Task, out: Path) -> bool:
-    """Whether the step was finished with the same words, of the same weights, and what it made is there."""
-    mark = out / f"{task.name}.done"
-    return mark.is_file() and json.loads(mark.read_bytes()) == record(task, out)
+    """Whether the step was finished with the same words, of the same weights, and what it made is there and whole.
+
+    Raises InputError for a mark that is damaged.
+    """
+    mark, made = out / f"{task.name}.done", out / task.name
+    if not mark.is_file() or store.from_json(mark.read_bytes(), mark) != record(task, out):
+        return False
+    return not any(store.problems(path) for path in (*made.glob("weights"), *made.glob("*/weights")))
 
 
 class Run:
     """The tasks of a recipe at work, `jobs` at a time."""
 
     def __init__(
-        self, tasks: Mapping[str, Task], out: Path, jobs: int, say: Callable[[str], None], config_dir: str | None = None
+        self,
+        tasks: Mapping[str, Task],
+        out: Path,
+        jobs: int,
+        say: Callable[[str], None],
+        config_dir: Path | None = None,
     ) -> None:
         self.out, self.jobs, self.say = out, jobs, say
         self.tasks = dict(tasks)
@@ -209,7 +241,10 @@ class Run:
         self.busy: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
 
     def __call__(self) -> None:
-        """Raises CascadeError with the exit code of a step that failed, once the others that run have ended."""
+        """Raises CascadeError with the exit code of a step that failed, once the others that run have ended.
+
+        SystemExit with that code if the step has already said why on the terminal.
+        """
         try:
             while self.left or self.busy:
                 for name in [n for n, t in self.left.items() if t.needs <= self.ready][: self.jobs - len(self.busy)]:
@@ -252,8 +287,12 @@ class Run:
         if code in (130, 143, -2, -15):
             raise KeyboardInterrupt
         if code:
+            fix = f"mend it, or delete {self.out / name} if what it is made from changed; then the same command again"
+            if self.jobs == 1 and code > 1:  # the step has said why, in its own line
+                self.say(f"      {name} failed: {fix}")
+                sys.exit(code)
             where = f", see {self.out / name}.log" if self.jobs > 1 else ""
-            error = CascadeError(f"recipe step {name} failed{where}", fix="mend it and give the same command again")
+            error = CascadeError(f"recipe step {name} failed{where}", fix)
             error.code = max(code, 1)
             raise error
         store.write_file(self.out / f"{name}.done", store.canonical(record(self.tasks[name], self.out)))
@@ -286,7 +325,7 @@ def verb(tree: dict[str, Any]) -> None:
     """`cascade train`: runs a recipe; prints where the weights are."""
     recipe = parse(tree, Recipe)
     profile = recipe.profile if recipe.profile != "auto" else ("gpu" if torch.cuda.is_available() else "cpu")
-    tasks, out = tasks_of(recipe, profile), Path(recipe.out)
+    tasks, out = tasks_of(recipe, profile), recipe.out
     for part, reference in recipe.ships.items():
         for name, _ in REFERENCE.findall(reference):
             if name not in recipe.steps:

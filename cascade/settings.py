@@ -13,6 +13,7 @@ from torch import Tensor
 from cascade.codec import COLOURS, Codec, Kind
 from cascade.diffusion import Diffusion, Path
 from cascade.errors import ConfigError
+from cascade.media import RATES
 from cascade.nets.compiled import Compile
 from cascade.nets.unet3d_config import UNet3DConfig
 from cascade.nets.unet_config import UNetConfig
@@ -148,8 +149,8 @@ class StageConfig:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w[\w.-]*", self.name):
             raise ValueError(f"name is {self.name!r}, expected letters, digits, _ - and . (it becomes a folder's name)")
-        if not 0 < self.fps <= 1000:
-            raise ValueError(f"fps is {self.fps}, expected 0 to 1000")
+        if not RATES[0] <= self.fps <= RATES[1]:
+            raise ValueError(f"fps is {self.fps:g}, expected {RATES[0]:g} to {RATES[1]:g}")
         if self.frames_at_once < 0:
             raise ValueError(f"frames_at_once is {self.frames_at_once}, expected at least 0")
         if self.dtype not in (None, *DTYPES):

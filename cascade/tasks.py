@@ -15,7 +15,7 @@ import torch
 from cascade import attention, checkpoint, media, store
 from cascade.ask import Request, request
 from cascade.chain import Chain
-from cascade.config import locate, plain, suggest
+from cascade.config import locate, parse, plain, suggest
 from cascade.data.source import open_source
 from cascade.errors import ConfigError
 from cascade.given import given
@@ -48,6 +48,8 @@ def sample(ask: Request) -> None:
     size = None if first is None else first.shape
     chain = Chain([ask.cfg], [ask.rule], ask.text)
     chain.check()
+    if suffix != LOSSLESS:
+        media.check_rate(suffix, chain.fps(first))
     chain.runs_on(ask.on)
     chain = within(chain, ask.on, Memory(memory=ask.memory, command=ask.command), size)
     told, weights = known(chain.stages[0])
@@ -139,13 +141,20 @@ READS = {  # of `Given` and of the sections that belong to one task
 
 def task(kind: str, tree: dict[str, Any]) -> Callable[[], None]:
     """What the settings ask for, checked. Raises HostError where its `out` cannot be written, before anything loads."""
+    name, ask = asked(kind, tree)
+    store.check_place(ask.out(name))
+    return partial(TASKS[name], ask)
+
+
+def asked(kind: str, tree: dict[str, Any]) -> tuple[str, Request]:
+    """The task and its settings, typed; ConfigError for what is wrong with them before anything is read."""
     name = tree.pop("task", "sample")
     if not isinstance(name, str) or name not in TASKS:
         raise ConfigError(f"task is {name!r}, expected one of {', '.join(TASKS)}", fix=suggest(str(name), TASKS))
     ask = request(kind, tree)
     check_read(name, ask)
-    store.check_place(ask.out(name))
-    return partial(TASKS[name], ask)
+    check(name, ask)
+    return name, ask
 
 
 def check_read(task: str, ask: Request) -> None:
@@ -160,3 +169,20 @@ def check_read(task: str, ask: Request) -> None:
             readers = " or ".join(other for other, names in READS.items() if name in names)
             fix = "train.seed=N" if name == "seed" else f"remove {name}, or task={readers}"
             raise ConfigError(f"task={task} does not read {name}", fix=fix)
+
+
+def check(task: str, ask: Request) -> None:
+    """Raises ConfigError for settings that `task` alone reads."""
+    from cascade.distillation.rounds import DistillConfig, rounds
+    from cascade.evaluation import exam, sweep
+
+    own = ask.own.get(task, {})
+    if task == "train":
+        ask.training  # noqa: B018
+    elif task == "distill":
+        rounds(parse(own, DistillConfig, task), ask.training, guided=True)
+    elif task == "evaluate":
+        for name in parse(own, exam.EvaluateConfig, task).metrics or ask.rule.METRICS:
+            exam.measure(name)
+    elif task == "tune":
+        sweep.check(ask.cfg, ask.rule, parse(own, sweep.TuneConfig, task))

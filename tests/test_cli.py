@@ -28,6 +28,7 @@ from cascade.errors import CascadeError, ConfigError, HostError, InputError
 from cascade.settings import StageConfig
 from cascade.stage import Stage
 from cascade.text import T5Text, TextConfig
+from cascade.video import Video
 
 PROMPT = "a large red circle moves left on a black background"
 
@@ -147,6 +148,13 @@ def test_prompts_equal_single_runs_in_any_order(cascade: Any) -> None:
     assert video(Path("many0/0002"), "interp") == video(Path("single/0001"), "interp")
     assert video(Path("many1/0001"), "interp") == video(Path("many0/0000"), "interp")
     assert video(Path("many1/0000"), "interp") != video(Path("many1/0001"), "interp")
+
+
+def test_a_clip_too_fast_for_the_format_is_refused_at_once(cascade: Any) -> None:
+    Path("clip.safetensors").write_bytes(pipeline.video_bytes(Video(torch.zeros(1, 3, 8, 8, 8), 30.0)))
+    with pytest.raises(ConfigError, match="gif cannot show 60"):
+        cascade("generate", "prompt=x", "start=ssr", "input=clip.safetensors", "out=run", "format=[gif]")
+    assert not Path("run").exists()
 
 
 def test_embeddings_on_disk_replace_the_encoder(cascade: Any, mini: Path) -> None:
@@ -310,6 +318,7 @@ def test_help_names_every_verb_task_and_kind() -> None:
     assert {*cli.VERBS, *tasks.TASKS, *kinds()} <= said
 
 
+FAST = ["base.fps=16", "tsr.fps=32", "ssr.fps=32", "interp.fps=64"]
 FAULTS: list[tuple[list[str], int, str]] = [
     (["generat"], 2, "generate"),
     (["generate"], 2, "prompt"),
@@ -344,8 +353,12 @@ FAULTS: list[tuple[list[str], int, str]] = [
     (["generate", "prompt=x", "format=[avi]"], 2, "avi"),
     (["generate", "prompt=x", "format=[]"], 2, "format=[mp4]"),
     (["generate", "prompt=x", "format=gif"], 2, "format=[gif]"),
+    (["generate", "prompt=x", "format=[mp4,gif]", "fps=60"], 2, ".gif cannot show 60"),
+    (["generate", "prompt=x", "fps=0"], 2, ".mp4 cannot show 0"),
+    (["generate", "prompt=x", "format=[gif]", *FAST], 2, ".gif cannot show 64"),
     (["generate", "prompt=x", "memory=5"], 2, "\"memory='5'\""),
     (["generate", "prompt=x", "devise=cpu"], 2, "Fix: device"),
+    (["plan", "chain=headless", "--config-dir", "own"], 2, "# @package _global_"),
     (["generate", "a red circle"], 2, "prompt="),
     (["generate", "prompt=x", "prompts=file"], 2, "one of them"),
     (["generate", "prompt=x", "negative_prompt= "], 2, "empty"),
@@ -362,6 +375,8 @@ FAULTS: list[tuple[list[str], int, str]] = [
     (["embed", "prompt=x", "out="], 2, "out"),
     (["embed", "prompt=x", "samples=2"], 2, "samples"),
     (["plan", "device=toaster"], 4, "toaster"),
+    *((["plan", f"device={name}"], 4, f"'{name}'") for name in ("meta", "mps", "privateuseone", "cuda:-1", "cuda:x")),
+    (["generate", "prompt=x", "device=cuda:300"], 4, "cuda:300"),
     (["export", "out=."], 3, "not an artefact"),
     (["generate", "prompt=x", "hydra.run.dir=/tmp/x"], 2, "hydra"),
     (["generate", "prompt=x", "out=file"], 4, "file"),
@@ -382,6 +397,8 @@ def test_a_mistake_is_one_line_and_creates_nothing(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("in the way")
+    (tmp_path / "own/chain").mkdir(parents=True)
+    (tmp_path / "own/chain/headless.yaml").write_text("stages: [base]")
     before = tree_bytes(tmp_path), sorted(tmp_path.rglob("*"))
     more = ["chain=mini", "--config-dir", str(mini)] if words[:1] in (["generate"], ["export"]) else []
     with pytest.raises(SystemExit) as exit_:
@@ -419,16 +436,18 @@ def test_a_task_finds_out_first_that_it_may_not_write(stage: Any, mini: Path, mo
         store.commit(Path(folder), {"a": b"1"}, kind="test")
     before = tree_bytes(Path())
     monkeypatch.setattr(Stage, "__init__", lambda *_: pytest.fail("a stage was made for nothing"))
+    tuned = ["tune.before=null", "tune.by.input=degraded", "augment_max=0.1"]
     for task in tasks.TASKS:
         with pytest.raises(HostError, match="file/deep"):
-            stage("base", f"task={task}", *["prompt=x"] * (task == "sample"), "out=file/deep.mp4")
+            words = {"sample": ["prompt=x"], "tune": tuned}.get(task, [])
+            stage("tsr" if task == "tune" else "base", f"task={task}", *words, "out=file/deep.mp4")
     for task, out, words in (
         ("train", "trained", "thesis"), ("distill", "student", "thesis"), ("evaluate", "judged", "'test'")
     ):  # fmt: skip
         with pytest.raises(InputError, match=words):
             stage("base", f"task={task}", f"out={out}")
     with pytest.raises(InputError, match="'test', not 'tune'"):
-        stage("tsr", "task=tune", "out=tuned", "tune.before=null", "tune.by.input=degraded", "augment_max=0.1")
+        stage("tsr", "task=tune", "out=tuned", *tuned)
     assert tree_bytes(Path()) == before
 
 
@@ -448,6 +467,7 @@ def test_what_a_killed_run_left_is_swept(cascade: Any) -> None:
         ([], "stage is missing"),
         (["stage=mini_base", "prompt=x", "out=video.avi"], "video.avi"),
         (["stage=mini_base", "prompt=x", "out=."], "name of a video file"),
+        (["stage=mini_base", "prompt=x", "out=video.gif", "fps=60"], "gif cannot show 60"),
         (["stage=mini_base", "prompt=x", "samples=2", f"out={__file__}"], "2 clips"),
         (["stage=mini_base", "task=train", "seed=5"], "task=train does not read seed. Fix: train.seed="),
         (["stage=mini_base", "task=distill", "prompt=x"], "task=distill does not read prompt. Fix: .*task=sample"),

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from cascade import media
+from cascade import media, store
 from cascade.chain import Chain
 from cascade.cond import Cond
 from cascade.config import parse, plugin
-from cascade.errors import CascadeError, ConfigError
+from cascade.errors import CascadeError, ConfigError, InputError
 from cascade.given import covered, given
 from cascade.noise import Noise, generator, sample_id
-from cascade.pipeline import video_bytes
+from cascade.pipeline import read_clip, video_bytes
 from cascade.request import Given
 from cascade.sampling.sampler import Sampler
 from cascade.stage import Stage
@@ -133,6 +133,43 @@ def test_what_cannot_be_given_is_refused(
     with pytest.raises(CascadeError) as error:
         asked(stage_config("base", windows=EXTEND), **words)
     assert error.value.code == code and named in error.value.message and error.value.fix, error.value
+
+
+GOOD = torch.zeros(3, 4, 8, 8)
+CLIPS: dict[str, tuple[Tensor, str, str]] = (
+    {  # a tensor, its fps, what is said of them
+        "flat": (GOOD[0], "4", "is not a clip"),
+        "batch": (GOOD[None], "4", "is not a clip"),
+        "no frames": (GOOD[:, :0], "4", "is not a clip"),
+        "no height": (GOOD[:, :, :0], "4", "is not a clip"),
+        "integers": (GOOD.to(torch.uint8), "4", "is not a clip"),
+        "truths": (GOOD > 0, "4", "is not a clip"),
+        "complex": (GOOD.to(torch.complex64), "4", "is not a clip"),
+        "eight bits": (GOOD.to(torch.float8_e4m3fn), "4", "is not a clip"),
+        "grey": (GOOD[:1], "4", "has 1 colours, expected 3"),
+        "wide": (GOOD + 2, "4", "has values from 2 to 2"),
+        "endless": (GOOD / 0, "4", "has values from nan"),
+    }
+    | {f"at {fps}": (GOOD, fps, f"its fps is {fps!r}") for fps in ("", "x", "0", "-4", "nan", "inf", "1e-300", "1e300")}
+)
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_a_lossless_clip_is_whole_or_refused(tmp_path: Path, name: str, stage_config: Make) -> None:
+    frames, fps, said = CLIPS[name]
+    path = tmp_path / "clip.safetensors"
+    path.write_bytes(store.tensors_to_bytes({"video": frames}, metadata=("fps", fps)))
+    for cfg, setting in ((stage_config("base", windows=EXTEND), "extend"), (stage_config("ssr"), "input")):
+        with pytest.raises(InputError) as error:
+            asked(cfg, **{setting: str(path)})
+        assert f"{setting} {path}: {said}" in error.value.message
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_lossless_clip_may_have_any_usual_precision(dtype: torch.dtype) -> None:
+    data = store.tensors_to_bytes({"video": torch.ones(3, 4, 8, 8, dtype=dtype)}, metadata=("fps", "4"))
+    video = read_clip(data, "clip")
+    assert video.frames.dtype is torch.float32 and (video.frames == 1).all() and video.fps == 4
 
 
 @pytest.mark.parametrize("kind", ["tsr", "ssr", "interp"])

@@ -188,6 +188,15 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("modelscope", {"up_block_types": ["UpBlock3D"] * 4}, "up_block_types is"),
     ("modelscope", {"in_channels": 5}, "in_channels is 5, expected 4 or 8 or 9"),
     ("modelscope", {"layers_per_block": "two"}, "layers_per_block"),
+    ("modelscope", {"layers_per_block": 10**6}, "layers_per_block is 1000000, expected 1 to 100"),
+    ("modelscope", {"block_out_channels": [2**40] * 4}, "block_out_channels is"),
+    ("modelscope", {"cross_attention_dim": 2**62}, "cross_attention_dim is"),
+    ("if_image", {"attention_head_dim": []}, "attention_head_dim is [], expected 1 to"),
+    ("if_image", {"encoder_hid_dim": -1}, "encoder_hid_dim is -1"),
+    ("if_image", {"down_block_types": [], "up_block_types": [], "block_out_channels": []}, "block_out_channels is []"),
+    ("lavie", {"attention_head_dim": [0, 8, 8, 8]}, "attention_head_dim is [0, 8, 8, 8], expected 1 to"),
+    ("lavie", {"attention_head_dim": [8, 16]}, "different lengths"),
+    ("if_image", {"down_block_types": [], "up_block_types": []}, "different lengths"),
     ("if_image", {"only_cross_attention": True}, "only_cross_attention: True is not one of False"),
     ("if_image", {"class_embed_type": "projection"}, "class_embed_type: 'projection' is not one of timestep"),
     ("if_image", {"mid_block_type": "UNetMidBlock2DCrossAttn"}, "mid_block_type is UNetMidBlock2DCrossAttn"),
@@ -461,6 +470,9 @@ def test_a_source_that_is_not_whole_is_refused(folders: Path, tmp_path: Path) ->
     assert "wide: there is no such setting" in str(spoil("field", lambda s: changed(s, wide=1)))
     assert "is not a safetensors file" in str(spoil("cut", lambda s: os.truncate(next(s.glob(f"{shard}*")), 1000)))
     assert "pickle or an archive" in str(spoil("tar", lambda s: next(s.glob(f"{shard}*")).write_bytes(b"\x80\x02c")))
+    for number, tree in enumerate(({}, {"weight_map": None}, {"weight_map": ["a"]}, {"weight_map": {"a": ["x"]}})):
+        error = spoil(f"map {number}", lambda s, tree=tree: next(s.glob("*.index.json")).write_text(json.dumps(tree)))  # type: ignore[misc]
+        assert "index.json: its weight_map does not name files" in str(error)
     nothing = spoil("nothing", lambda s: [path.unlink() for path in s.glob("*model*")] and None)
     assert "holds no weights" in str(nothing)
 

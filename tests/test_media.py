@@ -72,7 +72,7 @@ def test_a_video_survives_the_round_trip(tmp_path: Path, suffix: str, least: flo
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif"])
-@pytest.mark.parametrize("fps", [4, 16, 23.976])
+@pytest.mark.parametrize("fps", [0.01, 4, 16, 23.976, 50])
 def test_the_rate_and_every_frame_are_kept(tmp_path: Path, suffix: str, fps: float) -> None:
     path = tmp_path / f"a{suffix}"
     encode(waves(6, 16, 16), fps, path)
@@ -88,6 +88,15 @@ def test_equal_videos_give_equal_files_and_noise_passes_the_check(suffix: str) -
     assert encoded(x, 16, suffix) == encoded(x.clone(), 16, suffix)
     for still in (torch.full((3, 5, 16, 16), -1.0), torch.ones(3, 1, 2, 2)):
         assert encoded(still, 16, suffix)
+    assert encoded(torch.zeros(3, 99, 8, 8), 0.3333, suffix)  # shown at 1/3
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif"])
+@pytest.mark.parametrize("pair", [(0b000, 0b010), (0b001, 0b100), (0b101, 0b010), (0b111, 0b101)])
+def test_narrow_stripes_of_pure_colours_pass_the_check(suffix: str, pair: tuple[int, int]) -> None:
+    one, other = (torch.tensor([colour >> bit & 1 for bit in (2, 1, 0)]).view(3, 1, 1, 1) * 2.0 - 1 for colour in pair)
+    for width in (1, 3):
+        assert encoded(torch.where(torch.arange(33) // width % 2 == 0, one, other).expand(3, 2, 31, 33), 4, suffix)
 
 
 def test_mp4_is_what_browsers_play(tmp_path: Path) -> None:
@@ -113,10 +122,12 @@ def test_flat_colours_keep_their_hue(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="avi"):
         encode(waves(), 8, tmp_path / "a.avi")
-    with pytest.raises(ConfigError, match="fps 60"):
+    with pytest.raises(ConfigError, match="gif cannot show 60"):
         encode(waves(), 60, tmp_path / "a.gif")
     with pytest.raises(ConfigError):
         encode(waves(), math.nan, tmp_path / "a.mp4")
+    with pytest.raises(ConfigError, match=r"0\.001"):
+        encode(waves(), 0.001, tmp_path / "a.mp4")
     with pytest.raises(NumericError):
         encode(waves() / 0, 8, tmp_path / "a.mp4")
     assert not list(tmp_path.iterdir())
@@ -131,8 +142,10 @@ FAKES = {
     "truncates": (LAST + f'"{REAL}" "$@"; head -c 900 "$out" >"$out.x"; mv "$out.x" "$out"', "cannot be read"),
     "loses a frame": (LAST + f'"{REAL}" "${{@:1:$#-1}}" -frames:v 7 "file:$out"', "7x48x64 instead of 8x48x64"),
     "shows another video": (LAST + 'cat >/dev/null; cp "${0%/*}/other.mp4" "$out"', "differs by"),
+    "confuses colours": (LAST + 'cat >/dev/null; cp "${0%/*}/other.mp4" "$out"', "differs by"),
     "hangs": ("exec sleep 60", "did not finish"),
 }
+OTHERS = {"shows another video": -waves(), "confuses colours": waves().flip(0)}
 
 
 @pytest.mark.parametrize("fault", FAKES)
@@ -142,8 +155,8 @@ def test_a_faulty_ffmpeg_is_reported(
     script, reason = FAKES[fault]
     fake = tmp_path / "ffmpeg"
     fake.write_text(f"#!/bin/bash\n{script}\n")
-    if fault == "shows another video":
-        encode(-waves(), 8, tmp_path / "other.mp4")
+    if fault in OTHERS:
+        encode(OTHERS[fault], 8, tmp_path / "other.mp4")
     fake.chmod(stat.S_IRWXU)
     monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(fake))
     with pytest.raises(HostError, match=reason) as caught:

@@ -13,7 +13,7 @@ import torch
 from cascade import checkpoint, recipe
 from cascade.compose import compose
 from cascade.config import parse
-from cascade.errors import CascadeError, ConfigError
+from cascade.errors import CascadeError, ConfigError, InputError
 from cascade.recipe import Recipe, Run, Step, Task, is_done, resolve, ship, tasks_of
 
 STEPS = {
@@ -84,6 +84,8 @@ def test_only_brings_what_is_needed() -> None:
         ({"a": {"like": "b", "fit": "text"}, "b": {"stage": "x"}}, "a is a fit, b is none"),
         ({"a": {"stage": "x", "fit": "text"}}, "stage and fit are x and text"),
         ({"a": {"fit": "nothing"}}, "fit is nothing, expected one of text, features, judge, merge"),
+        ({"a": {"fit": "text", "set": ["@b"]}, "b": {"stage": "x", "task": "evaluate"}}, "@b, which makes no weights"),
+        ({"../a": {"fit": "text"}}, r"steps names '\.\./a'"),
     ],
 )
 def test_what_cannot_run_is_refused(steps: dict[str, Any], message: str) -> None:
@@ -95,6 +97,38 @@ def test_references_become_folders(tmp_path: Path) -> None:
     assert resolve("a=@base", Path("runs/x")) == "a=./runs/x/base/weights"
     assert resolve("a=@base-d/08", tmp_path) == f"a={tmp_path}/base-d/08/weights"
     assert resolve("lr=1e-3", tmp_path) == "lr=1e-3"
+
+
+@pytest.mark.parametrize("folder", ["plain", "two words, (one)=[x]", "it's \\", "{a: b}"])
+def test_a_folder_of_any_name_is_told_to_a_step(folder: str, tmp_path: Path) -> None:
+    out = tmp_path / folder
+    task = Task("a", Step(stage="tiny/base"), ("train.init=@base", "train.steps=3"), 0.0)
+    words = recipe.command(task, out)
+    tree = compose("stage", words[3:])
+    assert words[:3] == [sys.executable, "-m", "stages.base"]
+    assert tree["out"] == str(out / "a") and tree["train"]["init"] == str(out / "base/weights")
+
+
+@pytest.mark.parametrize(
+    ("stage", "task", "word", "said"),
+    [
+        ("tiny/nothing", None, "seed=1", "nothing"),
+        ("tiny/base", None, "train.stepz=3", "steps"),
+        ("tiny/base", None, "train.steps=three", "steps"),
+        ("tiny/base", "learn", "seed=1", "task is 'learn'"),
+        ("tiny/base", "distill", "distill.steps=[16,9]", "steps is"),
+        ("tiny/base", "evaluate", "evaluate.nn=3", "evaluate.n"),
+        ("tiny/base", "evaluate", "evaluate.metrics=[beauty]", "beauty"),
+        ("tiny/base", "tune", "seed=1", "starts from text"),
+    ],
+)
+def test_a_step_that_would_be_refused_stops_the_recipe_before_it_begins(
+    stage: str, task: str | None, word: str, said: str, tmp_path: Path
+) -> None:
+    steps = {"a": Task("a", Step(fit="text"), (), 0.0), "b": Task("b", Step(stage=stage, task=task), (word,), 0.0)}
+    with pytest.raises(ConfigError, match=r"^recipe step b: ") as error:
+        Run(steps, tmp_path, 1, lambda _: None)
+    assert said in str(error.value) and not list(tmp_path.iterdir())
 
 
 def script(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
@@ -121,12 +155,19 @@ def test_other_words_are_another_step(tmp_path: Path) -> None:
     assert not is_done(Task("a", Step(stage="x"), ("x=2",), 0.0), tmp_path)
 
 
+def test_a_damaged_mark_is_named(tmp_path: Path) -> None:
+    for broken in (b"", b"{", b"[1]", b"\xff"):
+        (tmp_path / "a.done").write_bytes(broken)
+        with pytest.raises(InputError, match=r"a\.done: is not"):
+            is_done(tasks("a")["a"], tmp_path)
+
+
 MAKES = """
 import sys
 from pathlib import Path
-weights = Path(sys.argv[2], sys.argv[1], "weights")
-weights.mkdir(parents=True, exist_ok=True)
-(weights / "manifest.json").write_text(open(sys.argv[2] + "/as").read())
+from cascade import store
+out = Path(sys.argv[2])
+store.commit(out / sys.argv[1] / "weights", {"x": (out / "as").read_bytes()}, kind="x", replace=True)
 open(sys.argv[2] + "/ran", "a").write(sys.argv[1])
 """
 
@@ -139,9 +180,11 @@ def test_a_step_is_done_again_when_what_it_was_made_of_changed(tmp_path: Path, m
         mine = tasks("a", "b") | {"a": Task("a", Step(stage="x"), words, 0.0)}
         Run(mine, tmp_path, 1, lambda _: None)()
         assert (tmp_path / "ran").read_text() == ran
-    (tmp_path / "a/weights/manifest.json").unlink()
-    Run(mine, tmp_path, 1, lambda _: None)()
-    assert (tmp_path / "ran").read_text() == "ababab"
+    for name, data in (("x", b""), ("manifest.json", b"\xff")):
+        (tmp_path / "ran").unlink()
+        (tmp_path / "a/weights" / name).write_bytes(data)
+        Run(mine, tmp_path, 1, lambda _: None)()
+        assert (tmp_path / "ran").read_text() == "ab"
 
 
 WAITS = """
@@ -171,9 +214,14 @@ def test_a_recipe_that_is_told_to_stop_tells_its_steps_once(tmp_path: Path, monk
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_failure_keeps_its_code_and_what_was_done(jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     script(monkeypatch, "import sys; sys.exit(5 * (sys.argv[1] == 'b'))")
-    with pytest.raises(CascadeError, match="step b failed") as caught:
-        Run(tasks("a", "b", "c"), tmp_path, jobs, lambda _: None)()
+    said: list[str] = []
+    with pytest.raises((CascadeError, SystemExit)) as caught:
+        Run(tasks("a", "b", "c"), tmp_path, jobs, said.append)()
     assert caught.value.code == 5
+    if jobs == 1:  # its own `error:` line stands on the terminal
+        assert isinstance(caught.value, SystemExit) and f"delete {tmp_path / 'b'}" in said[-1]
+    else:
+        assert "step b failed, see" in str(caught.value) and f"delete {tmp_path / 'b'}" in str(caught.value)
     assert sorted(path.name for path in tmp_path.glob("*.done")) == ["a.done"]
 
 
@@ -189,19 +237,8 @@ def test_what_ships_is_half_as_large_and_says_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
 def test_the_shipped_recipe_is_whole(profile: str) -> None:
     """Every step's settings compose and are known; every part of the chain ships."""
-    from cascade.ask import request
-    from cascade.distillation.rounds import DistillConfig
-    from cascade.evaluation.exam import EvaluateConfig
-
     tree = compose("train", [])
     shipped = parse(tree, Recipe)
     assert {*compose("generate")["stages"], "text", "features"} <= shipped.ships.keys()
     for task in tasks_of(shipped, profile).values():
-        if task.step.stage is None:
-            continue
-        words = [word for word in task.words if "@" not in word]
-        stage = compose("stage", [f"stage={task.step.stage}", *words])
-        del stage["task"]
-        ask = request(str(stage["kind"]), stage)
-        parse(ask.own.get("distill", {}), DistillConfig, "distill")
-        parse(ask.own.get("evaluate", {}), EvaluateConfig, "evaluate")
+        recipe.command(task, Path("runs/train"))

@@ -177,6 +177,20 @@ def test_a_broken_report_is_one_error_line(make: Make, report: Any, tmp_path: Pa
         report()
 
 
+@pytest.mark.parametrize("path", ["sampler", "sampler/steps", "shape", "fps", "augment"])
+def test_settings_that_a_page_shows_are_there(make: Make, report: Any, path: str, tmp_path: Path) -> None:
+    tree = json.loads((make("good") / "report.json").read_bytes())
+    *folders, key = path.split("/")
+    part = tree["subject"]["stages"]["base"]["settings"]
+    for folder in folders:
+        part = part[folder]
+    part[key] = None
+    files = {"report.json": store.canonical(tree)}
+    store.commit_into(tmp_path / "bad/one", files, kind="report", meta={"stages": ["base"]})
+    with pytest.raises(InputError, match=f"is not a report of this Cascade: .*{key}"):
+        report(runs="bad")
+
+
 def test_a_directory_without_evaluations_is_refused(report: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a directory"):
         report()

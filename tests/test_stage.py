@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cascade.chain import Chain, chain_settings
 from cascade.codec import Codec, Kind
 from cascade.cond import Cond
 from cascade.config import plugin
@@ -500,8 +501,8 @@ def test_impossible_trainings_are_refused(changes: dict[str, Any], words: str, t
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"fps": 0.0}, "fps is 0.0"),
-        ({"fps": 2000.0}, "fps is 2000.0"),
+        ({"fps": 0.0}, "fps is 0, expected 0.01 to 1000"),
+        ({"fps": 2000.0}, "fps is 2000"),
         ({"augment": 1.5}, "augment and augment_max are 1.5 and 0.0"),
         ({"augment_max": -0.1}, "expected 0 to 1"),
         ({"name": "a|b"}, r"name is 'a\|b'"),
@@ -566,11 +567,13 @@ def test_a_stage_is_imitated_on_what_the_stage_before_makes(make_stage: Make, en
 
 def test_stages_before_are_loaded_and_named_one_after_the_other() -> None:
     cfg = Before(stage="tiny/tsr", steps=1, before=Before(stage="tiny/base", strength=0.3))
-    made, keys = imitation(cfg, torch.device("cpu"))
-    assert made.before is not None and made.before.before is None
+    chain = Chain.read(chain_settings("tiny"))
+    after = chain.stages[2], chain.rules[2], torch.device("cpu"), "train.gap"
+    made, keys = imitation(cfg, *after)
+    assert made is not None and made.before is not None and made.before.before is None
     assert [each.stage.cfg.name for each in (made, made.before)] == ["tsr", "base"]
     assert (made.stage.cfg.sampler.steps, made.before.strength, len(set(keys))) == (1, 0.3, 2)
-    assert imitation(replace(cfg, before=None), torch.device("cpu"))[1] == keys[:1]
+    assert imitation(replace(cfg, before=None), *after)[1] == keys[:1]
 
 
 def test_on_the_straight_path_sampling_begins_with_what_comes_in(make_stage: Make, encode: Make) -> None:

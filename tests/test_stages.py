@@ -26,7 +26,7 @@ SHIPPED = sorted(
 )
 BUDGET = {"tiny/base": 6, "tiny/tsr": 6, "tiny/ssr1": 15, "tiny/interp": 13, "tiny/ssr2": 34}  # GFLOP an evaluation
 TASK = {"task", "prompt", "prompts", "negative_prompt", "input", "out", "seed", "samples", "text"}
-TASK |= {"mask", "image", "last", "extend", "seconds"}
+TASK |= {"mask", "image", "last", "extend", "seconds", "config_dir"}
 TASK |= {"command", "device", "dtype", "micro_batch", "attention", "memory", "data", "evaluate", "distill", "tune"}
 Make = Callable[..., Any]
 

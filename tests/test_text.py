@@ -279,8 +279,10 @@ def test_a_tokenizer_of_another_model_is_refused(own: Path, tmp_path: Path) -> N
 
 
 def test_folders_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="is not a folder"):
-        find_encoder(str(tmp_path / "none"))
+    (tmp_path / "loop").symlink_to("loop")
+    for name in (tmp_path / "none", tmp_path / "loop", "~nobody-of-that-name/encoder"):
+        with pytest.raises(InputError, match="is not a folder"):
+            find_encoder(str(name))
     assert find_encoder("tiny/text") == TINY
 
     def offline(*_: object, **__: object) -> str:
@@ -291,7 +293,7 @@ def test_folders_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         find_encoder("google/t5-v1_1-none@main")
 
 
-@pytest.mark.parametrize("tree", [{"max_tokens": 1}, {"encoder": " "}, {"precision": "float16"}])
+@pytest.mark.parametrize("tree", [{"max_tokens": 1}, {"max_tokens": 10**9}, {"encoder": " "}, {"precision": "float16"}])
 def test_settings_that_are_refused(tree: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         parse(tree, TextConfig, "text")

@@ -16,6 +16,11 @@ F = TypeVar("F", bound="Fields")
 
 PLAIN = {Space.ADDED_KV: "Resnet{}sampleBlock{}", Space.TRANSFORMER: "{}Block{}"}
 ATTENDING = {Space.ADDED_KV: "SimpleCrossAttn{}Block{}", Space.TRANSFORMER: "CrossAttn{}Block{}"}
+WIDTHS = (
+    "in_channels", "out_channels", "block_out_channels", "cross_attention_dim", "attention_head_dim",
+    "encoder_hid_dim", "time_embedding_dim", "addition_embed_type_num_heads",
+)  # fmt: skip
+MOST = {**dict.fromkeys(WIDTHS, 1 << 16), "layers_per_block": 100}  # far beyond any network
 MIDDLE = {Space.ADDED_KV: "UNetMidBlock{}SimpleCrossAttn", Space.TRANSFORMER: "UNetMidBlock{}CrossAttn"}
 
 
@@ -40,6 +45,13 @@ class Fields:
     num_attention_heads: Literal[None] = None
     time_cond_proj_dim: Literal[None] = None
 
+    def __post_init__(self) -> None:
+        for name, most in MOST.items():
+            given = getattr(self, name, None)
+            numbers = given if isinstance(given, list) else [1 if given is None else given]
+            if not numbers or not all(1 <= number <= most for number in numbers):
+                raise ValueError(f"{name} is {given}, expected 1 to {most}")
+
     @property
     def layers(self) -> list[int]:
         given = self.layers_per_block
@@ -59,8 +71,10 @@ class Fields:
         mirrored = [(ATTENDING if a else PLAIN)[space].format("Up", dims) for a in reversed(attend)]
         if self.up_block_types != mirrored:
             raise ValueError(f"up_block_types is {self.up_block_types}, expected {mirrored}, as on the way down")
-        if not len(self.block_out_channels) == len(self.layers) == len(attend):
-            raise ValueError("block_out_channels, layers_per_block and down_block_types are of different lengths")
+        if not len(self.block_out_channels) == len(self.layers) == len(self.numbers()) == len(attend):
+            raise ValueError(
+                "block_out_channels, layers_per_block, attention_head_dim and down_block_types are of different lengths"
+            )
         levels = zip(self.block_out_channels, self.layers, attend, strict=True)
         return [Level3D(channels=c, blocks=n, attention=a) for c, n, a in levels]
 
@@ -84,7 +98,7 @@ class Fields:
         numbers = self.numbers()
         if len(set(numbers)) == 1:
             return Heads(number=numbers[0])
-        sizes = {c // number for c, number in zip(self.block_out_channels, numbers, strict=True)}
+        sizes = {c // number for c, number in zip(self.block_out_channels, numbers, strict=False)}  # see `levels`
         if len(sizes) > 1:
             raise ValueError(f"attention_head_dim is {numbers}, expected heads of one number or of one size")
         return Heads(size=sizes.pop())
@@ -129,6 +143,7 @@ class Conditioned(Fields):
     cross_attention_norm: Literal["group_norm"] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.dropout:
             raise ValueError(f"dropout is {self.dropout}, expected 0")
 

@@ -56,7 +56,10 @@ def files(path: Path, named: str | None) -> list[Path]:
             raise InputError(f"{path / named}: no such file", fix=f"file= one of {', '.join(_names(path, '*'))}")
         return [path / named]
     if index := _only(path, INDEX):
-        shards = set(store.from_json(index.read_bytes(), index).get("weight_map", {}).values())
+        named_by = store.from_json(index.read_bytes(), index).get("weight_map")
+        if not isinstance(named_by, dict) or not all(isinstance(name, str) for name in named_by.values()):
+            raise InputError(f"{index}: its weight_map does not name files", fix="copy it again")
+        shards = set(named_by.values())
         missing = sorted(name for name in shards if "/" in name or not (path / name).is_file())
         if missing or not shards:
             raise InputError(

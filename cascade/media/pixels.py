@@ -17,6 +17,7 @@ Bytes = NDArray[np.uint8]
 MAX_FRAMES = 4096
 MAX_PIXELS = 2**23  # of one frame; a 4k frame has 0.99 of it
 MAX_BYTES = 2**31  # of all frames that are kept
+RATES = (0.01, 1000.0)  # frames a second
 
 
 class Unreadable(InputError):

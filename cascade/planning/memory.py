@@ -55,7 +55,7 @@ def size(text: str) -> int:
     """Bytes that `text` says: 12GB, 1.5 GiB. ValueError otherwise."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]+)", text.strip())
     unit = {name.lower(): factor for name, factor in UNITS.items()}.get(found[2].lower()) if found else None
-    if found is None or unit is None or float(found[1]) == 0:
+    if found is None or unit is None or not 0 < float(found[1]) < math.inf:
         raise ValueError(f"memory is {text!r}, expected a size such as 12GB")
     return int(float(found[1]) * unit)
 

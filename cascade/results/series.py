@@ -15,6 +15,8 @@ from cascade.config import fingerprint, parse, plain
 from cascade.errors import ConfigError, InputError
 from cascade.evaluation.exam import MADE, EvaluateConfig
 from cascade.evaluation.marks import JSON, STRIPS, TIMING, Row, Timing, subject_key
+from cascade.request import take
+from cascade.video import Shape
 
 log = logging.getLogger("cascade")
 
@@ -30,6 +32,26 @@ class StageSubject:
     weights: str
     evaluations: int
     facts: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        take(take(dict(self.settings), _Shown).sampler, _Sampler)
+
+
+@dataclass(kw_only=True)
+class _Sampler:
+    steps: int
+    rule: str
+    guidance: float
+
+
+@dataclass(kw_only=True)
+class _Shown:
+    """What a page shows of a stage's settings."""
+
+    shape: Shape
+    fps: float
+    augment: float
+    sampler: dict[str, Any]
 
 
 @dataclass(kw_only=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,10 @@ def local_file(name: str, file: str) -> Path | None:
 
 def _folder(name: str) -> Path | None:
     """The folder that the encoder `name` is in or should be in, None for a name on the hub."""
-    ours, given = package_root() / "checkpoints" / name, Path(name).expanduser()
+    ours, given = (
+        package_root() / "checkpoints" / name,
+        Path(os.path.expanduser(name)),
+    )  # pathlib's raises where there is no such user
     if given.is_absolute() or name.startswith("."):
         return given
     if ours.is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+){0,2}(@[\w./-]+)?", name):

@@ -13,6 +13,7 @@ from cascade.text.embedded import Text
 from cascade.text.prior import PriorConfig
 
 MAX_PROMPT = 10_000  # characters
+MAX_TOKENS = 4096  # attention in an encoder takes the square of them
 
 
 class Precision(Enum):
@@ -51,8 +52,8 @@ class TextConfig:
     def __post_init__(self) -> None:
         if not self.encoder.strip():
             raise ValueError("encoder is empty, expected a folder or a name on the hub")
-        if self.max_tokens < 2:
-            raise ValueError(f"max_tokens is {self.max_tokens}, expected at least 2 (a piece and the end mark)")
+        if not 2 <= self.max_tokens <= MAX_TOKENS:
+            raise ValueError(f"max_tokens is {self.max_tokens}, expected 2 to {MAX_TOKENS}, the end mark among them")
 
     @property
     def reading(self) -> list[str]:
