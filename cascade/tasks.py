@@ -6,7 +6,6 @@ import re
 import shlex
 from collections.abc import Callable
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from cascade.ask import Request, request
 from cascade.chain import Chain
 from cascade.config import locate, parse, plain, suggest
 from cascade.data.source import open_source
-from cascade.errors import ConfigError
+from cascade.errors import CascadeError, ConfigError
 from cascade.given import given
 from cascade.loading import check_trained, known, launched, load_stage, save_stage
 from cascade.pipeline import Runner, digest, video_bytes
@@ -143,7 +142,15 @@ def task(kind: str, tree: dict[str, Any]) -> Callable[[], None]:
     """What the settings ask for, checked. Raises HostError where its `out` cannot be written, before anything loads."""
     name, ask = asked(kind, tree)
     store.check_place(ask.out(name))
-    return partial(TASKS[name], ask)
+
+    def work() -> None:
+        try:
+            TASKS[name](ask)
+        except CascadeError as error:  # in a chain it is base.weights=..., alone weights=...
+            error.fix = re.sub(rf"\b{re.escape(ask.cfg.name)}\.(?=[\w.]+=)", "", error.fix)
+            raise
+
+    return work
 
 
 def asked(kind: str, tree: dict[str, Any]) -> tuple[str, Request]:

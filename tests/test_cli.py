@@ -477,6 +477,7 @@ def test_what_a_killed_run_left_is_swept(cascade: Any) -> None:
         ),
         (["stage=mini_base", "task=evaluate", "evaluate=null"], "evaluate: null, expected a mapping"),
         (["stage=mini_base", "task=[sample]"], "expected one of sample"),
+        (["stage=mini_base", "prompt=x", "weights=null"], "Fix: weights=DIRECTORY, or weights=random"),
     ],
 )
 def test_a_mistake_with_one_stage_creates_nothing(
