@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -14,7 +13,7 @@ from cascade.chain import Chain, chain_settings
 from cascade.config import package_root
 
 
-def info(tree: dict[str, Any]) -> None:
+def info() -> None:
     """Versions, device and attention kernels."""
     print(f"cascade {__version__}, python {sys.version.split()[0]}, torch {torch.__version__}")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -23,7 +22,7 @@ def info(tree: dict[str, Any]) -> None:
     print(f"attention: {', '.join(attention.kernels())}; auto is {attention.select('auto', q)}")
 
 
-def list_(tree: dict[str, Any]) -> None:
+def list_() -> None:
     """Chains, what they are and whether their weights are here; stages."""
     conf = package_root() / "conf"
     for path in sorted((conf / "chain").rglob("*.yaml")):

@@ -284,7 +284,7 @@ class AssetsConfig:
     out: Path | None = None
 
 
-def verb(tree: dict[str, Any]) -> None:
+def verb(tree: dict[str, Any]) -> Callable[[], None]:
     """`cascade assets`: fetches what is missing; a line for each."""
     cfg = parse(tree, AssetsConfig)
     names = list(ASSETS) if cfg.only is None else cfg.only
@@ -293,8 +293,12 @@ def verb(tree: dict[str, Any]) -> None:
             near = suggest(name, ASSETS).replace(" or ", ",")
             raise ConfigError(f"only names {name!r}, which is no asset", fix=f"only=[{near}]")
     root = cfg.out or folder()
-    with store.lock(root):
-        for name in names:
-            print(f"{root / name}: {'made' if obtain(name, root) else 'there'}", flush=True)
-    if root.absolute() != folder().absolute():
-        print(f"measures look for them with {VARIABLE}={root}")
+
+    def work() -> None:
+        with store.lock(root):
+            for name in names:
+                print(f"{root / name}: {'made' if obtain(name, root) else 'there'}", flush=True)
+        if root.absolute() != folder().absolute():
+            print(f"measures look for them with {VARIABLE}={root}")
+
+    return work

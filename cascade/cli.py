@@ -6,6 +6,7 @@ before the settings are known to be right.
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import logging
@@ -50,12 +51,13 @@ cascade: cascaded text-to-video, stage by stage.
   python -m stages.<kind> stage=tiny/base [task=sample|train|distill|evaluate|tune]     one stage alone
       kinds: base, tsr, ssr, interp, relay, refine
 
-Settings are `key=value` (see conf/). Everywhere: --cfg job (show the settings and stop), --config-dir DIR (your own
-YAML files), -m (one run for each combination of comma-separated values), --debug (tracebacks), --verbose.
+Settings are `key=value`; `cascade VERB --help` says what they are. Everywhere: --cfg job (show the settings and stop),
+--config-dir DIR (your own YAML files), -m (one run for each combination of comma-separated values), --debug
+(tracebacks), --verbose.
 """
 
 
-Verb = Callable[[dict[str, Any]], Callable[[], None] | None]  # checks settings; does the work, or returns what does it
+Verb = Callable[[dict[str, Any]], Callable[[], None]]  # checks settings, and returns what does the work
 MOST_RUNS = 10_000  # of one command with -m
 
 VERBS: dict[str, tuple[str | None, str]] = {  # the YAML in conf/ that its settings start from, and what it does
@@ -124,16 +126,17 @@ def command(argv: Sequence[str]) -> None:
     if primary is None:
         if rest:
             raise ConfigError(f"cascade {verb} takes no settings, not {rest[0]!r}", fix=f"cascade {verb}")
-        function(name)({})
+        function(name)()
         return
     carry_out(function(name), settings(primary, rest, f"cascade {verb}"))
 
 
 def carry_out(verb: Verb, trees: Sequence[dict[str, Any]]) -> None:
-    """With -m the last combination is checked before the first one runs."""
-    for work in [verb(tree) for tree in trees]:
-        if work is not None:
-            work()
+    """With -m the last combination is checked before the first one runs; what a check has read is not kept for it."""
+    for tree in trees[1:]:
+        verb(copy.deepcopy(tree))
+    for tree in trees:
+        verb(tree)()
 
 
 def help_of(verb: str, primary: str | None) -> str:
@@ -144,10 +147,10 @@ def help_of(verb: str, primary: str | None) -> str:
     return "".join([*lines, "\n", HELP[HELP.index("Settings are") :]])
 
 
-def function(name: str) -> Verb:
+def function(name: str) -> Callable[..., Any]:
     """What VERBS names, its module imported only now."""
     module, _, attribute = name.rpartition(".")
-    found: Verb = getattr(import_module(module), attribute)
+    found: Callable[..., Any] = getattr(import_module(module), attribute)
     return found
 
 
@@ -178,7 +181,7 @@ def settings(primary: str, argv: Sequence[str], program: str = "") -> list[dict[
     trees = [{**compose(primary, combination, config_dir), **texts} for combination in combinations]
     if many:
         for number, tree in enumerate(trees):
-            if tree.get("out") is not None:
+            if isinstance(tree.get("out"), str) and tree["out"]:  # another one is refused
                 tree["out"] = str(Path(tree["out"]) / str(number))
     if show:
         import yaml  # type: ignore[import-untyped]
@@ -213,9 +216,9 @@ def sweep(overrides: Sequence[str]) -> list[list[str]]:
             values = itertools.islice(override.sweep_string_iterator(), MOST_RUNS + 1) if several else ()
             choices.append([f"{key}={value}" for value in values] if several else [str(override.input_line)])
         except HydraException as error:
-            raise ConfigError(f"-m: {word!r} is not key=value as Hydra reads it", fix="key=a,b,c") from error
-    if (count := math.prod(map(len, choices))) > MOST_RUNS:
-        raise ConfigError(f"-m: {count} combinations, at most {MOST_RUNS} can be run", fix="fewer values")
+            raise ConfigError(f"-m: {word!r} is not key=a,b,c as Hydra reads it", fix="key=a,b,c") from error
+    if math.prod(map(len, choices)) > MOST_RUNS:
+        raise ConfigError(f"-m: more than {MOST_RUNS} combinations", fix="fewer values")
     return [list(combination) for combination in itertools.product(*choices)]
 
 
@@ -262,7 +265,8 @@ class Ending:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # one that is not Python's
+                signal.signal(number, handler)
         if error is not None and not self.code:
             self.code = verdict(error, self.debug, self.name)
         return self.code != 0 or isinstance(error, BrokenPipeError)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,14 +20,18 @@ class Embed(Prompts):
     text: TextConfig = field(default_factory=TextConfig)
 
 
-def verb(tree: dict[str, Any]) -> None:
+def verb(tree: dict[str, Any]) -> Callable[[], None]:
     """Text embeddings of a file of prompts, written once."""
     run = parse(tree, Embed)
-    texts = run.texts()
-    if run.out is None:
+    texts, out = run.texts(), run.out
+    if out is None:
         raise ConfigError("out is missing", fix="out=DIRECTORY")
     texts += [] if run.text.negative is None else [check_negative(run.text.negative)]
-    store.check_place(run.out)
-    encoder = encoder_of(run.text)
-    folder = EmbeddingStore.create(run.out, encoder)
-    print(f"{run.out}: {folder.put(texts, encoder)} prompts embedded")
+    store.check_place(out)
+
+    def work() -> None:
+        encoder = encoder_of(run.text)
+        folder = EmbeddingStore.create(out, encoder)
+        print(f"{out}: {folder.put(texts, encoder)} prompts embedded")
+
+    return work

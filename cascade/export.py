@@ -167,7 +167,7 @@ class ExportConfig:
             raise ValueError(f"format is {self.format!r}, expected diffusers")
 
 
-def verb(tree: dict[str, Any]) -> None:
+def verb(tree: dict[str, Any]) -> Callable[[], None]:
     """`cascade export`: the folder's name on stdout."""
     ask = take(tree, ExportConfig)
     chain = Chain.read(tree, ["format", "out"])
@@ -176,5 +176,9 @@ def verb(tree: dict[str, Any]) -> None:
     chain.check_weights()
     find_encoder(chain.text.encoder)
     check(chain, ask.out)
-    with store.lock(ask.out):
-        print(write(chain, ask.out))
+
+    def work() -> None:
+        with store.lock(ask.out):
+            print(write(chain, ask.out))
+
+    return work

@@ -38,13 +38,13 @@ class Generate(Given):
             raise ConfigError(why, fix="start=STAGE or mask=FILE")
 
 
-def check_places(jobs: Sequence[Job], chain: Chain) -> None:
+def check_places(out: Path, jobs: Sequence[Job], chain: Chain) -> None:
     """Raises HostError where the videos of `jobs` cannot be written, InputError where something else would be lost."""
-    for job in jobs:
+    store.check_place(out)
+    for job in (job for job in jobs if job.directory.exists()):
+        store.check_place(job.directory / "stages" / chain.stages[0].name)
         for stage in chain.stages:
-            folder = job.directory / "stages" / stage.name
-            store.check_place(folder)
-            store.check_ours(folder, "stage")
+            store.check_ours(job.directory / "stages" / stage.name, "stage")
         if (kind := store.kind_of(job.directory)) is not None:
             raise InputError(f"cannot write {job.directory}: it holds {kind!r}", fix="choose another out=")
 
@@ -64,7 +64,7 @@ def verb(tree: dict[str, Any]) -> Callable[[], None]:
     chain.runs_on(on)
     chain = within(chain, on, memory, None if first is None else first.shape)
     jobs = jobs_of(texts, run.samples, out)
-    check_places(jobs, chain)
+    check_places(out, jobs, chain)
 
     def work() -> None:
         with store.lock(out), bars() as progress:

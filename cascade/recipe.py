@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from cascade import checkpoint, store
-from cascade.compose import compose
+from cascade.compose import compose, split_prompts
 from cascade.config import fingerprint, parse, suggest
 from cascade.errors import CascadeError, ConfigError
 from cascade.tasks import asked
@@ -188,8 +189,9 @@ def command(task: Task, out: Path, config_dir: Path | None = None) -> list[str]:
         return [sys.executable, "-m", "cascade.fit", str(step.fit), str(out / task.name / "weights"), *words]
     words = [f"stage={step.stage}", f"task={step.task or 'train'}", f"out={quoted(str(out / task.name))}"]
     words += [resolve(word, out, quoted) for word in task.words]
+    texts, settings = split_prompts(words)
     try:
-        tree = compose("stage", words, config_dir)
+        tree = {**compose("stage", settings, config_dir), **texts, "command": shlex.join(settings)}
         kind = str(tree.get("kind"))
         asked(kind, tree)
     except CascadeError as error:
@@ -321,7 +323,7 @@ def halved(source: Path, target: Path) -> None:
     store.commit(target, files, kind=artefact.kind, meta=artefact.meta, replace=True)
 
 
-def verb(tree: dict[str, Any]) -> None:
+def verb(tree: dict[str, Any]) -> Callable[[], None]:
     """`cascade train`: runs a recipe; prints where the weights are."""
     recipe = parse(tree, Recipe)
     profile = recipe.profile if recipe.profile != "auto" else ("gpu" if torch.cuda.is_available() else "cpu")
@@ -330,7 +332,11 @@ def verb(tree: dict[str, Any]) -> None:
         for name, _ in REFERENCE.findall(reference):
             if name not in recipe.steps:
                 raise ConfigError(f"recipe: {part} ships {reference}, which is no step", fix=f"a step {name}")
-    with store.lock(out):
-        Run(tasks, out, recipe.jobs, log.info, recipe.config_dir)()
-        for target in ship(recipe.ships, out):
-            print(target)
+
+    def work() -> None:
+        with store.lock(out):
+            Run(tasks, out, recipe.jobs, log.info, recipe.config_dir)()
+            for target in ship(recipe.ships, out):
+                print(target)
+
+    return work

@@ -170,8 +170,8 @@ def check_read(task: str, ask: Request) -> None:
     A section counts if it was typed: a stage's YAML may hold those of all tasks.
     """
     typed = {re.split(r"[.=]", word.lstrip("+"))[0] for word in shlex.split(ask.command)}
-    asked = [f.name for f in fields(Given) if getattr(ask.run, f.name) != f.default]
-    for name in (*asked, *(name for name in ask.own if name in typed)):
+    said = [f.name for f in fields(Given) if getattr(ask.run, f.name) != f.default]
+    for name in (*said, *(name for name in ask.own if name in typed)):
         if name not in READS[task]:
             readers = " or ".join(other for other, names in READS.items() if name in names)
             fix = "train.seed=N" if name == "seed" else f"remove {name}, or task={readers}"

@@ -279,7 +279,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bring(weights: str, source: Path, out: Path, **changes: Any) -> checkpoint.Weights:
-    importers.verb({"weights": weights, "source": str(source), "out": str(out), **changes})
+    importers.verb({"weights": weights, "source": str(source), "out": str(out), **changes})()
     return checkpoint.load(out)
 
 
@@ -325,7 +325,7 @@ def test_the_way_back_is_the_identity(name: str, tree: dict[str, Any], folders: 
     import diffusers
 
     ours = bring(name, folders / name, tmp_path / "ours")
-    importers.verb({"weights": name, "source": str(tmp_path / "ours"), "out": str(tmp_path / "back"), "to": "source"})
+    importers.verb({"weights": name, "source": str(tmp_path / "ours"), "out": str(tmp_path / "back"), "to": "source"})()
     config = next((folders / name).rglob("config.json")).read_text()
     assert json.loads((tmp_path / "back/config.json").read_text()) == json.loads(config)
     again = getattr(diffusers, tree["_class_name"]).from_pretrained(tmp_path / "back")
@@ -344,7 +344,7 @@ def test_what_was_trained_here_goes_to_diffusers(folders: Path, tmp_path: Path) 
     checkpoint.save(tmp_path / "ours", net.state_dict(), {"kind": "base", "net": plain(cfg)})
     importers.verb(
         {"weights": "modelscope", "source": str(tmp_path / "ours"), "out": str(tmp_path / "back"), "to": "source"}
-    )
+    )()
     theirs = diffusers.UNet3DConditionModel.from_pretrained(tmp_path / "back").eval()
     x, text = drawn("x", 2, 4, 3, 8, 12), drawn("text", 2, 5, 32)
     assert (theirs(x, TIMES, text).sample - net.run(x, TIMES, text)).abs().max() < 1e-5

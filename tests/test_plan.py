@@ -92,7 +92,7 @@ def test_json_alone_is_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_table_has_a_line_for_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
-    verb(tree(stages=["base", "tsr"]))
+    verb(tree(stages=["base", "tsr"]))()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["stage", "base", "tsr", "all"]
     assert len({len(line) for line in lines[:4]}) == 1 and lines[-1].startswith("text encoder: tiny/text, ")
@@ -109,7 +109,7 @@ def test_an_encoder_that_is_not_here_is_said_not_guessed(
 ) -> None:
     with caplog.at_level(logging.INFO, "cascade"):
         settings: dict[str, Any] = {"stages": ["base"], "text/encoder": "/nowhere", "format": "json"}
-        verb(tree(**settings))
+        verb(tree(**settings))()
     assert "was not checked" in caplog.text and json.loads(capsys.readouterr().out)["others"][0]["params"] is None
 
 
@@ -329,7 +329,7 @@ def test_a_broken_chain_is_refused_in_one_line(
 ) -> None:
     monkeypatch.setattr(planning, "measure", lambda *_: pytest.fail("measured before it was checked"))
     with pytest.raises(CascadeError) as caught:
-        verb(tree(**changes))
+        verb(tree(**changes))()
     assert caught.value.code == 2 and expected in str(caught.value)
     assert "\n" not in str(caught.value) and capsys.readouterr().out == ""
 

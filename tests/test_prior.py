@@ -185,7 +185,7 @@ def test_a_chain_reads_what_the_prior_makes(stage_config: Any, net_config: Any) 
 def test_embeddings_of_a_prior_may_be_stored(tmp_path: Path) -> None:
     text = {"max_tokens": 16, "prior": {"weights": "random", "width": 128, "layers": 1, "heads": 2, "head": 8}}
     text["prior"] |= {"sampler": {"steps": 2}}  # type: ignore[operator]
-    embed.verb({"text": text, "prompt": PROMPTS[0], "out": str(tmp_path / "store")})
+    embed.verb({"text": text, "prompt": PROMPTS[0], "out": str(tmp_path / "store")})()
     stored = EmbeddingStore(tmp_path / "store").encode([PROMPTS[0]])
     sampler = Sampler(steps=2)
     made = encoder_of(replace(TINY, prior=replace(CFG, width=128, sampler=sampler))).encode([PROMPTS[0]])

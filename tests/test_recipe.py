@@ -120,6 +120,8 @@ def test_a_folder_of_any_name_is_told_to_a_step(folder: str, tmp_path: Path) -> 
         ("tiny/base", "evaluate", "evaluate.nn=3", "evaluate.n"),
         ("tiny/base", "evaluate", "evaluate.metrics=[beauty]", "beauty"),
         ("tiny/base", "tune", "seed=1", "starts from text"),
+        ("tiny/base", None, "distill.steps=[16]", "task=train does not read distill"),
+        ("tiny/base", None, "prompt=a circle, moving", "task=train does not read prompt"),
     ],
 )
 def test_a_step_that_would_be_refused_stops_the_recipe_before_it_begins(
@@ -129,6 +131,11 @@ def test_a_step_that_would_be_refused_stops_the_recipe_before_it_begins(
     with pytest.raises(ConfigError, match=r"^recipe step b: ") as error:
         Run(steps, tmp_path, 1, lambda _: None)
     assert said in str(error.value) and not list(tmp_path.iterdir())
+
+
+def test_a_prompt_is_free_text_to_a_recipe_too(tmp_path: Path) -> None:
+    task = Task("a", Step(stage="tiny/base", task="sample"), ("prompt=it's a circle, moving left",), 0.0)
+    assert recipe.command(task, tmp_path)[-1] == "prompt=it's a circle, moving left"
 
 
 def script(monkeypatch: pytest.MonkeyPatch, body: str) -> None:

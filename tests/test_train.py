@@ -658,13 +658,16 @@ def shipped(name: str, **changes: Any) -> tuple[StageConfig, Any]:
     ("name", "changes", "before", "why"),
     [
         ("tiny/base", {}, {"stage": "tiny/tsr"}, r"train\.gap is set, but base starts from text.*Fix: train\.gap=null"),
-        ("tiny/ssr1", {}, {"stage": "tiny/base"}, r"gap\.stage is tiny/base: ssr1 takes 16x32x32.*base gives 8x32x32"),
+        ("tiny/ssr1", {}, {"stage": "tiny/base"}, r"gap\.stage is tiny/base: ssr1: fps is 8, but 1 x base's 4"),
         ("tiny/ssr1", {}, {"stage": "tiny/tsrr"}, r"train\.gap: .*tiny/tsrr\.yaml.* Fix: train\.gap\.stage=tiny/tsr$"),
         ("tiny/ssr1", {"fps": 6.0}, {"stage": "tiny/tsr"}, r"fps is 6, but 1 x tsr's 8 is 8.*Fix: train\.gap\.stage="),
-        ("tiny/ssr1", {"shape": Shape(frames=8, height=64, width=64)}, {"stage": "tiny/tsr"}, "ssr1 takes 8x32x32"),
+        (
+            "tiny/ssr1", {"shape": Shape(frames=7, height=64, width=64), "train": None}, {"stage": "tiny/tsr"},
+            "tsr, which cannot: .*frames",
+        ),
         (
             "tiny/ssr1", {}, {"stage": "tiny/tsr", "before": {"stage": "tiny/tsr"}},
-            r"train\.gap\.before\.stage is tiny/tsr: tsr takes 8x32x32, but tsr gives 16x32x32",
+            r"train\.gap\.before\.stage is tiny/tsr: tsr: fps is 8, but 2 x tsr's 8 is 16",
         ),
         (
             "tiny/tsr", {}, {"stage": "tiny/base", "before": {"stage": "tiny/base"}},

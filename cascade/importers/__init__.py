@@ -76,15 +76,19 @@ def layout_of(name: str) -> Layout:
     return cast(Layout, importlib.import_module(f"{__name__}.{name}").LAYOUT)
 
 
-def verb(tree: dict[str, Any]) -> None:
+def verb(tree: dict[str, Any]) -> Callable[[], None]:
     """`cascade import`: a line for what was made."""
     for name in ("weights", "source", "out"):
         if tree.get(name) is None:
             raise ConfigError(f"{name} is missing", fix=f"{name}={'modelscope' if name == 'weights' else 'DIRECTORY'}")
     run = parse(tree, ImportConfig)
     store.check_ours(run.out, PUBLISHED if run.to is To.SOURCE else checkpoint.KIND)
-    with store.lock(run.out):
-        print((write_back if run.to is To.SOURCE else bring)(run))
+
+    def work() -> None:
+        with store.lock(run.out):
+            print((write_back if run.to is To.SOURCE else bring)(run))
+
+    return work
 
 
 def bring(run: ImportConfig) -> str:

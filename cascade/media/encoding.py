@@ -56,7 +56,8 @@ def check_rate(suffix: str, fps: float) -> None:
         raise ConfigError(f"video format {suffix or 'without suffix'!r} is unknown", fix=", ".join(HIGHEST))
     if not RATES[0] <= fps <= HIGHEST[suffix]:
         raise ConfigError(
-            f"{suffix} cannot show {fps:g} frames a second", fix=f"fps= {RATES[0]:g} to {HIGHEST[suffix]:g}"
+            f"{suffix} cannot show {fps:g} frames a second",
+            fix=f"{RATES[0]:g} to {HIGHEST[suffix]:g}, or another format",
         )
 
 

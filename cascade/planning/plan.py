@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -170,7 +170,7 @@ class PlanConfig:
             raise ValueError(f"format is {self.format!r}, expected table or json")
 
 
-def verb(tree: dict[str, Any]) -> None:
+def verb(tree: dict[str, Any]) -> Callable[[], None]:
     """`cascade plan`: the plan on stdout, remarks on stderr."""
     shown, on, ask = take(tree, PlanConfig), take(tree, Device), take(tree, Memory)
     chain = Chain.read(tree, ["format", "device", "dtype", "micro_batch", "memory"])
@@ -178,7 +178,11 @@ def verb(tree: dict[str, Any]) -> None:
     for text in chain.texts:
         if known_width(text) is None:
             log.info("text %s is not on this machine: its width was not checked", text.store or text.encoder)
-    print(json.dumps(made.data(), indent=2) if shown.format == "json" else made.table())
+
+    def work() -> None:
+        print(json.dumps(made.data(), indent=2) if shown.format == "json" else made.table())
+
+    return work
 
 
 def _short(number: float) -> str:

@@ -6,7 +6,7 @@ they lie and in whatever order they were made.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,21 +38,25 @@ class ReportConfig:
     gates: list[Gate] = field(default_factory=list)
 
 
-def verb(tree: dict[str, Any]) -> None:
+def verb(tree: dict[str, Any]) -> Callable[[], None]:
     """`cascade report`: writes the results and prints where the page is."""
     cfg = parse(tree, ReportConfig)
-    if cfg.runs is None:
+    runs, out, cards = cfg.runs, cfg.out, cfg.cards
+    if runs is None:
         raise ConfigError("runs is missing", fix="runs=DIR, where evaluations lie")
-    if cfg.cards is not None and not locate(cfg.cards).is_dir():
-        raise InputError(f"cards {cfg.cards}: is not a directory", fix="cards=checkpoints/tiny")
-    series = pool(collect(cfg.runs))
-    out = cfg.out
-    with store.lock(out):
-        write(series, cfg, out)
-    if cfg.cards is not None:
-        for path in write_cards(series, cfg.columns, locate(cfg.cards)):
-            print(path)
-    print(out / MARKDOWN)
+    if cards is not None and not locate(cards).is_dir():
+        raise InputError(f"cards {cards}: is not a directory", fix="cards=checkpoints/tiny")
+
+    def work() -> None:
+        series = pool(collect(runs))
+        with store.lock(out):
+            write(series, cfg, out)
+        if cards is not None:
+            for path in write_cards(series, cfg.columns, locate(cards)):
+                print(path)
+        print(out / MARKDOWN)
+
+    return work
 
 
 def write(series: Sequence[Series], cfg: ReportConfig, out: Path) -> None:

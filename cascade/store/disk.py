@@ -84,15 +84,25 @@ def make_directories(path: Path) -> list[Path]:
 
 
 def check_place(path: Path) -> None:
-    """Raises HostError where nothing could be written at `path`, which is found out by trying in the nearest folder."""
+    """Raises HostError where nothing could be written at `path`, which is found out by trying beside it and in it."""
     with host(path, 0):
         path = path.absolute()
-        place = path if path.is_dir() else path.parent
-        while not place.exists():
-            place = place.parent
-        probe = aside(place / path.name, "tmp")
+        for place in (path.parent, path) if path.is_dir() else (path.parent,):
+            _try(place, path.name)
+
+
+def _try(place: Path, name: str) -> None:
+    """Makes a folder in `place`, or in the nearest one above that is there, and takes it away."""
+    while not place.exists():
+        place = place.parent
+    probe = aside(place / name, "tmp")
+    try:
         os.mkdir(probe)
-        os.rmdir(probe)
+    except FileNotFoundError:
+        if place.exists():
+            raise
+        return _try(place, name)  # who had made that folder took it away
+    os.rmdir(probe)
 
 
 def aside(path: Path, why: str) -> Path:
@@ -148,7 +158,7 @@ def lock(directory: Path) -> Iterator[None]:
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, str(os.getpid()).encode(), 0)
                 sweep(directory)
-                sweep(directory.parent, directory.name)
+                sweep(directory.parent, directory.name[:150])  # as `aside` cuts it
             yield
         finally:
             path.unlink(missing_ok=True)  # while it is held: whoever waits on the old inode sees that it is gone

@@ -46,10 +46,8 @@ def local_file(name: str, file: str) -> Path | None:
 
 def _folder(name: str) -> Path | None:
     """The folder that the encoder `name` is in or should be in, None for a name on the hub."""
-    ours, given = (
-        package_root() / "checkpoints" / name,
-        Path(os.path.expanduser(name)),
-    )  # pathlib's raises where there is no such user
+    ours = package_root() / "checkpoints" / name
+    given = Path(os.path.expanduser(name))  # pathlib's raises where there is no such user
     if given.is_absolute() or name.startswith("."):
         return given
     if ours.is_dir() or not re.fullmatch(r"[\w.-]+(/[\w.-]+){0,2}(@[\w./-]+)?", name):

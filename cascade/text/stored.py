@@ -31,16 +31,19 @@ class EmbeddingStore:
             raise InputError(f"text store {folder}: has no {INDEX}", fix=self.command)
         index = store.from_json(path.read_bytes(), path)
         if {key: type(value) for key, value in index.items()} != {"encoder": str, "width": int, "max_tokens": int}:
-            raise InputError(f"text store {path}: is damaged", fix=f"remove {folder}, then {self.command}")
+            raise InputError(f"text store {path}: is damaged, or not ours", fix=f"another folder: {self.command}")
         self.fingerprint: str = index["encoder"]
         self.width: int = index["width"]
         self.max_tokens: int = index["max_tokens"]
 
     @classmethod
     def create(cls, folder: Path, encoder: Encoder) -> EmbeddingStore:
-        """Opens the store for writing by `encoder`; ConfigError where another encoder has written."""
+        """Opens the store for writing by `encoder`; ConfigError where another encoder has written, InputError where
+        something else lies."""
         index = {"encoder": encoder.fingerprint, "width": encoder.width, "max_tokens": encoder.cfg.max_tokens}
         if not (folder / INDEX).exists():
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise InputError(f"text store {folder}: holds something else", fix="choose another out=")
             store.write_file(folder / INDEX, store.canonical(index))
         opened = cls(folder)
         if (opened.fingerprint, opened.max_tokens) != (encoder.fingerprint, encoder.cfg.max_tokens):

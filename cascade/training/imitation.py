@@ -18,6 +18,7 @@ from cascade.settings import Before, Rule, StageConfig, from_text
 from cascade.stage import Stage
 from cascade.text import Text
 from cascade.video import Shape, Video
+from cascade.windows import Windows
 
 Imitate = Callable[[Video, Text, torch.Generator], Video]  # (degraded clips, text, where noise is drawn from)
 
@@ -76,11 +77,14 @@ def imitation(
         cfg = replace(cfg, weights=before.weights)
     if before.steps is not None:
         cfg = replace(cfg, sampler=replace(cfg.sampler, steps=before.steps))
-    try:
-        check_pair(cfg, after, after_rule)
+    try:  # for clips of the size that `after` is trained at, as `Imitation` makes them
+        fitting = replace(cfg, shape=after_rule.takes(after), windows=Windows(), train=None)
+        check_pair(fitting, after, after_rule)
+    except ValueError as error:
+        raise ConfigError(f"{where}.stage is {before.stage}, which cannot: {error}", f"{where}=null") from error
     except ConfigError as error:
-        fix = f"{where}.stage=the one before {after.name}"
+        fix = f"{where}.stage=NAME of the stage before {after.name}"
         raise ConfigError(f"{where}.stage is {before.stage}: {error.message}", fix) from error
-    first, keys = imitation(before.before, cfg, rule, device, f"{where}.before", config_dir)
+    first, keys = imitation(before.before, fitting, rule, device, f"{where}.before", config_dir)
     stage, key = load_stage(cfg, rule, device)
     return Imitation(stage, before.strength, first), [fingerprint([key, plain(cfg.sampler)]), *keys]

@@ -103,8 +103,6 @@ def fit(
     identity = fingerprint(settings(stage, cfg, own=loss is None) | {"inputs": inputs})
     writes = accelerator.is_main_process
     with store.lock(out) if writes else nullcontext(), products(cfg, device):
-        if writes:
-            store.sweep(out)
         accelerator.wait_for_everyone()  # the others read once the lock is held and a dead run's remains are gone
         resume(state, out, identity)
         model, optimizer = accelerator.prepare(net, state.optimizer, device_placement=[False, False])
