@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from cascade import store
+from cascade import checkpoint, store
 from cascade.cli import run_main
 from cascade.config import suggest
 from cascade.errors import ConfigError
@@ -68,7 +68,7 @@ def command(argv: Sequence[str]) -> None:
         raise ConfigError(f"fit {argv[0]}: {len(words)} words, expected {shown}", fix=f"{argv[0]} {shown}")
     out = Path(words[0])
     store.check_place(out)
-    store.check_ours(out, "text" if fit is text else "weights")
+    store.check_ours(out, "text" if fit is text else checkpoint.KIND)
     fit(out, *words[1:])
     print(words[0])
 

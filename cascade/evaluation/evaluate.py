@@ -95,8 +95,6 @@ def stage_task(ask: Request) -> None:
     """`task=evaluate`: judges the stage; report.json and report.png in `out`, and a table on stdout."""
     cfg = parse({"seed": ask.run.seed, **ask.own.get("evaluate", {})}, EvaluateConfig, "evaluate")
     names = list(cfg.metrics or ask.rule.METRICS)
-    for name in names:
-        measure(name)
     out = ask.out("evaluate")
     store.check_into(out, REPORT)
     stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
