@@ -141,7 +141,7 @@ def carry_out(verb: Verb, trees: Sequence[dict[str, Any]]) -> None:
 
 def help_of(verb: str, primary: str | None) -> str:
     """The lines of HELP about one verb, and the file of its settings, whose comments say what they are."""
-    lines = [line for line in HELP.splitlines(keepends=True) if re.match(rf"  {re.escape(verb)}\b", line)]
+    lines = re.findall(rf"(?m)^  {re.escape(verb)}\b.*\n(?: {{6}}.*\n)*", HELP)
     if primary is not None:
         lines += ["\n", (package_root() / "conf" / f"{primary}.yaml").read_text()]
     return "".join([*lines, "\n", HELP[HELP.index("Settings are") :]])
