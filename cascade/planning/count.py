@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode
 
 from cascade import checkpoint, store
 from cascade.chain import Device
@@ -55,6 +54,8 @@ class Host:
 
 def work(cfg: StageConfig, rule: Rule, tokens: int) -> tuple[int, int]:
     """Parameters of the denoiser, and FLOPs of one evaluation of one clip, all of its windows."""
+    from torch.utils.flop_counter import FlopCounterMode  # loads Triton where it is installed
+
     stage = on_meta(cfg, rule)
     z = torch.empty(1, cfg.net.channels, *cfg.codec.inside(cfg.shape), device=META)
     cond = _blank((1, *cfg.incoming(cfg.shape)), tokens, cfg.net.text)
