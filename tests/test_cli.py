@@ -568,6 +568,7 @@ def other(argv):
     except BaseException as error:
         raise ImportError("initialization failed") from error
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored in what a shell runs in the background
 cli.run_main([], {"swallowed": body, "other": other}[sys.argv[1]], "cascade")
 """
 
