@@ -27,7 +27,9 @@ class Sections:
 
 @dataclass(kw_only=True)
 class Folder:
-    config_dir: Path | None = None  # that of --config-dir: the user's settings beside conf/
+    """That of --config-dir: the user's settings beside conf/."""
+
+    config_dir: Path | None = None
 
 
 @dataclass

@@ -74,9 +74,9 @@ def verb(tree: dict[str, Any]) -> Callable[[], None]:
             runner = Runner(chain, text_source(chain.text), on, run.seed, run.negative, progress)
             videos = runner.run(jobs, first)
             meta = {"seed": run.seed, "negative_prompt": run.negative_prompt, "cascade": __version__}
+            meta["stages"] = [stage.name for stage in chain.stages]
             for job in jobs:
-                told = {**meta, "stages": [stage.name for stage in chain.stages]}
-                finish(job, videos[job.directory], run.format, run.fps, told)
+                finish(job, videos[job.directory], run.format, run.fps, meta)
         print(jobs[0].directory / f"video.{run.format[0]}" if len(jobs) == 1 else f"{out}: {len(jobs)} videos")
 
     return work

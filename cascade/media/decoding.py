@@ -217,7 +217,7 @@ def _turned(frame: VideoFrame) -> bool:
     return round(frame.rotation / 90) % 2 == 1
 
 
-def halved(pixels: Bytes) -> Bytes:
+def subsampled(pixels: Bytes) -> Bytes:
     """Frames (F, H, W, 3) as 4:2:0 in BT.709 holds them: colours at half the size."""
     from av.video.frame import VideoFrame
     from av.video.reformatter import Colorspace

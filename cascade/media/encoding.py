@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade.errors import ConfigError, HostError
-from cascade.media.decoding import frames_of, halved
+from cascade.media.decoding import frames_of, subsampled
 from cascade.media.pixels import MAX_PIXELS, RATES, Bytes, Unreadable, to_bytes
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def _verify(path: Path, pixels: Bytes, fps: float) -> None:
     elif any(abs(time - times[0] - k / fps) > _ROUNDING for k, time in enumerate(times)):
         wrong = f"frames are not {fps:g} a second"
     else:
-        meant = pixels if path.suffix == ".gif" else halved(pixels)
+        meant = pixels if path.suffix == ".gif" else subsampled(pixels)
         apart = np.abs(_blocks(frames) - _blocks(meant)).mean(axis=(1, 2, 3))
         if apart.max() > 16:
             wrong = f"frame {apart.argmax()} differs by {apart.max():.0f} of 255"
