@@ -40,7 +40,7 @@ cascade: cascaded text-to-video, stage by stage.
   cascade plan [chain=tiny] [format=json]         check a chain; sizes, parameters, work and memory of its stages
   cascade train [recipe=tiny] [jobs=1]            make the weights of a chain from nothing, every step resumable
   cascade evaluate [chain=tiny] [n=64]            judge a chain by what its videos show
-  cascade report runs=DIR [out=docs]              all evaluations below DIR as one page with plots and gates
+  cascade report runs=DIR [kept=FILE] [out=docs]  all evaluations below DIR, and those in a results.json, as one page
   cascade assets [only=[i3d]] [out=DIR]           fetch the networks that FVD, FID and LPIPS of the papers need
   cascade import weights=show1 source=DIR out=DIR published weights: modelscope, show1, if_image, lavie, ...
   cascade embed prompts=FILE out=DIR              write text embeddings once, for text.store=DIR

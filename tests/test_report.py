@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -143,7 +144,8 @@ def test_seeds_are_pooled_and_nothing_else(make: Make, report: Any) -> None:
     assert number["values"][1] == {"seed": 1, "n": 16, "value": 2.0, "error": None}
     assert [run["command"] for run in mine["runs"]] == [f"cascade evaluate seed={k} n=16" for k in range(3)]
     stage = mine["stages"]["base"]
-    assert (stage["steps"], stage["rule"], stage["guidance"], stage["shape"]) == (8, "ddim", 2.0, SHAPE)
+    assert stage["settings"]["sampler"] == {"steps": 8, "rule": "ddim", "guidance": 2.0}
+    assert (stage["settings"]["shape"], stage["evaluations"], stage["weights"]) == (SHAPE, 16, "ab" * 32)
     assert "2.33 ±1.5" in report()["results.md"].decode()
 
 
@@ -228,6 +230,65 @@ def test_an_evaluation_that_kept_no_clips_takes_no_place_in_their_picture(make: 
     found = pool(collect(shown[0].parent))
     assert len(found) == plots.ROWS + 3 and expected is not None
     assert plots.clips(found, "base") == expected
+
+
+# evaluations that no longer lie anywhere ------------------------------------------------------------------------------
+
+
+def several(make: Make) -> None:
+    """Seeds, stages, groups, labels and times."""
+    for seed in (0, 1):
+        make(
+            f"s{seed}", 1.0 + seed, seed=seed, seconds=0.5, numbers={("made", "all"): 1.0 + seed, ("real", "all"): 0.1}
+        )
+    make("few", 3.0, steps=4, label={"method": "progressive", "gap": "with"}, facts={"teacher": "x"}, wording="unseen")
+    make("chain", 4.0, what="chain", stages=("base", "tsr"), seconds=2.0)
+
+
+def test_results_read_back_are_those_that_were_written(make: Make, report: Any, tmp_path: Path) -> None:
+    several(make)
+    there = report("stages=[base]")
+    shutil.rmtree(tmp_path / "runs")
+    cli.command(["report", "kept=out/results.json", "out=again", "notes=notes.md", "stages=[base]"])
+    again = {path.relative_to("again").as_posix(): path.read_bytes() for path in Path("again").rglob("*.*")}
+    assert again == {name: data for name, data in there.items() if "." in name}
+
+
+def test_what_is_measured_anew_replaces_what_was_kept_and_a_new_seed_joins_it(make: Make, report: Any) -> None:
+    several(make)
+    report()
+    make("s1", 7.0, seed=1, root="new")
+    make("s2", 9.0, seed=2, root="new", numbers={("made", "all"): 9.0, ("real", "all"): 0.1})
+    tree = json.loads(report("kept=out/results.json", runs="new")["results.json"])
+    (mine,) = [s for s in tree["series"] if s["seeds"] == [0, 1, 2]]
+    made = next(n for n in mine["stages"]["base"]["numbers"] if n["condition"] == "made")
+    assert [v["value"] for v in made["values"]] == [1.0, 7.0, 9.0] and len(tree["series"]) == 3
+
+
+def test_a_picture_of_clips_that_are_gone_stays_as_it_was(make: Make, report: Any, tmp_path: Path) -> None:
+    make("gone", 1.0)
+    before = report()["results/base-clips.png"]
+    shutil.rmtree(tmp_path / "runs")
+    make("new", 9.0, steps=4, label={"method": "straight"})
+    assert report("kept=out/results.json")["results/base-clips.png"] == before
+    assert report()["results/base-clips.png"] != before
+
+
+def test_what_is_no_results_is_one_error_line(make: Make, report: Any, tmp_path: Path) -> None:
+    make("good")
+    data = report()["results.json"]
+    for text, why in (
+        (re.sub(rb'"format": ?2', b'"format": 1', data), "format is 1"),
+        (b"[]", "is not a JSON object"),
+        (data.replace(b'"fps"', b'"fqs"'), "is no results"),
+        (None, "No such file"),
+    ):
+        (tmp_path / "bad.json").unlink(missing_ok=True)
+        if text is not None:
+            (tmp_path / "bad.json").write_bytes(text)
+        with pytest.raises(InputError, match=why) as error:
+            report("kept=bad.json")
+        assert "\n" not in str(error.value)
 
 
 # gates ---------------------------------------------------------------------------------------------------------------
@@ -370,7 +431,7 @@ def test_real_evaluations_become_a_page_and_measures_beside_the_card(
     assert files["results/ssr-clips.png"][:4] == files["results/ssr-curves.png"][:4] == b"\x89PNG"
     assert store.problems(Path("out/results"), "pictures") == []
     found = json.loads((tmp_path / "runs/2-1/report.json").read_bytes())
-    mine = next(s for s in tree["series"] if s["stages"]["ssr"]["steps"] == 2)
+    mine = next(s for s in tree["series"] if s["stages"]["ssr"]["settings"]["sampler"]["steps"] == 2)
     values = {
         (number["metric"], number["name"], number["condition"], number["group"]): number["values"][1]["value"]
         for number in mine["stages"]["ssr"]["numbers"]

@@ -6,22 +6,21 @@ they lie and in whatever order they were made.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cascade import store
-from cascade.config import locate, parse, plain
+from cascade.config import locate, parse
 from cascade.errors import ConfigError, InputError
-from cascade.evaluation.marks import Row
-from cascade.results.gates import Gate, Outcome, outcome
+from cascade.results.data import read_back, results
+from cascade.results.gates import Gate, outcome
 from cascade.results.page import PLAIN, Layout, asked, page, pictures, quality_table
 from cascade.results.plots import Column
-from cascade.results.series import Evaluation, Series, collect, pool
+from cascade.results.series import Series, collect, pool
 
 MARKDOWN, DATA, PICTURES = "results.md", "results.json", "results"
-FORMAT = 1
 
 
 @dataclass(kw_only=True)
@@ -29,6 +28,7 @@ class ReportConfig:
     """What is collected and how it is shown."""
 
     runs: Path | None = None  # directory with evaluations, however deep
+    kept: Path | None = None  # results.json of evaluations that no longer lie anywhere
     out: Path = Path("docs")
     notes: Path = Path("docs/results-notes.md")  # what still goes wrong, by hand
     cards: Path | None = None  # directory of weights directories that get a MEASURES.md
@@ -42,13 +42,14 @@ def verb(tree: dict[str, Any]) -> Callable[[], None]:
     """`cascade report`: writes the results and prints where the page is."""
     cfg = parse(tree, ReportConfig)
     runs, out, cards = cfg.runs, cfg.out, cfg.cards
-    if runs is None:
-        raise ConfigError("runs is missing", fix="runs=DIR, where evaluations lie")
+    if runs is None and cfg.kept is None:
+        raise ConfigError("runs is missing", fix="runs=DIR, where evaluations lie, or kept=docs/results.json")
     if cards is not None and not locate(cards).is_dir():
         raise InputError(f"cards {cards}: is not a directory", fix="cards=checkpoints/tiny")
 
     def work() -> None:
-        series = pool(collect(runs))
+        kept = [] if cfg.kept is None else read_back(cfg.kept)
+        series = pool(kept if runs is None else collect(runs, kept))
         with store.lock(out):
             write(series, cfg, out)
         if cards is not None:
@@ -63,12 +64,18 @@ def write(series: Sequence[Series], cfg: ReportConfig, out: Path) -> None:
     """results.md, results.json and their pictures in `out`."""
     layout = Layout(stages=cfg.stages, columns=cfg.columns, expected=cfg.expected)
     gates = [outcome(gate, series) for gate in cfg.gates]
-    shown = pictures(series, layout)
+    shown = pictures(series, layout, {} if cfg.kept is None else pictures_beside(cfg.kept))
     if shown:
         store.commit(out / PICTURES, shown, kind="pictures", replace=True)
     store.write_file(out / DATA, store.canonical(results(series, gates)))
     text = page(series, gates, layout, set(shown), notes(cfg.notes))
     store.write_file(out / MARKDOWN, text.encode())
+
+
+def pictures_beside(data: Path) -> dict[str, bytes]:
+    """The pictures of the page that a results.json belongs to."""
+    folder = data.parent / PICTURES
+    return dict(store.read(folder, "pictures").files) if folder.is_dir() else {}
 
 
 def notes(path: Path) -> str:
@@ -78,88 +85,6 @@ def notes(path: Path) -> str:
         return file.read_text(encoding="utf-8") if file.is_file() else ""
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"notes {path}: {error}", fix="notes=FILE in UTF-8") from error
-
-
-# results.json --------------------------------------------------------------------------------------------------------
-
-
-def results(series: Sequence[Series], gates: Sequence[Outcome]) -> dict[str, Any]:
-    """Everything that was measured, as plain data."""
-    return {
-        "format": FORMAT,
-        "gates": [plain(found) for found in gates],
-        "series": [series_tree(s) for s in series],
-    }
-
-
-def series_tree(series: Series) -> dict[str, Any]:
-    """What its evaluations share, what each was and took, and every number pooled over the seeds."""
-    settings = {key: value for key, value in plain(series.settings).items() if key not in ("seed", "batch", "label")}
-    subject = series.first.subject
-    return {
-        "what": series.what,
-        "method": series.method,
-        "label": series.label,
-        "device": subject.device,
-        "dtype": subject.dtype,
-        "questions": settings,
-        "order": series.stages,
-        "stages": {name: stage_tree(series, name) for name in series.stages},
-        "seeds": series.seeds,
-        "runs": [run_tree(run) for run in series.runs],
-        "skipped": series.first.skipped,
-        "about": series.first.about,
-    }
-
-
-def stage_tree(series: Series, name: str) -> dict[str, Any]:
-    stage = series.first.subject.stages[name]
-    settings, sampler = stage.settings, stage.settings["sampler"]
-    return {
-        "shape": settings["shape"],
-        "fps": settings["fps"],
-        "steps": sampler["steps"],
-        "rule": sampler["rule"],
-        "guidance": sampler["guidance"],
-        "sampler": sampler,
-        "augment": settings["augment"],
-        "evaluations": stage.evaluations,
-        "weights": stage.weights,
-        "facts": stage.facts,
-        "seconds": series.seconds([name]) or None,
-        "numbers": list(number_trees(series, name)),
-    }
-
-
-def number_trees(series: Series, stage: str) -> Iterator[dict[str, Any]]:
-    """One for each measure, condition and group, in the order of the first evaluation."""
-    for row in series.first.rows:
-        if row.stage == stage:
-            found = [next((r for r in run.rows if key_of(r) == key_of(row)), None) for run in series.runs]
-            pooled = series.pooled(stage, row.metric, row.name, row.condition, row.group)
-            yield {
-                "metric": row.metric,
-                "name": row.name,
-                "condition": row.condition,
-                "group": row.group,
-                "mean": None if pooled is None else pooled.mean,
-                "std": None if pooled is None else pooled.std,
-                "values": [
-                    {"seed": r.seed, "n": r.n, "value": r.value, "error": r.error} for r in found if r is not None
-                ],
-            }
-
-
-def key_of(row: Row) -> tuple[str, str, str, str, str]:
-    return row.stage, row.metric, row.name, row.condition, row.group
-
-
-def run_tree(run: Evaluation) -> dict[str, Any]:
-    """One evaluation: the command that makes it again, and what it took."""
-    timing = None
-    if run.timing is not None:
-        timing = {key: value for key, value in plain(run.timing).items() if key != "subject"}
-    return {"seed": run.settings.seed, "command": run.command, "report": run.hash, "timing": timing}
 
 
 # model cards ---------------------------------------------------------------------------------------------------------

@@ -129,10 +129,11 @@ def read_timing(path: Path, subject: str) -> Timing | None:
     return found if found.subject == subject and found.seconds else None
 
 
-def collect(root: Path) -> list[Evaluation]:
+def collect(root: Path, kept: Sequence[Evaluation] = ()) -> list[Evaluation]:
     """Every evaluation below `root`, in an order that does not depend on where they lie. InputError if there is none.
 
-    One that was made twice counts once. Two of one seed that differ are told in a warning, and the first stays.
+    One that was made twice counts once. Two of one seed that differ are told in a warning, and the first stays. Of
+    those that were `kept`, the ones that are not made anew are added.
     """
     if not root.is_dir():
         raise InputError(f"runs {root}: is not a directory", fix="runs=DIR")
@@ -141,15 +142,16 @@ def collect(root: Path) -> list[Evaluation]:
     if not found:
         raise InputError(f"runs {root}: holds no evaluation", fix="cascade evaluate out=DIR, then runs=DIR")
     found.sort(key=lambda e: (e.key, e.settings.seed, e.timing is None, e.hash, fingerprint([e.timing])))
-    kept: list[Evaluation] = []
+    first: dict[tuple[str, int], Evaluation] = {}
     for evaluation in found:
-        if not kept or (kept[-1].key, kept[-1].settings.seed) != (evaluation.key, evaluation.settings.seed):
-            kept.append(evaluation)
-        elif kept[-1].rows != evaluation.rows:
+        there = first.setdefault((evaluation.key, evaluation.settings.seed), evaluation)
+        if there.rows != evaluation.rows:
             log.warning(
-                "%s and %s: the same evaluation, other numbers; the first is kept", kept[-1].folder, evaluation.folder
+                "%s and %s: the same evaluation, other numbers; the first is kept", there.folder, evaluation.folder
             )
-    return kept
+    for evaluation in kept:
+        first.setdefault((evaluation.key, evaluation.settings.seed), evaluation)
+    return list(first.values())
 
 
 # pooled over seeds ---------------------------------------------------------------------------------------------------
