@@ -29,7 +29,7 @@ from cascade.sampling.sampler import Sampler, Threshold
 from cascade.settings import StageConfig, TrainConfig
 from cascade.stage import Batch, Stage
 from cascade.video import Shape
-from stages import base
+from stages import base, ssr
 from tests.test_distill import CAPTIONS, WIDTH, Cut, Cutting, Dots, Linear, encode, request, small_stage
 from tests.test_distill import save_weights as save
 
@@ -81,6 +81,10 @@ class Brightness(nn.Module):
         return real, made, torch.arange(len(real))
 
 
+def task_stage(student: nn.Module, **changes: Any) -> Stage:
+    return Stage(config(**changes), base, student)  # type: ignore[arg-type]
+
+
 def taught(
     student: nn.Module,
     before: nn.Module | None = None,
@@ -88,10 +92,11 @@ def taught(
     stay: float = 0.0,
     last: float = 0.0,
     drawn: float = 0.0,
+    truth: float = 0.0,
     **changes: Any,
 ) -> Rewarded:
-    stage = Stage(config(**changes), base, student)  # type: ignore[arg-type]
-    plan = replace(PLAN, stay=stay, last=last, patches=drawn)
+    stage = task_stage(student, **changes)
+    plan = replace(PLAN, stay=stay, last=last, patches=drawn, truth=truth)
     return Rewarded(stage, before or Linear(), judge or Brightness(), plan)
 
 
@@ -207,6 +212,15 @@ def test_patches_of_all_clips_are_drawn_to_real_ones() -> None:
     far = patches.distance(batch.x, task.made(batch, net), batch.eps)
     assert far > 0
     torch.testing.assert_close(task(batch) - taught(net, net)(batch), 2 * far.expand(3), rtol=0, atol=1e-12)
+
+
+def test_without_a_judge_the_real_clip_is_what_a_student_should_make() -> None:
+    net, batch = Curved(), examples(3, torch.float64)
+    task = taught(net, net, truth=2.0)
+    off = (task.made(batch, net) - batch.x).abs().mean((1, 2, 3, 4))
+    torch.testing.assert_close(task(batch) - taught(net, net)(batch), 2 * off, rtol=0, atol=1e-12)
+    alone = Rewarded(task_stage(net), net, None, replace(PLAN, stay=0.0, truth=2.0, blur=9.0))
+    assert torch.equal(alone(batch), 2 * off)
 
 
 def test_known_frames_stay() -> None:
@@ -338,6 +352,7 @@ def test_clips_in_which_nothing_is_found_cost_nothing() -> None:
         ({"steps": [4], "stay": -1}, "stay is -1"),
         ({"steps": [4], "blur": -1}, "blur"),
         ({"steps": [4], "patches": -1}, "patches is -1"),
+        ({"steps": [4], "truth": -1}, "truth is -1"),
         ({"steps": [4], "temperature": 0}, "temperature is 0"),
         ({"steps": [4], "kept": 0}, "kept is 0"),
         ({"steps": [4], "kept": 1.5}, "kept is 1.5"),
@@ -360,7 +375,11 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
         distill.stage_task(request(tmp_path, {**OWN, "judge": None}))
     latent = config(codec=Codec(kind=Kind.LATENT, weights="vae", channels=3, stride=8, scale=1.0))
     with pytest.raises(ConfigError, match="not latents"):
-        check_student(latent)
+        check_student(latent, base, PLAN)  # type: ignore[arg-type]
+    check_student(latent, base, replace(PLAN, judge=None))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="leaves open what is to be seen"):
+        check_student(config(), base, replace(PLAN, truth=1.0))  # type: ignore[arg-type]
+    check_student(enlarging(), ssr, replace(PLAN, judge=None, truth=1.0))  # type: ignore[arg-type]
     for other, why in (
         (tmp_path / "teacher", "are no judge"),
         (package_root() / features.WEIGHTS, "measure, and must"),
@@ -385,6 +404,32 @@ def test_the_task_betters_a_student_of_as_many_steps(
 
 
 # what it is for ------------------------------------------------------------------------------------------------------
+
+
+def enlarging() -> StageConfig:
+    fields = {name: value for name, value in vars(config()).items() if name in ("net", "sampler")}
+    return ssr.Config(
+        name="ssr", kind="ssr", scale=2, shape=SHAPE, fps=4, diffusion=Diffusion(prediction=Prediction.X), **fields
+    )
+
+
+class Gain(nn.Module):
+    """What comes in, many times fainter at first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, z: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
+        return self.gain * cond.concat
+
+
+def test_a_student_that_is_given_a_video_learns_from_the_truth_alone(tmp_path: Path) -> None:
+    """Flat clips: enlarged they are as they were, so that a gain of 1 makes no error."""
+    stage = Stage(enlarging(), ssr, Gain())  # type: ignore[arg-type]
+    plan = replace(PLAN, judge=None, truth=1.0, stay=0.0, round_steps=60, lr=5e-2, ema=0.8)
+    rewarded(stage, "faint", Course(Plain(), encode, plan, training(batch=4, micro_batch=1), tmp_path, progress=False))
+    assert stage.net.gain.item() == pytest.approx(1, abs=0.02)  # type: ignore[operator, union-attr]
 
 
 class Plain:

@@ -138,14 +138,13 @@ def rewarded(student: Stage, key: str, course: Course) -> Path:
     """Betters a student in as many steps as it has: see `reward`. Arguments, result and errors are those of `ladder`,
     and InputError for a judge that is none."""
     cfg = course.cfg
-    assert cfg.judge is not None
-    net, by = judge.load(locate(cfg.judge))
+    net, by = (None, None) if cfg.judge is None else judge.load(locate(cfg.judge))
     (step,) = rounds(cfg, course.train, guided=False)
     with course.begun(student.device) as (everyone, device):
         before = copy.deepcopy(student.net).to(device).eval().requires_grad_(False)
         student.net.requires_grad_(True)
         better = Stage(student_config(student.cfg, student.cfg.w_range, step.steps), student.rule, student.net)
-        task = Stage(better.cfg, better.rule, Rewarded(better, before, net.to(device), cfg))
+        task = Stage(better.cfg, better.rule, Rewarded(better, before, None if net is None else net.to(device), cfg))
         old = before.state_dict()
 
         def kept(average: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -153,7 +152,7 @@ def rewarded(student: Stage, key: str, course: Course) -> Path:
             new = {name.removeprefix("student."): value for name, value in average.items()}
             return {name: old[name].to(value).lerp(value, cfg.kept) for name, value in new.items()}
 
-        own = [cfg.temperature, cfg.stay, cfg.last, cfg.patches, cfg.blur, cfg.kept]
+        own = [cfg.temperature, cfg.stay, cfg.truth, cfg.last, cfg.patches, cfg.blur, cfg.kept]
         judged = replace(course, inputs=[course.inputs, by, *own, together(step.train, everyone.num_processes, cfg)])
         return judged.run(step, better, task, lambda batch, net: net(batch), key, everyone, kept)
 
@@ -161,7 +160,7 @@ def rewarded(student: Stage, key: str, course: Course) -> Path:
 def together(train: TrainConfig, processes: int, cfg: DistillConfig) -> int:
     """Clips that one call of the reward sees and compares. ConfigError for a single one where it needs several."""
     count = (train.micro_batch or train.batch) // processes
-    if count < 2 and (cfg.patches or cfg.blur):
+    if count < 2 and (cfg.patches or (cfg.blur and cfg.judge)):
         raise ConfigError(
             "distill: patches and blur compare the clips of a batch, of which one is seen at a time",
             fix=f"distill.batch={2 * processes} train.micro_batch=null, or distill.patches=0 distill.blur=0",
@@ -220,12 +219,15 @@ def stage_task(ask: Request) -> None:
     cfg = parse(ask.own.get("distill", {}), DistillConfig, "distill")
     train, weights = ask.training, ask.cfg.weights if cfg.teacher is None else cfg.teacher
     rounds(cfg, train, guided=True)  # says what is wrong with the settings before anything is read
-    if cfg.method is Method.REWARD and cfg.judge is None:
-        raise ConfigError(f"{ask.cfg.name}: distill.judge is missing", fix="distill.judge=checkpoints/tiny/judge")
-    if cfg.method is Method.REWARD and ask.data.clips is not None:
+    if cfg.method is Method.REWARD and cfg.judge is None and not cfg.truth:
         raise ConfigError(
-            f"{ask.cfg.name}: distill.method=reward is for the procedural world, the only one that a judge knows",
-            fix="distill.method=consistency",
+            f"{ask.cfg.name}: distill.judge is missing",
+            fix="distill.judge=checkpoints/tiny/judge, or distill.truth=1 for a stage that is given a video",
+        )
+    if cfg.method is Method.REWARD and cfg.judge is not None and ask.data.clips is not None:
+        raise ConfigError(
+            f"{ask.cfg.name}: a judge knows the procedural world alone, not data.clips",
+            fix="distill.method=consistency, or distill.judge=null distill.truth=1 for a stage that is given a video",
         )
     if weights is None:
         raise ConfigError(f"{ask.cfg.name} has no weights to learn from", fix="distill.teacher=DIRECTORY")
@@ -251,7 +253,7 @@ def stage_task(ask: Request) -> None:
             fix=f"distill.steps=[{fitting}]" if fitting else "distill.teacher=DIRECTORY of more steps",
         )
     if cfg.method is Method.REWARD:
-        check_student(teacher.cfg)
+        check_student(teacher.cfg, teacher.rule, cfg)
     else:
         told(teacher.cfg, cfg)
     out, encoder = ask.out("distill"), text_source(ask.text)

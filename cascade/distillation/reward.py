@@ -6,6 +6,9 @@ captions do; the gradient runs back through every step (Clark et al. 2024, DRaFT
 T2V-Turbo). A judge can be pleased by what nobody sees. So the student is held to what it made of the same noise before,
 the judge sees what it makes through a little noise, and what it is blind to is compared without it: the patches of all
 clips. Numbers in the judge's own features prove nothing afterwards.
+
+A stage that is given a video needs no judge: what comes in says nearly all that is to be seen, so the real clip itself
+is what the student should make (`truth`, as in SinSR, Wang et al. 2024).
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ class Rewarded(nn.Module):
     `before`, the student as it was, and `judge` are fixed and no part of what is saved.
     """
 
-    def __init__(self, stage: Stage, before: nn.Module, judge: Judge | Whole, cfg: DistillConfig) -> None:
+    def __init__(self, stage: Stage, before: nn.Module, judge: Judge | Whole | None, cfg: DistillConfig) -> None:
         super().__init__()
         self.cfg, self.keeps, self.reward = stage.cfg, stage.keeps, cfg
         self.student = stage.net
@@ -43,15 +46,20 @@ class Rewarded(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """How far the judge's answers for every thing are from those for the real clip of the same caption, `stay`
-        times the change, `last` times `finish` and `patches` times the distance of all clips' patches, (B,).
+        times the change, `truth` times the difference from the real clip, `last` times `finish` and `patches` times the
+        distance of all clips' patches, (B,).
 
-        The change is the mean absolute difference: better much in few pixels than grain in all.
+        Change and difference are mean absolute ones: better much in few pixels than grain in all.
         """
         before, _ = self.fixed
         made = self.made(batch, self.student)
-        with torch.no_grad():
-            held = self.made(batch, before)
-        loss = self.apart(batch, made) + self.reward.stay * (made - held).abs().mean((1, 2, 3, 4))
+        loss = self.apart(batch, made)
+        if self.reward.stay:
+            with torch.no_grad():
+                held = self.made(batch, before)
+            loss = loss + self.reward.stay * (made - held).abs().mean((1, 2, 3, 4))
+        if self.reward.truth:
+            loss = loss + self.reward.truth * (made - batch.x).abs().mean((1, 2, 3, 4))
         if self.reward.last:
             loss = loss + self.reward.last * self.finish(batch)
         if self.reward.patches:
@@ -61,8 +69,10 @@ class Rewarded(nn.Module):
     def apart(self, batch: Batch, made: Tensor) -> Tensor:
         """How far the judge's answers for all things of a clip are from those for the real one, (B,)."""
         _, judge = self.fixed
-        real, shown, clip = judge.things(prepare(batch.x), prepare(made + self.reward.blur * batch.eps.roll(1, 0)))
         none = made.new_zeros(len(made))
+        if judge is None:
+            return none
+        real, shown, clip = judge.things(prepare(batch.x), prepare(made + self.reward.blur * batch.eps.roll(1, 0)))
         if not len(clip):  # no thing is found in any of the real clips
             return none
         with torch.no_grad():

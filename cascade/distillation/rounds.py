@@ -11,7 +11,7 @@ from cascade.config import mend
 from cascade.errors import ConfigError
 from cascade.nets.unet3d_config import UNet3DConfig
 from cascade.sampling.grid import Spacing
-from cascade.settings import StageConfig, TrainConfig
+from cascade.settings import Rule, StageConfig, TrainConfig, from_text
 
 
 class Method(Enum):
@@ -19,7 +19,9 @@ class Method(Enum):
 
     PROGRESSIVE = "progressive"  # halving, Salimans & Ho 2022
     CONSISTENCY = "consistency"  # multistep consistency distillation, Heek et al. 2024
-    REWARD = "reward"  # no fewer steps, but better ones, by a judge of what they make, Clark et al. 2024
+    REWARD = (
+        "reward"  # no fewer steps, but better ones, by a judge of what they make or by the truth, Clark et al. 2024
+    )
 
 
 @dataclass(kw_only=True)
@@ -40,6 +42,7 @@ class DistillConfig:
     judge: str | None = None  # weights of the network that says what a clip shows, for `reward`
     temperature: float = 3.0  # of its answers, see `reward.softly`
     stay: float = 1.0  # what the change of a clip counts beside that
+    truth: float = 0.0  # and what its difference from the real clip does, for a stage that is given a video
     last: float = 0.0  # and what the error of the last step on real clips does
     patches: float = 0.0  # and what the distance of the patches of all its clips from those of real clips does
     blur: float = 0.05  # standard deviation of the noise through which the judge looks, of values from -1 to 1
@@ -57,7 +60,7 @@ class DistillConfig:
         for name in ("lr", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
-        for name in ("stay", "last", "patches", "blur"):
+        for name in ("stay", "truth", "last", "patches", "blur"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number of at least 0")
         if not 0 < self.kept <= 1:
@@ -113,7 +116,7 @@ def recipe(step: Round, w_range: list[float] | None, method: Method) -> str:
     if step.steps == 0:
         return f"guidance in one evaluation{told_w} (Meng et al. 2023)"
     if method is Method.REWARD:
-        return f"{step.steps} steps of DDIM, judged by what they make{told_w} (Clark et al. 2024)"
+        return f"{step.steps} steps of DDIM, taught by what they make{told_w} (Clark et al. 2024)"
     if method is Method.CONSISTENCY:
         return f"{step.steps} steps of DDIM, each consistent along its span{told_w} (Heek et al. 2024)"
     return f"{step.steps} steps of DDIM, each doing two of the teacher's{told_w} (Salimans & Ho 2022)"
@@ -166,10 +169,15 @@ def check_weights(stage: StageConfig, low: float, high: float) -> None:
             )
 
 
-def check_student(stage: StageConfig) -> None:
-    """Raises ConfigError for a student that a judge cannot better."""
-    if stage.codec.kind is Kind.LATENT:
+def check_student(stage: StageConfig, rule: Rule, cfg: DistillConfig) -> None:
+    """Raises ConfigError for a student that neither a judge nor the truth can better."""
+    if stage.codec.kind is Kind.LATENT and cfg.judge is not None:
         raise ConfigError(f"{stage.name}: a judge sees pixels, not latents", fix="distill.method=consistency")
+    if cfg.truth and from_text(stage, rule):
+        raise ConfigError(
+            f"{stage.name}: starts from text, which leaves open what is to be seen: the nearest to all clips is a blur",
+            fix="distill.truth=0",
+        )
     if stage.w_range is not None:
         check_weights(stage, *stage.w_range)
     elif stage.sampler.guidance:
