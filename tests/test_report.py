@@ -389,7 +389,6 @@ def test_gap_training_has_a_table_of_its_own(make: Make) -> None:
     make("without", 6.0, what="chain", stages=("base", "tsr"), label={"gap": "without"})
     lines = gap_table(pool(collect(root)), LAYOUT).splitlines()
     assert [line.split(" | ")[:2] for line in lines[2:]] == [
-        ["| base in the chain", "with"], ["| base in the chain", "without"],
         ["| tsr in the chain", "with"], ["| tsr in the chain", "without"],
     ]  # fmt: skip
     text = page(pool(collect(root)), [], LAYOUT, set(), "")

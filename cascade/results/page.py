@@ -202,25 +202,15 @@ def stage_table(mine: Sequence[Series], layout: Layout) -> str:
 
 
 def gap_table(series: Sequence[Series], layout: Layout) -> str:
-    """Evaluations labelled `gap`, those of one stage together."""
-    mine = [s for s in series if GAP in s.label]
+    """Evaluations labelled `gap`, those of one stage, or of the chains that end with it, together."""
+    mine = sorted((s for s in series if GAP in s.label), key=lambda s: (s.what, s.stages, s.steps, s.label[GAP]))
     if not mine:
         return f"{NOT_MEASURED.capitalize()}."
-    pairs = sorted(
-        ((s, stage) for s in mine for stage in s.stages),
-        key=lambda pair: (
-            pair[0].what,
-            pair[0].stages,
-            pair[0].stages.index(pair[1]),
-            pair[0].steps,
-            pair[0].label[GAP],
-        ),
-    )
-    columns = useful(layout.columns, pairs)
+    columns = useful(layout.columns, [(s, s.last) for s in mine])
     rows = []
-    for s, stage in pairs:
-        where = f"{stage} in the chain" if s.what == CHAIN else stage
-        numbers = [cell(c, s, stage) for c in columns]
+    for s in mine:
+        where = f"{s.last} in the chain" if s.what == CHAIN else s.last
+        numbers = [cell(c, s, s.last) for c in columns]
         rows.append([where, s.label[GAP], s.method, s.steps_text, asked(s.exam), *numbers, clip_count(s)])
     return grid(["stage", "gap training", "method", "steps", "prompts", *heads(columns), "n"], rows)
 
