@@ -26,7 +26,7 @@ from cascade.evaluation.marks import Row, Timing, subject_key
 from cascade.request import Given
 from cascade.results import plots
 from cascade.results.gates import Gate, outcome
-from cascade.results.page import Layout, gap_table, missing, page
+from cascade.results.page import Layout, apart, gap_table, missing, page
 from cascade.results.plots import Column
 from cascade.results.report import ReportConfig, write_cards
 from cascade.results.series import collect, pool
@@ -35,7 +35,7 @@ from cascade.text import TextConfig
 from cascade.video import Shape
 
 SHAPE = {"frames": 8, "height": 16, "width": 16}
-FVD = Column(metric="fvd", name="fvd", title="FVD", better="lower", plot=True)
+FVD = Column(metric="fvd", name="fvd", title="FVD", better="lower", plot=True, chain=True)
 LAYOUT = Layout(stages=["base"], columns=[FVD], expected={"teacher": [64, 8], "progressive": [8]})
 Make = Callable[..., Path]
 
@@ -311,6 +311,11 @@ def test_a_gate_that_was_not_measured_says_so(make: Make, report: Any) -> None:
     assert "| <= 1.05 | not measured |  | open |" in files["results.md"].decode()
 
 
+@pytest.mark.parametrize(("value", "said"), [(1.0, "1"), (1.0004, "1.0004"), (0.99999, "0.99999"), (1.45, "1.45")])
+def test_a_number_stands_on_the_side_of_its_target(value: float, said: str) -> None:
+    assert apart(value, 1.0) == said
+
+
 def test_a_ratio_gate_divides_the_right_rows(make: Make) -> None:
     groups = {("made", "all"): 2.0, ("made", "train"): 50.0, ("real", "all"): 70.0}
     make("teacher64", steps=64, numbers=groups)
@@ -393,7 +398,7 @@ def test_gap_training_has_a_table_of_its_own(make: Make) -> None:
     ]  # fmt: skip
     text = page(pool(collect(root)), [], LAYOUT, set(), "")
     assert "base → tsr" in text
-    assert "| teacher | 8+8 | Plain wording, one thing a clip, seen and unseen compositions | tsr | 4 |" in text
+    assert "| method | steps | FVD ↓, base | FVD ↓, tsr | n |" in text and "| teacher | 8+8 | 4 | 4 | 16 |" in text
 
 
 def test_two_compositions_stand_apart_and_one_stands_alone(make: Make) -> None:

@@ -113,13 +113,14 @@ def rounds(cfg: DistillConfig, train: TrainConfig, guided: bool) -> list[Round]:
 def recipe(step: Round, w_range: list[float] | None, method: Method) -> str:
     """What a round does, in words."""
     told_w = "" if w_range is None else f", told the guidance weight w from {w_range[0]:g} to {w_range[1]:g}"
+    steps = f"{step.steps} step{'s' * (step.steps > 1)}"
     if step.steps == 0:
         return f"guidance in one evaluation{told_w} (Meng et al. 2023)"
     if method is Method.REWARD:
-        return f"{step.steps} steps of DDIM, taught by what they make{told_w} (Clark et al. 2024)"
+        return f"{steps} of DDIM, taught by what they make{told_w} (Clark et al. 2024)"
     if method is Method.CONSISTENCY:
-        return f"{step.steps} steps of DDIM, each consistent along its span{told_w} (Heek et al. 2024)"
-    return f"{step.steps} steps of DDIM, each doing two of the teacher's{told_w} (Salimans & Ho 2022)"
+        return f"{steps} of DDIM, each consistent along its span{told_w} (Heek et al. 2024)"
+    return f"{steps} of DDIM, each doing two of the teacher's{told_w} (Salimans & Ho 2022)"
 
 
 def told(stage: StageConfig, cfg: DistillConfig) -> tuple[list[float] | None, bool]:

@@ -10,7 +10,8 @@ from cascade.results.gates import NOT_MEASURED, Outcome
 from cascade.results.plots import Column, clips, curves, lines
 from cascade.results.series import Pooled, Series, largest
 
-PLAIN = ("plain", 0.0, "all", False)  # the kind of questions that curves and clips are of
+Exam = tuple[str, float, str, bool]
+PLAIN: Exam = ("plain", 0.0, "all", False)  # the kind of questions that curves and clips are of
 CHAIN = "chain"
 GAP = "gap"  # the label of evaluations with and without training for the gap between a cascade's stages
 ARROWS = {"higher": "↑", "lower": "↓"}
@@ -48,7 +49,8 @@ def page(series: Sequence[Series], gates: Sequence[Outcome], layout: Layout, sho
     for slug, mine in chains.items():
         parts.append(f"{' → '.join(mine[0].stages)}; what the last stage shows:")
         parts += section(mine, mine[0].last, layout, shown, slug)
-        parts += ["Every stage's clips in the chain:", stage_table(mine, layout)]
+        for exam, same in by_exam(mine).items():
+            parts += [f"After every stage of the chain. {asked(exam)}:", stage_table(same, layout)]
     parts += ["## With and without cascade-gap training", gap_table(series, layout)]
     parts += ["## What still goes wrong", notes.strip() or "Nothing is written yet."]
     parts += ["## Commands", commands(series)]
@@ -97,8 +99,7 @@ def section(mine: Sequence[Series], stage: str, layout: Layout, shown: set[str],
     if not mine:
         return [f"{NOT_MEASURED.capitalize()}."]
     parts = []
-    for exam in sorted({s.exam for s in mine}, key=lambda exam: (exam != PLAIN, exam)):
-        same = [s for s in mine if s.exam == exam]
+    for exam, same in by_exam(mine).items():
         parts += [f"{asked(exam)}:", quality_table(same, stage, layout.columns)]
     if slug == stage:
         parts.append(missing([s for s in mine if s.exam == PLAIN], layout))
@@ -108,7 +109,13 @@ def section(mine: Sequence[Series], stage: str, layout: Layout, shown: set[str],
     return [part for part in parts if part]
 
 
-def asked(exam: tuple[str, float, str, bool]) -> str:
+def by_exam(mine: Sequence[Series]) -> dict[Exam, list[Series]]:
+    """By the kind of questions, the plain ones first."""
+    exams = sorted({s.exam for s in mine}, key=lambda exam: (exam != PLAIN, exam))
+    return {exam: [s for s in mine if s.exam == exam] for exam in exams}
+
+
+def asked(exam: Exam) -> str:
     """The kind of questions in words."""
     wording, two, split, given = exam
     things = "one thing a clip" if two == 0 else f"two things in {two:.0%} of the clips"
@@ -191,14 +198,14 @@ def weights(series: Series) -> str:
 
 
 def stage_table(mine: Sequence[Series], layout: Layout) -> str:
-    """What the clips of every stage of a chain show: a line for each evaluation and stage."""
-    pairs = [(s, stage) for s in mine for stage in s.stages]
-    columns = useful(layout.columns, pairs)
-    rows = []
-    for s, stage in pairs:
-        numbers = [cell(c, s, stage) for c in columns]
-        rows.append([s.name, s.steps_text, asked(s.exam), stage, *numbers, pace(s, [stage]), clip_count(s)])
-    return grid(["method", "steps", "prompts", "stage", *heads(columns), "s / clip", "n"], rows)
+    """What the clips of every stage of a chain show: a line for each evaluation, a column for each stage."""
+    stages = mine[0].stages
+    columns = useful([c for c in layout.columns if c.chain], [(s, stage) for s in mine for stage in stages])
+    head = ["method", "steps", *(f"{c.title} {ARROWS[c.better]}, {stage}" for c in columns for stage in stages), "n"]
+    rows = [
+        [s.name, s.steps_text, *(cell(c, s, stage) for c in columns for stage in stages), clip_count(s)] for s in mine
+    ]
+    return grid(head, rows)
 
 
 def gap_table(series: Sequence[Series], layout: Layout) -> str:
@@ -223,12 +230,18 @@ def gate_table(gates: Sequence[Outcome]) -> str:
     for found in gates:
         measured = found.why
         if found.value is not None:
-            measured = f"{found.value:.3g}" + ("" if found.std is None else f" ±{found.std:.2g}")
+            measured = apart(found.value, found.gate.target) + ("" if found.std is None else f" ±{found.std:.2g}")
         count = f"{found.n}" + (f" x {len(found.seeds)} seeds" if len(found.seeds) > 1 else "") if found.n else ""
         words: Mapping[bool | None, str] = {True: "met", False: "**not met**", None: "open"}
         target = f"{found.gate.relation} {found.gate.target:g}"
         rows.append([found.gate.label, target, measured, count, words[found.met]])
     return grid(["gate", "target", "measured", "n", ""], rows)
+
+
+def apart(value: float, target: float) -> str:
+    """The number with as many digits as it takes to see on which side of the target it is."""
+    said = (f"{value:.{digits}g}" for digits in range(3, 17))
+    return next((text for text in said if value == target or float(text) != target), str(value))
 
 
 def commands(series: Sequence[Series]) -> str:

@@ -38,6 +38,7 @@ class Column:
     unit: str = ""
     groups: list[str] = field(default_factory=lambda: ["all"])
     plot: bool = False  # in the curves as well, over all clips
+    chain: bool = False  # in the table of what every stage of a chain shows
 
     def __post_init__(self) -> None:
         if self.better not in ("higher", "lower"):

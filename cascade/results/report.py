@@ -16,7 +16,7 @@ from cascade.config import locate, parse
 from cascade.errors import ConfigError, InputError
 from cascade.results.data import read_back, results
 from cascade.results.gates import Gate, outcome
-from cascade.results.page import PLAIN, Layout, asked, page, pictures, quality_table
+from cascade.results.page import Layout, asked, by_exam, page, pictures, quality_table
 from cascade.results.plots import Column
 from cascade.results.series import Series, collect, pool
 
@@ -115,6 +115,6 @@ def card(mine: Sequence[Series], columns: Sequence[Column], key: str) -> str:
         f"Of the weights whose manifest has the SHA-256 `{key}`, the stage alone. Written by `cascade report`; how to "
         "read it, and what makes each number again, stands in docs/results.md and docs/results.json.",
     ]
-    for exam in sorted({s.exam for s in mine}, key=lambda exam: (exam != PLAIN, exam)):
-        parts += [f"{asked(exam)}:", quality_table([s for s in mine if s.exam == exam], stage, columns)]
+    for exam, same in by_exam(mine).items():
+        parts += [f"{asked(exam)}:", quality_table(same, stage, columns)]
     return "\n\n".join(parts) + "\n"
