@@ -236,7 +236,7 @@ def ways(shipped: Stage, tokens: int, device: torch.device, launches: Sequence[s
 
     def launched(how: Compile) -> Stage:
         stage = twin(half)
-        stage.net = compiled(stage.net, how, "inductor" if device.type == "cuda" else "eager")
+        stage.call = compiled(stage.net, how, "inductor" if device.type == "cuda" else "eager")
         return stage
 
     makers = {

@@ -81,9 +81,10 @@ def _trained(diffusion: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def launched(stage: Stage, on: Device) -> Stage:
-    """The stage on its device, its network launched as its settings say."""
+    """The stage on its device, its network launched as its settings say: once, however often it is asked for."""
     stage.to(on.torch)
-    stage.net = compiled(stage.net, stage.cfg.compile)
+    if stage.call is None:
+        stage.call = compiled(stage.net, stage.cfg.compile)
     return stage
 
 

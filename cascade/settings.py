@@ -151,6 +151,12 @@ class StageConfig:
             raise ValueError(f"name is {self.name!r}, expected letters, digits, _ - and . (it becomes a folder's name)")
         if not RATES[0] <= self.fps <= RATES[1]:
             raise ValueError(f"fps is {self.fps:g}, expected {RATES[0]:g} to {RATES[1]:g}")
+        if self.offload and self.sampler.reconstruction:  # backwards the weights would be where they stay
+            raise ConfigError(
+                f"offload is true, but the gradient of sampler.reconstruction, {self.sampler.reconstruction:g}, passes "
+                "the network",
+                fix=f"{self.name}.offload=false, or {self.name}.sampler.reconstruction=0",
+            )
         if self.frames_at_once < 0:
             raise ValueError(f"frames_at_once is {self.frames_at_once}, expected at least 0")
         if self.dtype not in (None, *DTYPES):

@@ -19,6 +19,7 @@ from cascade.cond import Cond
 from cascade.diffusion import Diffusion, Path
 from cascade.errors import ConfigError
 from cascade.making import Run, make
+from cascade.nets.compiled import Graphed
 from cascade.nets.offload import offload
 from cascade.nets.unet import VideoUNet
 from cascade.nets.unet3d import UNet3D
@@ -69,12 +70,16 @@ def denoiser(cfg: UNetConfig | UNet3DConfig) -> torch.nn.Module:
 
 
 class Stage:
-    """One diffusion model of a cascade. `net` may be any module with `VideoUNet`'s signature."""
+    """One diffusion model of a cascade. `net` may be any module with `VideoUNet`'s signature.
+
+    `call` is `net` launched in another way (`loading.launched`), asked in its place when sampling; None: `net` itself.
+    """
 
     def __init__(self, cfg: StageConfig, rule: Rule, net: torch.nn.Module | None = None) -> None:
         check_told(cfg, rule)
         self.cfg, self.rule = cfg, rule
         self.net = denoiser(cfg.net) if net is None else net
+        self.call: Callable[..., Tensor] | None = None
         self._visits: torch.device | None = None  # where offloaded weights work
 
     @property
@@ -85,7 +90,10 @@ class Stage:
     def to(self, device: torch.device) -> Stage:
         """Works there from now on; with cfg.offload the weights stay where they are and visit."""
         if not self.cfg.offload:
+            before = self.device
             self.net.to(device)
+            if isinstance(self.call, Graphed) and self.device != before:
+                self.call.graphs.clear()  # they read the weights where those were
             return self
         if self._visits is None:
             offload(self.net, lambda: self.device)
@@ -188,7 +196,7 @@ class Stage:
         """Mean squared error of what the network says, v, eps or x, (B,)."""
         diffusion = self.cfg.diffusion
         z = diffusion.noised(batch.x, batch.eps, batch.t)
-        out = (self.net if net is None else net)(z, diffusion.level(batch.t), batch.cond)
+        out = (self.net if net is None else net)(z, diffusion.level(batch.t), batch.cond)[:, : z.shape[1]]
         return (out - diffusion.target(batch.x, batch.eps, batch.t)).square().mean((1, 2, 3, 4))
 
     def denoise(self, z: Tensor, t: Tensor, cond: Cond, w: float | None = None) -> Tensor:
@@ -198,12 +206,12 @@ class Stage:
         """
         weight = None if w is None else torch.full_like(t, w)
         diffusion, level = self.cfg.diffusion, self.cfg.diffusion.level(t)
+        call = self.net if self.call is None else self.call
 
         def whole(z: Tensor, cond: Cond) -> Tensor:
-            if not self.cfg.sampler.learned:
-                return diffusion.clean(z, self.net(z, level, cond, weight), t)
-            out, variance = self.net.predict(z, level, cond).chunk(2, 1)  # type: ignore[operator]
-            return torch.cat([diffusion.clean(z, out, t), variance], 1)
+            out, channels = call(z, level, cond, weight), z.shape[1]
+            x = diffusion.clean(z, out[:, :channels], t)
+            return torch.cat([x, out[:, channels:]], 1) if self.cfg.sampler.learned else x
 
         def parts(z: Tensor, cond: Cond) -> Tensor:
             return in_parts(whole, z, cond, self.at_once(z), self.reach or 0)

@@ -22,6 +22,7 @@ from cascade.nets.unet_config import LevelSpec, Mixer
 from cascade.noise import Noise, sample_id
 from cascade.planning.count import Host, held
 from cascade.planning.memory import Memory, fitting, largest, short, size, within
+from cascade.sampling.sampler import Sampler
 from cascade.settings import StageConfig, TrainConfig
 from cascade.text import TextConfig
 from cascade.video import Shape, Video
@@ -243,6 +244,35 @@ def test_weights_that_visit_change_nothing_and_are_not_held(make_stage: Make, en
     assert torch.equal(*videos)
     weights = [sum(p.nbytes for p in part.parameters()) for part in (visit.net, *visit.net.up[0])]
     assert need(stay.cfg) - need(visit.cfg) == weights[0] - max(weights[1:])
+
+
+def test_weights_stay_where_a_gradient_passes(wide: Make, net_config: Make) -> None:
+    """It would find them on the host: the pair is refused, and never chosen."""
+    sampler = Sampler(steps=2, reconstruction=2.0)
+    with pytest.raises(ConfigError, match=r"offload is true, but the gradient of sampler\.reconstruction, 2") as caught:
+        wide("base", sampler=sampler, offload=True)
+    assert caught.value.fix == "base.offload=false, or base.sampler.reconstruction=0"
+    cfg = wide("base", net=net_config(levels=[LevelSpec(channels=128, blocks=3)], frame_position=True))
+    cfg = replace(cfg, shape=Shape(frames=2, height=8, width=8), train=None, dtype="bfloat16")
+    limit = (32 << 20) + (need(cfg, CUDA) - (32 << 20)) * 6 // 10
+    assert fitted(cfg, limit, CUDA)[0].offload
+    with pytest.raises(MemoryLimitError, match="base holds"):
+        fitted(replace(cfg, sampler=replace(cfg.sampler, reconstruction=2.0)), limit, CUDA)
+
+
+def test_the_shipped_base_plans_for_a_gpu_or_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """It is drawn towards what is given."""
+    words = ["plan", "chain=tiny", "stages=[base]", "device=cuda"]
+    command([*words, "memory=1GB"])
+    assert "as it is set" in capsys.readouterr().out
+    for more, code, said in (
+        (["memory=36MB"], 7, "error: memory is 36MB, but base holds "),
+        (["base.offload=true"], 2, "error: base: offload is true, but the gradient of"),
+    ):
+        with pytest.raises(SystemExit) as exit:
+            run_main([*words, *more], command, "cascade")
+        error = capsys.readouterr().err
+        assert exit.value.code == code and error.count("\n") == 1 and error.startswith(said), error
 
 
 # the process ----------------------------------------------------------------------------------------------------------

@@ -565,7 +565,7 @@ def told_to(**changes: Any) -> Cond:
     return Cond(**(settings | {"text": text} | changes))
 
 
-def test_channels_come_in_the_published_order_and_the_variance_stays_out() -> None:
+def test_channels_come_in_the_published_order_and_the_variance_comes_last() -> None:
     net = Heard(pixels(concat=True, mask=True, noise_level=True))
     z, cond = uniform(3, BATCH, 3, FRAMES, 8, 8), told_to()
     out = net(z, torch.tensor([1.0, 0.001]), cond)
@@ -574,8 +574,7 @@ def test_channels_come_in_the_published_order_and_the_variance_stays_out() -> No
     assert x[:, 6, 0].eq(1).all() and not x[:, 6, 1:].any()
     assert torch.equal(text, cond.text.tokens)
     assert t.tolist() == pytest.approx([999, 0], abs=1e-4) and level.tolist() == pytest.approx([250, 0], abs=1e-4)
-    assert out[0, :, 0, 0, 0].tolist() == [0, 1, 2]
-    assert net.predict(z, torch.ones(BATCH), cond)[0, :, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert out[0, :, 0, 0, 0].tolist() == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_base_is_given_z_alone() -> None:

@@ -16,8 +16,8 @@ from cascade.diffusion import Diffusion
 from cascade.making import steps
 from cascade.nets.layers import TextAttention
 from cascade.nets.unet_config import LevelSpec, Mixer
-from cascade.noise import Noise, sample_id
-from cascade.sampling.sampler import Rule, Sampler, Threshold, Watch, _moved, sample
+from cascade.noise import Noise, generator, sample_id
+from cascade.sampling.sampler import Rule, Sampler, Threshold, Watch, _moved, sample, shared
 from cascade.text import Text
 from cascade.windows import Windows
 
@@ -176,6 +176,9 @@ def test_noise_is_pinned_where_it_has_to_travel(drawn: str, pinned: bool) -> Non
     class Noisy:
         device = torch.device(drawn)
 
+        def contiguous(self) -> Noisy:
+            return self
+
         def pin_memory(self) -> Noisy:
             calls.append("pinned")
             return self
@@ -186,3 +189,22 @@ def test_noise_is_pinned_where_it_has_to_travel(drawn: str, pinned: bool) -> Non
 
     _moved(Noisy(), torch.device("cuda"))  # type: ignore[arg-type]
     assert calls == ["pinned"] * pinned + ["cuda"]
+
+
+def test_noise_that_frames_share_has_its_own_memory_where_it_is_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA pins no memory that several elements have."""
+    pinned: list[Tensor] = []
+
+    class Pinned(Exception):
+        pass
+
+    def pin_memory(drawn: Tensor) -> Tensor:
+        pinned.append(drawn)
+        raise Pinned
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
+    noise = shared(lambda shape, step, purpose: torch.randn(tuple(shape), generator=generator(purpose)))
+    drawn = noise((2, 3, 4, 5, 6), 0, "start")
+    with pytest.raises(Pinned):
+        _moved(drawn, torch.device("cuda"))
+    assert 0 not in pinned[0].stride() and torch.equal(pinned[0], drawn)

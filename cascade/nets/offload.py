@@ -15,7 +15,7 @@ def offload(net: nn.Module, device: Callable[[], torch.device]) -> None:
     """From now on each part of `net` copies its weights to `device()` before its forward pass, and drops them after it.
 
     A part is a child of the network or a member of a list of children (a block, a convolution): nothing is computed by
-    a smaller one alone. Results are equal bit for bit; gradients are not for this.
+    a smaller one alone. Results are equal bit for bit; no gradient may pass, it would find them on the host.
     """
     for part in _parts(net):
         parameters = list(part.parameters())

@@ -168,16 +168,13 @@ class UNet3D(nn.Module):
         channels_last(self)
 
     def forward(self, z: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
-        """z (B, C, F, H, W) and t (B,) as `Diffusion.level` says -> eps or v (B, C, F, H, W), without the variance."""
-        if w is not None:
-            raise ConfigError("this network is not told a guidance weight", fix="w_range=null")
-        return self.predict(z, t, cond)[:, : self.cfg.channels]
-
-    def predict(self, z: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        """Prediction and, where the network has it, variance on the channels.
+        """z (B, C, F, H, W) and t (B,) as `Diffusion.level` says -> eps or v (B, C, F, H, W), and where the network has
+        it the variance on C more channels.
 
         Under guidance the variance of the branch with text is the one to take; DPM-Solver++ takes none.
         """
+        if w is not None:
+            raise ConfigError("this network is not told a guidance weight", fix="w_range=null")
         if cond.segments is not None:
             raise ConfigError(
                 "this network's norms see all frames of a clip, so clips cannot share one", fix="train.images=0"

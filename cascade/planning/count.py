@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -82,7 +82,7 @@ def held(cfg: StageConfig, rule: Rule, tokens: int, host: Host, low: Shape | Non
         for parameter in stage.net.parameters():
             count.add(parameter)
     if not cfg.sampler.reconstruction:  # whose gradient passes through the network
-        stage.net = Once(stage.net, count)
+        stage.call = Once(stage.net, count)
 
     def noise(shape: Sequence[int], step: int, purpose: str) -> Tensor:
         return torch.empty(tuple(shape), device=META)
@@ -237,29 +237,18 @@ class Fused(TorchFunctionMode):
         return value.to(self.dtype) if isinstance(value, Tensor) and value.dtype is torch.float32 else value
 
 
-class Once(torch.nn.Module):
+class Once:
     """A network that runs once for each size of its input: what a further call holds is known from the first."""
 
     def __init__(self, net: torch.nn.Module, count: Count) -> None:
-        super().__init__()
         self.net, self.count = net, count
         self._known: dict[tuple[int, ...], tuple[int, int, torch.dtype]] = {}
 
-    def __getattr__(self, name: str) -> Any:
-        return super().__getattr__(name) if name in ("net", "count") else getattr(self.net, name)
-
-    def forward(self, z: Tensor, *args: Any) -> Tensor:
-        return self._once(self.net, z, *args)
-
-    def predict(self, z: Tensor, *args: Any) -> Tensor:
-        """Also what the network says of the variance."""
-        return self._once(self.net.predict, z, *args)  # type: ignore[arg-type]
-
-    def _once(self, run: Callable[..., Tensor], z: Tensor, *args: Any) -> Tensor:
+    def __call__(self, z: Tensor, *args: Any) -> Tensor:
         count, before, highest = self.count, self.count.alive, self.count.peak
         if z.shape not in self._known:
             count.peak = before
-            out = run(z, *args)
+            out: Tensor = self.net(z, *args)
             self._known[tuple(z.shape)] = count.peak - before, out.shape[1], out.dtype
         else:
             _, channels, dtype = self._known[z.shape]

@@ -239,8 +239,10 @@ class Watch:
 
 def _moved(drawn: Tensor, device: torch.device) -> Tensor:
     """Noise on `device`; from the CPU to a GPU through pinned memory, so that the host goes on at once."""
-    pinned = device.type == "cuda" and drawn.device.type == "cpu"
-    return drawn.pin_memory().to(device, non_blocking=True) if pinned else drawn.to(device)
+    if device.type != "cuda" or drawn.device.type != "cpu":
+        return drawn.to(device)
+    # frames that share their noise share its memory, which cannot be pinned
+    return drawn.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def _halves(out: Tensor) -> tuple[Tensor, Tensor]:
