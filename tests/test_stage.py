@@ -464,6 +464,17 @@ def test_a_batch_can_be_cut_joined_and_moved(make_stage: Make, encode: Make) -> 
     assert torch.equal(again.cond.concat, batch.cond.concat) and torch.equal(again.cond.text.mask, batch.cond.text.mask)
 
 
+def test_clips_of_which_parts_are_known_are_joined_with_those_of_which_nothing_is(
+    make_stage: Make, encode: Make
+) -> None:
+    stage = make_stage("base", known=0.5, known_kinds=["first", "hole"], parts=True)
+    examples = [stage.example(video(stage), encode(PROMPTS[:1]), generator("hole", i))[1] for i in range(12)]
+    assert len({cond.mask.shape for cond in examples}) == 2
+    joined = Cond.cat(examples)
+    for i, cond in enumerate(examples):
+        assert torch.equal(joined[i : i + 1].mask, cond.mask.expand(1, 1, *stage.cfg.incoming(stage.cfg.shape)[1:]))
+
+
 def test_a_stage_is_where_its_network_is(make_stage: Make) -> None:
     stage = make_stage("base")
     assert stage.to(torch.device("cpu")) is stage and stage.device == torch.device("cpu")
