@@ -97,12 +97,14 @@ class Lesson:
         """Where a step of the student begins, where the teacher halts, where it ends: (B,) each, as batch.t falls."""
         if self.steps == 0:
             return batch.t, batch.t, batch.t
-        i = (batch.t * self.steps).floor().clamp(max=self.steps - 1) + 1
-        start, end = i / self.steps, (i - 1) / self.steps
         if not self.grid:
-            return start, (i - 0.5) / self.steps, end
-        t = ((batch.t * self.grid).floor().clamp(max=self.grid - 1) + 1) / self.grid
-        return t, torch.maximum(t - 1 / self.grid, end), end
+            i = (batch.t * self.steps).floor().clamp(max=self.steps - 1) + 1
+            return i / self.steps, (i - 0.5) / self.steps, (i - 1) / self.steps
+        # Counted in whole numbers: t times steps and t times grid, each rounded, can lie in different spans.
+        n = (batch.t * self.grid).long().clamp(max=self.grid - 1)
+        before = n // (self.grid // self.steps)
+        start, middle = (n + 1).to(batch.t) / self.grid, n.to(batch.t) / self.grid
+        return start, middle, before.to(batch.t) / self.steps
 
     @torch.no_grad()
     def target(self, batch: Batch, net: Callable[..., Tensor] | None = None) -> Tensor:
