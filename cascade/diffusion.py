@@ -86,6 +86,11 @@ class Diffusion:
                 raise ValueError(f"betas is {self.betas}, expected null where schedule is {name}")
         elif self.betas is None or len(self.betas) != 2 or not 0 < self.betas[0] <= self.betas[1] < 1:
             raise ValueError(f"betas is {self.betas}, expected the first and the last, 0 < first <= last < 1")
+        elif not self.table[-2] > self.table[-1] > -math.inf:  # or times between the last two are 0 / 0
+            raise ValueError(
+                f"betas is {self.betas}, expected smaller ones where timesteps is {self.timesteps}: alpha_bar ends "
+                "where float32 does"
+            )
 
     @property
     def discrete(self) -> bool:
