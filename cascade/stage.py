@@ -122,7 +122,8 @@ class Stage:
         if eps is not None and bool((level > 0).any()):
             noised = (self.cfg.noising or AUGMENTATION).noised(concat, eps, level)
             clean = level.view(-1, 1, 1, 1, 1) == 0
-            concat = torch.where(clean if self.cfg.augment_known else clean | (mask > 0), concat, noised)
+            known = mask > 0 if self.rule.KEEPS_KNOWN and not self.cfg.augment_known else clean
+            concat = torch.where(clean | known, concat, noised)
         return Cond(concat, mask, level, rate, text)
 
     def _incoming(self, low: Video, shape: Shape) -> tuple[Tensor, Tensor]:

@@ -303,6 +303,18 @@ def test_augmentation_is_noise_of_a_level_that_the_network_is_told(kind: str, ma
     assert torch.equal(mixed.concat[:1], clean.concat) and torch.equal(mixed.concat[1:], spy.conds[0].concat)
 
 
+@pytest.mark.parametrize(("kind", "known"), [("base", [0]), ("tsr", [0, 2]), ("ssr", [])])
+def test_known_frames_may_stay_clean_and_all_others_are_noised(
+    kind: str, known: list[int], make_stage: Make, encode: Make
+) -> None:
+    """A kind that keeps nothing is told of all frames, and keeps none of them."""
+    stage = make_stage(kind, augment_known=False)
+    shape, text, eps = stage.cfg.shape, encode(PROMPTS[:1]), torch.ones(1, 3, 4, 8, 8)
+    clean, noised = (stage.condition(given(stage), shape, text, 8.0, torch.tensor([t]), eps) for t in (0.0, 0.4))
+    same = (clean.concat == noised.concat).all(1).all(0).flatten(1).all(1)
+    assert same.nonzero().flatten().tolist() == known and noised.level.tolist() == pytest.approx([0.4])
+
+
 def test_training_draws_levels_up_to_the_largest(make_stage: Make, encode: Make) -> None:
     stage = make_stage("ssr", augment_max=0.3)
     levels = [float(stage.example(video(stage), encode([""]), generator("level", i))[1].level) for i in range(100)]
