@@ -111,7 +111,7 @@ class Stage:
     ) -> Cond:
         """What the denoiser is told: `low` at size `shape`, encoded, noised to `level` (B,) with `eps` of its size.
 
-        Without `eps` no level may be above 0.
+        Without `eps` no level may be above 0. The level of a clip of which nothing is known is 0.
         """
         batch = len(text.mask)
         rate = torch.full((batch,), fps, device=level.device)
@@ -119,6 +119,7 @@ class Stage:
             blank = torch.zeros(batch, *self.cfg.incoming(shape), device=level.device)
             return Cond(blank, blank[:, :1, :, :1, :1], torch.zeros_like(level), rate, text)
         concat, mask = self._incoming(low, shape)
+        level = torch.where((mask > 0).flatten(1).any(1), level, 0)
         if eps is not None and bool((level > 0).any()):
             noised = (self.cfg.noising or AUGMENTATION).noised(concat, eps, level)
             clean = level.view(-1, 1, 1, 1, 1) == 0

@@ -315,6 +315,18 @@ def test_known_frames_may_stay_clean_and_all_others_are_noised(
     assert same.nonzero().flatten().tolist() == known and noised.level.tolist() == pytest.approx([0.4])
 
 
+def test_a_clip_of_which_nothing_is_known_is_told_no_level(make_stage: Make, encode: Make) -> None:
+    """Beside one of which something is known too: sampling from text is told 0 and nothing else."""
+    stage = make_stage("base")
+    low, level, eps = given(stage, 2), torch.full((2,), 0.4), torch.ones(2, 3, 4, 8, 8)
+    assert low.known is not None
+    low.known[1] = False
+    cond = stage.condition(low, stage.cfg.shape, encode(PROMPTS), 8.0, level, eps)
+    assert torch.equal(cond.level, level * torch.tensor([1, 0])) and cond.concat[0].any()
+    alone = stage.condition(None, stage.cfg.shape, encode(PROMPTS), 8.0, level, eps)
+    assert torch.equal(cond.concat[1:], alone.concat[1:]) and torch.equal(cond.level[1:], alone.level[1:])
+
+
 def test_training_draws_levels_up_to_the_largest(make_stage: Make, encode: Make) -> None:
     stage = make_stage("ssr", augment_max=0.3)
     levels = [float(stage.example(video(stage), encode([""]), generator("level", i))[1].level) for i in range(100)]
