@@ -179,6 +179,10 @@ class Diffusion:
         log_bar = self._log_bar(t)
         return torch.exp(0.5 * log_bar), torch.sqrt(-torch.expm1(log_bar))
 
+    def far(self, eps: Tensor, low: Tensor) -> Tensor:
+        """What z is at t = 1, beside x in all that follows: noise, or on the straight path the incoming video."""
+        return low if self.path is Path.STRAIGHT else eps
+
     def noised(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """z_t = alpha_t x + sigma_t eps (Salimans & Ho 2022, sec. 2)."""
         alpha, sigma = self.alpha_sigma(t, _dtype(x))

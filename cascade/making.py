@@ -120,7 +120,7 @@ def once(stage: Stage, low: Video | None, run: Run) -> Video:
 
     def draw(shape: Sequence[int], step: int, purpose: str) -> Tensor:
         drawn = run.noise(shape, step, purpose)
-        return stage.far(cond, drawn) if purpose == "start" else drawn
+        return cfg.diffusion.far(drawn, cond.concat) if purpose == "start" else drawn
 
     x = sample(
         cfg.diffusion, denoise, sampler, draw, full,

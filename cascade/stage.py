@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cascade.codec import Coder
 from cascade.cond import Cond
-from cascade.diffusion import Diffusion, Path
+from cascade.diffusion import Diffusion
 from cascade.errors import ConfigError
 from cascade.making import Run, make
 from cascade.nets.offload import offload
@@ -151,10 +151,6 @@ class Stage:
         eps = torch.randn(len(x), *self.cfg.incoming(video.shape), generator=rng, device=rng.device)
         return x, self.condition(low, video.shape, text, video.fps, level, eps)
 
-    def far(self, cond: Cond, eps: Tensor) -> Tensor:
-        """What z is at t = 1: noise, or on the straight path the incoming video."""
-        return cond.concat if self.cfg.diffusion.path is Path.STRAIGHT else eps
-
     def imitate(
         self,
         video: Video,
@@ -189,9 +185,10 @@ class Stage:
     def loss(self, batch: Batch, net: Callable[..., Tensor] | None = None) -> Tensor:
         """Mean squared error of what the network says, v, eps or x, (B,)."""
         diffusion = self.cfg.diffusion
-        z = diffusion.noised(batch.x, batch.eps, batch.t)
+        far = diffusion.far(batch.eps, batch.cond.concat)
+        z = diffusion.noised(batch.x, far, batch.t)
         out = (self.net if net is None else net)(z, diffusion.level(batch.t), batch.cond)
-        return (out - diffusion.target(batch.x, batch.eps, batch.t)).square().mean((1, 2, 3, 4))
+        return (out - diffusion.target(batch.x, far, batch.t)).square().mean((1, 2, 3, 4))
 
     def denoise(self, z: Tensor, t: Tensor, cond: Cond, w: float | None = None) -> Tensor:
         """x_hat of shape (B, C, F, H, W); `w` is for a guidance-distilled network. Long clips go in windows.

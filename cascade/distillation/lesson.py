@@ -79,7 +79,7 @@ class Lesson:
         """
         diffusion, cond, w = self.student.cfg.diffusion, batch.cond, self.weight(batch)
         t = self.times(batch)[0]
-        z = diffusion.noised(batch.x, batch.eps, t)
+        z = diffusion.noised(batch.x, diffusion.far(batch.eps, cond.concat), t)
         target = self.target(batch, net)
         torch.clear_autocast_cache()  # what the student's weights were cast to without a gradient has none
         x = predict(diffusion, net, z, t, cond, w)
@@ -111,7 +111,7 @@ class Lesson:
         """The x_hat that the student should give (B, C, F, H, W); `net` is the student, for consistency."""
         diffusion, w = self.student.cfg.diffusion, self.weight(batch)
         t, middle, s = self.times(batch)
-        z = diffusion.noised(batch.x, batch.eps, t)
+        z = diffusion.noised(batch.x, diffusion.far(batch.eps, batch.cond.concat), t)
 
         def taught(z: Tensor, t: Tensor) -> Tensor:
             told_w = None if self.branches else w
