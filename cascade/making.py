@@ -55,13 +55,16 @@ def make(stage: Stage, low: Video | None, run: Run) -> Video:
 def in_turn(stage: Stage, low: Video, run: Run) -> Video:
     """Windows that are clips of their own, one after the other."""
     cfg, rate, steps = stage.cfg, stage.rule.rate(stage.cfg), stage.cfg.sampler.steps
-    shape = stage.rule.output(low.shape, cfg)
+    shape, step = stage.made(low), 1 if low.known is not None else rate  # frames of the output for each of `low`
     out = stage.rule.condition(low, cfg, shape)[0].cpu().clone()
     spans = cfg.windows.spans(shape.frames, rate)
     for number, (first, end) in enumerate(spans):
-        given = low.frames[:, :, first // rate : -(-end // rate)].clone()
+        part = slice(first // step, -(-end // step))
+        given, known = low.frames[:, :, part].clone(), None if low.known is None else low.known[:, part].clone()
         if cfg.windows.rule is Join.CHAINED and first > 0:
             given[:, :, 0] = out[:, :, first]
+            if known is not None:
+                known[:, 0] = True
 
         def draw(size: Sequence[int], step: int, purpose: str, first: int = first, end: int = end) -> Tensor:
             if cfg.windows.same_noise:
@@ -73,8 +76,8 @@ def in_turn(stage: Stage, low: Video, run: Run) -> Video:
                 run.progress((number * steps + done) // len(spans))
 
         window = replace(run, noise=draw, progress=tick, start=None)
-        out[:, :, first:end] = once(stage, Video(given, low.fps), window).frames
-    return Video(out, low.fps * rate)
+        out[:, :, first:end] = once(stage, Video(given, low.fps, known), window).frames
+    return Video(out, low.fps * step)
 
 
 def extend(stage: Stage, low: Video | None, run: Run) -> Video:
