@@ -24,7 +24,8 @@ from cascade.nets.unet import VideoUNet
 from cascade.nets.unet3d import UNet3D
 from cascade.nets.unet3d_config import UNet3DConfig
 from cascade.nets.unet_config import UNetConfig
-from cascade.sampling.sampler import After, Draw
+from cascade.noise import Draw, Stream
+from cascade.sampling.sampler import After
 from cascade.settings import Rule, StageConfig, check_told, from_text
 from cascade.text import Text
 from cascade.video import Shape, Video
@@ -169,14 +170,12 @@ class Stage:
             part.coder = self.coder
             return part.imitate(video, text, rng, strength, before)
 
-        def draw(shape: Sequence[int], step: int, purpose: str) -> Tensor:
-            return torch.randn(tuple(shape), generator=rng, device=rng.device)
-
+        noise = Stream(rng)
         if from_text(self.cfg, self.rule):
-            return self.sample(None, text, None, draw, start=(video, strength))
+            return self.sample(None, text, None, noise, start=(video, strength))
         low = self.rule.degrade(video, self.cfg, rng)
         assert low is not None, f"a stage of kind {self.cfg.kind} starts from a video"
-        return self.sample(low if before is None else before(low), text, None, draw)
+        return self.sample(low if before is None else before(low), text, None, noise)
 
     def sized(self, shape: Shape) -> StageConfig:
         """The settings of this stage for clips of another size. ValueError if it cannot make them."""
