@@ -61,7 +61,8 @@ class Cond:
 
     @staticmethod
     def cat(parts: list[Cond]) -> Cond:
-        """Joins batches; entries without segments are one clip each."""
+        """Joins batches; entries without segments are one clip each, masks of frames become masks of pixels where one
+        of them is."""
         segments = None
         if any(part.segments is not None for part in parts):
             frames = parts[0].concat.shape[2]
@@ -73,9 +74,10 @@ class Cond:
                     for part in parts
                 ]
             )
+        places = [max(sizes) for sizes in zip(*(part.mask.shape[1:] for part in parts), strict=True)]
         return Cond(
             torch.cat([part.concat for part in parts]),
-            torch.cat([part.mask for part in parts]),
+            torch.cat([part.mask.expand(-1, *places) for part in parts]),
             torch.cat([part.level for part in parts]),
             torch.cat([part.fps for part in parts]),
             Text.cat([part.text for part in parts]),

@@ -86,6 +86,11 @@ class Diffusion:
                 raise ValueError(f"betas is {self.betas}, expected null where schedule is {name}")
         elif self.betas is None or len(self.betas) != 2 or not 0 < self.betas[0] <= self.betas[1] < 1:
             raise ValueError(f"betas is {self.betas}, expected the first and the last, 0 < first <= last < 1")
+        elif not self.table[-2] > self.table[-1] > -math.inf:  # or times between the last two are 0 / 0
+            raise ValueError(
+                f"betas is {self.betas}, expected smaller ones where timesteps is {self.timesteps}: alpha_bar ends "
+                "where float32 does"
+            )
 
     @property
     def discrete(self) -> bool:
@@ -173,6 +178,10 @@ class Diffusion:
         """alpha and sigma of a table at t, (B,) float64."""
         log_bar = self._log_bar(t)
         return torch.exp(0.5 * log_bar), torch.sqrt(-torch.expm1(log_bar))
+
+    def far(self, eps: Tensor, low: Tensor) -> Tensor:
+        """What z is at t = 1, beside x in all that follows: noise, or on the straight path the incoming video."""
+        return low if self.path is Path.STRAIGHT else eps
 
     def noised(self, x: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """z_t = alpha_t x + sigma_t eps (Salimans & Ho 2022, sec. 2)."""

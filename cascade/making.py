@@ -11,9 +11,9 @@ from torch import Tensor
 
 from cascade.cond import Cond
 from cascade.errors import ConfigError
-from cascade.noise import generator
+from cascade.noise import Draw, Shared, generator
 from cascade.sampling.guidance import Denoise, Hook, keep_known, reconstruction
-from cascade.sampling.sampler import After, Draw, Sampler, StepDenoise, sample, shared
+from cascade.sampling.sampler import After, Sampler, StepDenoise, sample
 from cascade.text import Text
 from cascade.video import Shape, Video
 from cascade.windows import Join, extended
@@ -39,7 +39,7 @@ def make(stage: Stage, low: Video | None, run: Run) -> Video:
     """A video from the one before, as the stage's windows say."""
     windows = stage.cfg.windows
     if stage.cfg.sampler.shared_noise:  # before a window takes its part of it
-        run = replace(run, noise=shared(run.noise))
+        run = replace(run, noise=Shared(run.noise))
     if not windows.in_turn:
         return once(stage, low, run)
     if windows.rule is Join.EXTEND:
@@ -55,26 +55,25 @@ def make(stage: Stage, low: Video | None, run: Run) -> Video:
 def in_turn(stage: Stage, low: Video, run: Run) -> Video:
     """Windows that are clips of their own, one after the other."""
     cfg, rate, steps = stage.cfg, stage.rule.rate(stage.cfg), stage.cfg.sampler.steps
-    shape = stage.rule.output(low.shape, cfg)
+    shape, step = stage.made(low), 1 if low.known is not None else rate  # frames of the output for each of `low`
     out = stage.rule.condition(low, cfg, shape)[0].cpu().clone()
     spans = cfg.windows.spans(shape.frames, rate)
     for number, (first, end) in enumerate(spans):
-        given = low.frames[:, :, first // rate : -(-end // rate)].clone()
+        part = slice(first // step, -(-end // step))
+        given, known = low.frames[:, :, part].clone(), None if low.known is None else low.known[:, part].clone()
         if cfg.windows.rule is Join.CHAINED and first > 0:
             given[:, :, 0] = out[:, :, first]
-
-        def draw(size: Sequence[int], step: int, purpose: str, first: int = first, end: int = end) -> Tensor:
-            if cfg.windows.same_noise:
-                return run.noise(size, step, purpose)
-            return run.noise((*size[:2], shape.frames, *size[3:]), step, purpose)[:, :, first:end]
+            if known is not None:
+                known[:, 0] = True
 
         def tick(done: int, number: int = number) -> None:
             if run.progress is not None:
                 run.progress((number * steps + done) // len(spans))
 
-        window = replace(run, noise=draw, progress=tick, start=None)
-        out[:, :, first:end] = once(stage, Video(given, low.fps), window).frames
-    return Video(out, low.fps * rate)
+        noise = run.noise if cfg.windows.same_noise else run.noise.window(first)
+        window = replace(run, noise=noise, progress=tick, start=None)
+        out[:, :, first:end] = once(stage, Video(given, low.fps, known), window).frames
+    return Video(out, low.fps * step)
 
 
 def extend(stage: Stage, low: Video | None, run: Run) -> Video:
@@ -120,7 +119,7 @@ def once(stage: Stage, low: Video | None, run: Run) -> Video:
 
     def draw(shape: Sequence[int], step: int, purpose: str) -> Tensor:
         drawn = run.noise(shape, step, purpose)
-        return stage.far(cond, drawn) if purpose == "start" else drawn
+        return cfg.diffusion.far(drawn, cond.concat) if purpose == "start" else drawn
 
     x = sample(
         cfg.diffusion, denoise, sampler, draw, full,

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import product
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +35,44 @@ def generator(*key: Key, device: torch.device | str = "cpu") -> torch.Generator:
 def sample_id(prompt: str, copy: int = 0) -> str:
     """Identity of a sample: the `copy`-th video of `prompt`, wherever it stands in a list of prompts."""
     return f"{hashlib.sha256(prompt.encode()).hexdigest()[:16]}-{copy}"
+
+
+class Draw(Protocol):
+    """The noise of a video, all of it or a window."""
+
+    def __call__(self, shape: Sequence[int], step: int, purpose: str) -> Tensor:
+        """N(0, 1) of `shape` (B, C, F, H, W) for a step and what it is for."""
+        ...
+
+    def window(self, start: int) -> Draw:
+        """The same noise seen from frame `start` on."""
+        ...
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The noise of a video's first frame, for all frames."""
+
+    noise: Draw
+
+    def __call__(self, shape: Sequence[int], step: int, purpose: str) -> Tensor:
+        return self.noise((*shape[:2], 1, *shape[3:]), step, purpose).expand(*shape)
+
+    def window(self, start: int) -> Shared:
+        return self
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Noise in the order in which it is asked for, on the generator's device; as training draws it."""
+
+    rng: torch.Generator
+
+    def __call__(self, shape: Sequence[int], step: int, purpose: str) -> Tensor:
+        return torch.randn(tuple(shape), generator=self.rng, device=self.rng.device)
+
+    def window(self, start: int) -> Stream:
+        return self
 
 
 @dataclass(frozen=True)

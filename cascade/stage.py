@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cascade.codec import Coder
 from cascade.cond import Cond
-from cascade.diffusion import Diffusion, Path
+from cascade.diffusion import Diffusion
 from cascade.errors import ConfigError
 from cascade.making import Run, make
 from cascade.nets.compiled import Graphed
@@ -25,7 +25,8 @@ from cascade.nets.unet import VideoUNet
 from cascade.nets.unet3d import UNet3D
 from cascade.nets.unet3d_config import UNet3DConfig
 from cascade.nets.unet_config import UNetConfig
-from cascade.sampling.sampler import After, Draw
+from cascade.noise import Draw, Stream
+from cascade.sampling.sampler import After
 from cascade.settings import Rule, StageConfig, check_told, from_text
 from cascade.text import Text
 from cascade.video import Shape, Video
@@ -119,7 +120,7 @@ class Stage:
     ) -> Cond:
         """What the denoiser is told: `low` at size `shape`, encoded, noised to `level` (B,) with `eps` of its size.
 
-        Without `eps` no level may be above 0.
+        Without `eps` no level may be above 0. The level of a clip of which nothing is known is 0.
         """
         batch = len(text.mask)
         rate = torch.full((batch,), fps, device=level.device)
@@ -127,10 +128,12 @@ class Stage:
             blank = torch.zeros(batch, *self.cfg.incoming(shape), device=level.device)
             return Cond(blank, blank[:, :1, :, :1, :1], torch.zeros_like(level), rate, text)
         concat, mask = self._incoming(low, shape)
+        level = torch.where((mask > 0).flatten(1).any(1), level, 0)
         if eps is not None and bool((level > 0).any()):
             noised = (self.cfg.noising or AUGMENTATION).noised(concat, eps, level)
             clean = level.view(-1, 1, 1, 1, 1) == 0
-            concat = torch.where(clean if self.cfg.augment_known else clean | (mask > 0), concat, noised)
+            known = mask > 0 if self.rule.KEEPS_KNOWN and not self.cfg.augment_known else clean
+            concat = torch.where(clean | known, concat, noised)
         return Cond(concat, mask, level, rate, text)
 
     def _incoming(self, low: Video, shape: Shape) -> tuple[Tensor, Tensor]:
@@ -157,10 +160,6 @@ class Stage:
         eps = torch.randn(len(x), *self.cfg.incoming(video.shape), generator=rng, device=rng.device)
         return x, self.condition(low, video.shape, text, video.fps, level, eps)
 
-    def far(self, cond: Cond, eps: Tensor) -> Tensor:
-        """What z is at t = 1: noise, or on the straight path the incoming video."""
-        return cond.concat if self.cfg.diffusion.path is Path.STRAIGHT else eps
-
     def imitate(
         self,
         video: Video,
@@ -179,14 +178,12 @@ class Stage:
             part.coder = self.coder
             return part.imitate(video, text, rng, strength, before)
 
-        def draw(shape: Sequence[int], step: int, purpose: str) -> Tensor:
-            return torch.randn(tuple(shape), generator=rng, device=rng.device)
-
+        noise = Stream(rng)
         if from_text(self.cfg, self.rule):
-            return self.sample(None, text, None, draw, start=(video, strength))
+            return self.sample(None, text, None, noise, start=(video, strength))
         low = self.rule.degrade(video, self.cfg, rng)
         assert low is not None, f"a stage of kind {self.cfg.kind} starts from a video"
-        return self.sample(low if before is None else before(low), text, None, draw)
+        return self.sample(low if before is None else before(low), text, None, noise)
 
     def sized(self, shape: Shape) -> StageConfig:
         """The settings of this stage for clips of another size. ValueError if it cannot make them."""
@@ -195,9 +192,10 @@ class Stage:
     def loss(self, batch: Batch, net: Callable[..., Tensor] | None = None) -> Tensor:
         """Mean squared error of what the network says, v, eps or x, (B,)."""
         diffusion = self.cfg.diffusion
-        z = diffusion.noised(batch.x, batch.eps, batch.t)
+        far = diffusion.far(batch.eps, batch.cond.concat)
+        z = diffusion.noised(batch.x, far, batch.t)
         out = (self.net if net is None else net)(z, diffusion.level(batch.t), batch.cond)[:, : z.shape[1]]
-        return (out - diffusion.target(batch.x, batch.eps, batch.t)).square().mean((1, 2, 3, 4))
+        return (out - diffusion.target(batch.x, far, batch.t)).square().mean((1, 2, 3, 4))
 
     def denoise(self, z: Tensor, t: Tensor, cond: Cond, w: float | None = None) -> Tensor:
         """x_hat of shape (B, C, F, H, W); `w` is for a guidance-distilled network. Long clips go in windows.

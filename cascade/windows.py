@@ -16,7 +16,7 @@ In every case memory grows with what is seen at once, not with the video.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cascade.cond import Cond
 from cascade.errors import ConfigError
-from cascade.sampling.sampler import Draw
+from cascade.noise import Draw
 from cascade.video import Video
 
 
@@ -181,18 +181,14 @@ def extended(
     """
     assert low.known is not None
     frames, known = low.frames.clone(), low.known.clone()
-    total = low.shape.frames
     starts = windows.unmade(known.flatten(2).all(2).all(0) if known.ndim == 4 else known.all(0))
     for number, start in enumerate(starts):
         part = slice(start, start + windows.frames)
 
-        def draw(shape: Sequence[int], step: int, purpose: str, part: slice = part) -> Tensor:
-            return noise((*shape[:2], total, *shape[3:]), step, purpose)[:, :, part]
-
         def tick(share: float, number: int = number) -> None:
             progress((number + share) / len(starts))
 
-        frames[:, :, part] = make(part, Video(frames[:, :, part], low.fps, known[:, part]), draw, tick)
+        frames[:, :, part] = make(part, Video(frames[:, :, part], low.fps, known[:, part]), noise.window(start), tick)
         known[:, part] = True
     return frames
 

@@ -345,6 +345,19 @@ def test_a_consistency_step_stays_within_its_span_and_on_the_grid() -> None:
     near(t - middle, torch.full_like(t, 1 / 16))
 
 
+@pytest.mark.parametrize(("steps", "grid"), [(12, 60), (5, 35), (7, 49), (4, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_no_consistency_step_is_empty_where_rounding_is_in_the_way(steps: int, grid: int, dtype: torch.dtype) -> None:
+    edges = torch.arange(grid + 1, dtype=dtype) / grid
+    one, zero = torch.ones((), dtype=dtype), torch.zeros((), dtype=dtype)
+    batch = examples(1)
+    batch.t = torch.cat([edges, edges.nextafter(one), edges.nextafter(zero), torch.tensor([0.9166666269], dtype=dtype)])
+    t, middle, s = consistent(config(), steps, grid, Wavy()).times(batch)
+    assert t.dtype == dtype and bool((s <= middle).all() and (middle < t).all() and t.max() == 1)
+    assert torch.equal((t * grid).round() - 1, (middle * grid).round())
+    assert torch.equal(middle == s, (middle * grid).round() % (grid // steps) == 0)
+
+
 def test_the_last_step_of_a_span_is_the_teachers_own() -> None:
     batch = examples(4)
     batch.t = torch.tensor([0.0, 0.26, 0.5, 0.76])  # first grid point after the end of each of four spans

@@ -17,6 +17,7 @@ from cascade.codec import Codec, Kind
 from cascade.cond import Cond
 from cascade.config import package_root, parse
 from cascade.diffusion import Diffusion, Prediction
+from cascade.diffusion import Path as WayPath
 from cascade.distillation import distill, patches
 from cascade.distillation.distill import Course, rewarded
 from cascade.distillation.reward import Rewarded, softly
@@ -212,6 +213,19 @@ def test_patches_of_all_clips_are_drawn_to_real_ones() -> None:
     far = patches.distance(batch.x, task.made(batch, net), batch.eps)
     assert far > 0
     torch.testing.assert_close(task(batch) - taught(net, net)(batch), 2 * far.expand(3), rtol=0, atol=1e-12)
+
+
+def test_on_the_straight_path_a_student_begins_with_what_comes_in_and_noise_is_noise() -> None:
+    net, batch = Curved(), examples(3, torch.float64)
+    straight = Diffusion(prediction=Prediction.X, path=WayPath.STRAIGHT)
+    batch.cond.concat = batch.x.roll(1, 0)
+    task, far = taught(net, net, drawn=2.0, diffusion=straight), replace(batch, eps=batch.cond.concat)
+    made = task.made(batch, net)
+    assert torch.equal(made, task.made(far, net)) and torch.equal(task.finish(batch), task.finish(far))
+    patched = 2 * patches.distance(batch.x, made, batch.eps)
+    seen = Brightness()(features.prepare(made + PLAN.blur * batch.eps[[2, 0, 1]]))
+    expected = divergence(Brightness()(features.prepare(batch.x)), seen) + patched
+    torch.testing.assert_close(task(batch), expected, rtol=0, atol=1e-12)
 
 
 def test_without_a_judge_the_real_clip_is_what_a_student_should_make() -> None:

@@ -89,6 +89,11 @@ def test_split_undoes_noised(prediction: Prediction, number: int) -> None:
         ({"schedule": Schedule.LINEAR, "timesteps": 10}, "betas is None"),
         ({"schedule": Schedule.LINEAR, "timesteps": 10, "betas": [0.2, 0.1]}, "0 < first <= last < 1"),
         ({"schedule": Schedule.SQUAREDCOS, "timesteps": 10, "betas": [0.1, 0.2]}, "expected null"),
+        ({"schedule": Schedule.LINEAR, "timesteps": 1000, "betas": [1e-4, 0.5]}, "expected smaller ones"),  # ends at 0
+        (
+            {"schedule": Schedule.LINEAR, "timesteps": 980, "betas": [0.1, 0.1]},
+            "expected smaller ones",
+        ),  # at 3e-45, twice
         ({"timesteps": 10}, "expected none where schedule is cosine"),
         ({"schedule": Schedule.SQUAREDCOS, "timesteps": 10, "shift": 2.0}, "shift is not 1"),
         (

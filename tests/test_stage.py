@@ -303,6 +303,30 @@ def test_augmentation_is_noise_of_a_level_that_the_network_is_told(kind: str, ma
     assert torch.equal(mixed.concat[:1], clean.concat) and torch.equal(mixed.concat[1:], spy.conds[0].concat)
 
 
+@pytest.mark.parametrize(("kind", "known"), [("base", [0]), ("tsr", [0, 2]), ("ssr", [])])
+def test_known_frames_may_stay_clean_and_all_others_are_noised(
+    kind: str, known: list[int], make_stage: Make, encode: Make
+) -> None:
+    """A kind that keeps nothing is told of all frames, and keeps none of them."""
+    stage = make_stage(kind, augment_known=False)
+    shape, text, eps = stage.cfg.shape, encode(PROMPTS[:1]), torch.ones(1, 3, 4, 8, 8)
+    clean, noised = (stage.condition(given(stage), shape, text, 8.0, torch.tensor([t]), eps) for t in (0.0, 0.4))
+    same = (clean.concat == noised.concat).all(1).all(0).flatten(1).all(1)
+    assert same.nonzero().flatten().tolist() == known and noised.level.tolist() == pytest.approx([0.4])
+
+
+def test_a_clip_of_which_nothing_is_known_is_told_no_level(make_stage: Make, encode: Make) -> None:
+    """Beside one of which something is known too: sampling from text is told 0 and nothing else."""
+    stage = make_stage("base")
+    low, level, eps = given(stage, 2), torch.full((2,), 0.4), torch.ones(2, 3, 4, 8, 8)
+    assert low.known is not None
+    low.known[1] = False
+    cond = stage.condition(low, stage.cfg.shape, encode(PROMPTS), 8.0, level, eps)
+    assert torch.equal(cond.level, level * torch.tensor([1, 0])) and cond.concat[0].any()
+    alone = stage.condition(None, stage.cfg.shape, encode(PROMPTS), 8.0, level, eps)
+    assert torch.equal(cond.concat[1:], alone.concat[1:]) and torch.equal(cond.level[1:], alone.level[1:])
+
+
 def test_training_draws_levels_up_to_the_largest(make_stage: Make, encode: Make) -> None:
     stage = make_stage("ssr", augment_max=0.3)
     levels = [float(stage.example(video(stage), encode([""]), generator("level", i))[1].level) for i in range(100)]
@@ -462,6 +486,17 @@ def test_a_batch_can_be_cut_joined_and_moved(make_stage: Make, encode: Make) -> 
     for name in ("x", "eps", "t"):
         assert torch.equal(getattr(again, name), getattr(batch, name))
     assert torch.equal(again.cond.concat, batch.cond.concat) and torch.equal(again.cond.text.mask, batch.cond.text.mask)
+
+
+def test_clips_of_which_parts_are_known_are_joined_with_those_of_which_nothing_is(
+    make_stage: Make, encode: Make
+) -> None:
+    stage = make_stage("base", known=0.5, known_kinds=["first", "hole"], parts=True)
+    examples = [stage.example(video(stage), encode(PROMPTS[:1]), generator("hole", i))[1] for i in range(12)]
+    assert len({cond.mask.shape for cond in examples}) == 2
+    joined = Cond.cat(examples)
+    for i, cond in enumerate(examples):
+        assert torch.equal(joined[i : i + 1].mask, cond.mask.expand(1, 1, *stage.cfg.incoming(stage.cfg.shape)[1:]))
 
 
 def test_a_stage_is_where_its_network_is(make_stage: Make) -> None:

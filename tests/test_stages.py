@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,9 +16,10 @@ from cascade.errors import ConfigError
 from cascade.nets.unet import VideoUNet
 from cascade.noise import Noise, generator
 from cascade.settings import StageConfig
+from cascade.stage import Stage
 from cascade.text import Text
 from cascade.video import Fill, Shape, Video
-from cascade.windows import Windows
+from cascade.windows import Join, Windows
 
 KINDS = ("base", "tsr", "ssr", "interp")
 SHIPPED = sorted(
@@ -142,6 +144,24 @@ def test_an_interpolator_animates_a_picture_and_goes_on_from_a_clip(given: int, 
     assert made.fps == 6.0 and made.shape == stage.cfg.shape
     assert torch.equal(made.frames[:, :, :given], low.frames[:, :, :given])
     assert (made.frames - low.frames)[:, :, given:].abs().amax((0, 1, 3, 4)).min() > 0.01
+
+
+@pytest.mark.parametrize("rule", [Join.CHAINED, Join.OVERWRITE])
+def test_windows_in_turn_know_what_is_known_of_the_clip_itself(rule: Join, make_stage: Make, encode: Make) -> None:
+    windows = Windows(frames=5, overlap=1, rule=rule)
+    stage = make_stage("interp", 0.2, fill=Fill.BLANK, shape=Shape(frames=9, height=8, width=8), windows=windows)
+    low = video(stage.cfg.shape, fps=6.0)
+    low.known = torch.isin(torch.arange(9), torch.tensor([0, 1, 5]))[None]
+    noise = Noise(0, "interp", ("a",))
+    made = stage.sample(low, encode(["a"]), None, noise)
+    assert made.fps == 6.0 and made.shape == low.shape
+    assert torch.equal(made.frames[:, :, low.known[0]], low.frames[:, :, low.known[0]])
+    second = Video(low.frames[:, :, 4:].clone(), 6.0, low.known[:, 4:].clone())
+    alone = Stage(replace(stage.cfg, shape=second.shape, windows=Windows()), stage.rule, stage.net)
+    if rule is Join.CHAINED:
+        second.frames[:, :, 0], second.known[:, 0] = made.frames[:, :, 4], True  # type: ignore[index]
+    again = alone.sample(second, encode(["a"]), None, noise.window(4)).frames
+    assert torch.equal(again, made.frames[:, :, 4:])
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ from cascade.compose import compose
 from cascade.config import package_root, parse, plugin
 from cascade.data.shapes import ShapesConfig
 from cascade.data.source import World
-from cascade.diffusion import Prediction
+from cascade.diffusion import Diffusion, Prediction
+from cascade.diffusion import Path as WayPath
 from cascade.errors import ConfigError, InputError, LockedError, NumericError
 from cascade.noise import generator
 from cascade.settings import Before, Gap, StageConfig, TrainConfig
@@ -109,6 +110,13 @@ def test_an_example_depends_on_the_seed_and_its_number_alone(make_stage: Make, e
         )
     seeded = examples(make_stage, encode, clips, seed=1)
     assert not torch.equal(seeded[0].eps, wanted[0].eps) and not torch.equal(wanted[0].eps, wanted[1].eps)
+
+
+def test_the_noise_of_an_example_is_noise_whatever_the_path(make_stage: Make, encode: Make, clips: Any) -> None:
+    plain = examples(make_stage, encode, clips, "ssr")
+    cfg = replace(plain.stage.cfg, diffusion=Diffusion(prediction=Prediction.X, path=WayPath.STRAIGHT))
+    straight = Examples(Stage(cfg, plain.stage.rule, torch.nn.Identity()), clips, encode, plain.cfg)
+    assert torch.equal(straight[0].eps, plain[0].eps)
 
 
 def test_drawing_examples_leaves_the_global_generator_alone(make_stage: Make, encode: Make, clips: Any) -> None:

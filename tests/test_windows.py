@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,8 +14,12 @@ from torch import Tensor
 from cascade.cond import Cond
 from cascade.errors import ConfigError
 from cascade.noise import Noise, generator, sample_id
+from cascade.sampling.sampler import Sampler
 from cascade.text import Text
+from cascade.video import Shape, Video
 from cascade.windows import Join, Windows, ramp, windowed
+
+Make = Callable[..., Any]
 
 
 def clip(frames: int, rate: int = 1) -> tuple[Tensor, Cond]:
@@ -154,6 +159,39 @@ def test_the_noise_of_a_frame_is_the_same_in_every_window() -> None:
     whole = noise((1, 3, 10, 2, 2), 4, "step")
     for start in Windows(frames=4, overlap=2).starts(10):
         assert torch.equal(noise.window(start)((1, 3, 4, 2, 2), 4, "step"), whole[:, :, start : start + 4])
+
+
+class Counting:
+    """Noise that counts the frames that are drawn of it."""
+
+    def __init__(self, noise: Noise, drawn: list[int]) -> None:
+        self.noise, self.drawn = noise, drawn
+
+    def __call__(self, shape: Sequence[int], step: int, purpose: str) -> Tensor:
+        self.drawn.append(shape[2])
+        return self.noise(shape, step, purpose)
+
+    def window(self, start: int) -> Counting:
+        return Counting(self.noise.window(start), self.drawn)
+
+
+@pytest.mark.parametrize("kind", ["base", "ssr"])
+def test_windows_in_turn_draw_their_own_frames_noise_and_no_more(kind: str, make_stage: Make, encode: Make) -> None:
+    """A window gets its slice of the whole video's noise, and what is drawn grows with the video."""
+    join = Join.EXTEND if kind == "base" else Join.OVERWRITE
+    windows, counts = Windows(frames=4, overlap=2, rule=join), []
+    for total in (6, 10, 18):
+        shape, drawn, seen = Shape(frames=total, height=8, width=8), list[int](), list[Tensor]()
+        stage = make_stage(kind, shape=shape, windows=windows, sampler=Sampler(steps=1), augment=0.1)
+        noise = Noise(3, kind, (sample_id("a"),))
+        stage.net.register_forward_pre_hook(lambda _, told, seen=seen: seen.append(told[0]))
+        low = None if kind == "base" else Video(torch.zeros(1, 3, total, 4, 4), 8.0)
+        stage.sample(low, encode(["a"]), None, Counting(noise, drawn))
+        whole = noise((1, 3, total, 8, 8), 0, "start")
+        for start, z in zip(range(0, total - 2, 2), seen, strict=True):
+            assert torch.equal(z, whole[:, :, start : start + 4])
+        counts.append(sum(drawn))
+    assert counts[2] - counts[1] == 2 * (counts[1] - counts[0]) > 0
 
 
 @pytest.mark.parametrize(

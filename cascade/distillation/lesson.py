@@ -79,7 +79,7 @@ class Lesson:
         """
         diffusion, cond, w = self.student.cfg.diffusion, batch.cond, self.weight(batch)
         t = self.times(batch)[0]
-        z = diffusion.noised(batch.x, batch.eps, t)
+        z = diffusion.noised(batch.x, diffusion.far(batch.eps, cond.concat), t)
         target = self.target(batch, net)
         torch.clear_autocast_cache()  # what the student's weights were cast to without a gradient has none
         x = predict(diffusion, net, z, t, cond, w)
@@ -97,19 +97,21 @@ class Lesson:
         """Where a step of the student begins, where the teacher halts, where it ends: (B,) each, as batch.t falls."""
         if self.steps == 0:
             return batch.t, batch.t, batch.t
-        i = (batch.t * self.steps).floor().clamp(max=self.steps - 1) + 1
-        start, end = i / self.steps, (i - 1) / self.steps
         if not self.grid:
-            return start, (i - 0.5) / self.steps, end
-        t = ((batch.t * self.grid).floor().clamp(max=self.grid - 1) + 1) / self.grid
-        return t, torch.maximum(t - 1 / self.grid, end), end
+            i = (batch.t * self.steps).floor().clamp(max=self.steps - 1) + 1
+            return i / self.steps, (i - 0.5) / self.steps, (i - 1) / self.steps
+        # Counted in whole numbers: t times steps and t times grid, each rounded, can lie in different spans.
+        n = (batch.t * self.grid).long().clamp(max=self.grid - 1)
+        before = n // (self.grid // self.steps)
+        start, middle = (n + 1).to(batch.t) / self.grid, n.to(batch.t) / self.grid
+        return start, middle, before.to(batch.t) / self.steps
 
     @torch.no_grad()
     def target(self, batch: Batch, net: Callable[..., Tensor] | None = None) -> Tensor:
         """The x_hat that the student should give (B, C, F, H, W); `net` is the student, for consistency."""
         diffusion, w = self.student.cfg.diffusion, self.weight(batch)
         t, middle, s = self.times(batch)
-        z = diffusion.noised(batch.x, batch.eps, t)
+        z = diffusion.noised(batch.x, diffusion.far(batch.eps, batch.cond.concat), t)
 
         def taught(z: Tensor, t: Tensor) -> Tensor:
             told_w = None if self.branches else w

@@ -88,19 +88,19 @@ class Rewarded(nn.Module):
         """
         diffusion = self.cfg.diffusion
         t = torch.full_like(batch.t, 1 / self.cfg.sampler.steps)
-        z = diffusion.noised(batch.x, batch.eps, t)
+        z = diffusion.noised(batch.x, diffusion.far(batch.eps, batch.cond.concat), t)
         x = predict(diffusion, self.student, z, t, batch.cond, self.weight(batch))
         return (x - batch.x).abs().mean((1, 2, 3, 4))
 
     def made(self, batch: Batch, net: Callable[..., Any]) -> Tensor:
-        """What `net` makes from the batch's noise (B, C, F, H, W), with a gradient through all steps."""
+        """What `net` makes of the examples' far ends (B, C, F, H, W), with a gradient through all steps."""
         diffusion, w = self.cfg.diffusion, self.weight(batch)
 
         def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
             return predict(diffusion, net, z, t, batch.cond, w)
 
         def noise(shape: Sequence[int], step: int, purpose: str) -> Tensor:
-            return batch.eps
+            return diffusion.far(batch.eps, batch.cond.concat)
 
         hooks = [keep_known(batch.x, batch.cond.mask)] if self.keeps else []
         return sample(diffusion, denoise, self.cfg.sampler, noise, batch.x.shape, hooks=hooks, device=batch.x.device)

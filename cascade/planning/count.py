@@ -52,6 +52,16 @@ class Host:
         return Host(on.type, on.dtype, on.micro_batch)
 
 
+class Sizes:
+    """Noise of which nothing but the size is there."""
+
+    def __call__(self, shape: Sequence[int], step: int, purpose: str) -> Tensor:
+        return torch.empty(tuple(shape), device=META)
+
+    def window(self, start: int) -> Sizes:
+        return self
+
+
 def work(cfg: StageConfig, rule: Rule, tokens: int) -> tuple[int, int]:
     """Parameters of the denoiser, and FLOPs of one evaluation of one clip, all of its windows."""
     from torch.utils.flop_counter import FlopCounterMode  # loads Triton where it is installed
@@ -84,13 +94,10 @@ def held(cfg: StageConfig, rule: Rule, tokens: int, host: Host, low: Shape | Non
     if not cfg.sampler.reconstruction:  # whose gradient passes through the network
         stage.call = Once(stage.net, count)
 
-    def noise(shape: Sequence[int], step: int, purpose: str) -> Tensor:
-        return torch.empty(tuple(shape), device=META)
-
     dtype = getattr(torch, cfg.dtype or host.dtype)
     with torch.no_grad(), norm.assumed(dtype if host.device == "cuda" else None), count, Fused(dtype):
         text = _text(host.clips, tokens, cfg.net.text)
-        stage.sample(_incoming(cfg, rule, host.clips, low), text, None, noise)
+        stage.sample(_incoming(cfg, rule, host.clips, low), text, None, Sizes())
     if host.device == "cuda":
         count.peak += GEMM
     return count

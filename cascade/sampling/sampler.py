@@ -21,7 +21,7 @@ from cascade.sampling.solvers import ancestral, ddim, dpmpp_2m, heun, stochastic
 
 StepDenoise = Callable[[Tensor, Tensor, int], Tensor]  # z, t, step -> x_hat with the step's guidance (see `sample`)
 After = Callable[[int, float, Tensor], Tensor]  # step, its t, the z it made -> z
-Draw = Callable[[Sequence[int], int, str], Tensor]  # shape, step, purpose -> N(0, 1); cascade.noise.Noise is one
+Random = Callable[[Sequence[int], int, str], Tensor]  # shape, step, purpose -> N(0, 1); cascade.noise.Noise is one
 
 
 MANY = 15  # steps: with fewer DPM-Solver ends in first order
@@ -127,16 +127,11 @@ class Sampler:
         return self.grid.times(diffusion, self.steps, self.strength, closed).tolist()
 
 
-def shared(noise: Draw) -> Draw:
-    """The noise of the first frame, for all frames."""
-    return lambda shape, step, purpose: noise((*shape[:2], 1, *shape[3:]), step, purpose).expand(*shape)
-
-
 def sample(
     diffusion: Diffusion,
     denoise: StepDenoise,
     sampler: Sampler,
-    noise: Draw,
+    noise: Random,
     shape: Sequence[int],
     *,
     start: Tensor | None = None,

@@ -68,7 +68,7 @@ class Examples(torch.utils.data.Dataset[Batch]):
             video = max(tries, key=lambda part: float(part.frames.std()))
         text = self.encode(caption).drop(torch.rand(1, generator=rng) >= cfg.drop_text)
         x, cond = self.stage.example(video, text, rng)
-        eps = self.stage.far(cond, torch.randn(x.shape, generator=rng))
+        eps = torch.randn(x.shape, generator=rng)
         return Batch(x, eps, t, torch.rand(1, generator=rng), cond)
 
 
@@ -103,7 +103,7 @@ class Pooled:
         kept = text.drop(torch.rand(count, generator=noise, device=device) >= cfg.drop_text)
         # The stages before make clips, of which no single frame has an input of its own.
         x, cond = self.stage.example(video, kept, noise, None if still else self.imitation(text, noise))
-        eps = self.stage.far(cond, torch.randn(x.shape, generator=noise, device=device))
+        eps = torch.randn(x.shape, generator=noise, device=device)
         u = torch.rand(count, generator=noise, device=device)
         # Evenly spread times: a uniform law with less variance than independent draws.
         t = (torch.rand((), generator=noise, device=device) + torch.arange(count, device=device) / count) % 1
