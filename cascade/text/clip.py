@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,14 @@ class CLIPText:
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Embeds `prompts` one at a time, so that a prompt does not depend on its batch; padded to `max_tokens`."""
-        return padded([self._tokens(prompt) for prompt in prompts], self.cfg.max_tokens, self.width)
+        return padded([self._tokens(prompt) for prompt in prompts], self.cfg.max_tokens, self.width, self.nothing)
+
+    @cached_property
+    def nothing(self) -> Text | None:
+        """What no text is to a stage; None: zeros."""
+        if self.cfg.negative is None:
+            return None
+        return padded([self._tokens(self.cfg.negative)], self.cfg.max_tokens, self.width)
 
     def ids(self, prompt: str) -> list[int]:
         """Token ids from the start mark to the end mark, without padding; warns about what is cut off."""

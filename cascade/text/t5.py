@@ -62,7 +62,14 @@ class T5Text:
         One prompt at a time and, but for `pad`, without padding: kernels sum in another order for another shape, so a
         prompt in a padded batch would differ in its last bits from the same prompt alone.
         """
-        return padded([self._tokens(prompt) for prompt in prompts], self.cfg.max_tokens, self.width)
+        return padded([self._tokens(prompt) for prompt in prompts], self.cfg.max_tokens, self.width, self.nothing)
+
+    @cached_property
+    def nothing(self) -> Text | None:
+        """What no text is to a stage; None: zeros."""
+        if self.cfg.negative is None:
+            return None
+        return padded([self._tokens(self.cfg.negative)], self.cfg.max_tokens, self.width)
 
     def pieces(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Piece ids (N, L) int32 of many prompts, 0 where their mask (N, L) is False; nothing is warned about."""
@@ -83,7 +90,8 @@ class T5Text:
         if self.model.device != ids.device:
             self.model.to(ids.device)
         tokens: Tensor = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
-        return Text(tokens * mask[:, :, None], mask)
+        nothing = None if self.nothing is None else self.nothing.to(ids.device)
+        return Text(tokens * mask[:, :, None], mask, nothing)
 
     def _tokens(self, prompt: str) -> Tensor:
         pieces = self.ids(prompt)
