@@ -604,6 +604,17 @@ def drawn(make_stage: Make, reader: T5Text, kind: str = "base", **changes: Any) 
     return pooled(stage, World(ShapesConfig(two=0.5)), reader, cfg)
 
 
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_pool_is_told_the_text_that_sampling_is_told(make_stage: Make, pad: bool, mask: bool) -> None:
+    reader = T5Text(TextConfig(encoder="tiny/text", max_tokens=48, pad=pad, mask=mask))
+    captions = ("a red circle", "a small blue square moves up and a large white ring stands still")
+    got, wanted = reader.embed(*reader.pieces(captions)), reader.encode(captions)
+    assert torch.equal(got.pad(48).mask, wanted.mask)
+    assert (got.pad(48).tokens - wanted.tokens).abs().max() < 1e-5
+    assert drawn(make_stage, reader, drop_text=0.0).step(0).cond.text.mask.all() == pad
+
+
 def one_process(rank: int = 0, world: int = 1) -> Any:
     return SimpleNamespace(num_processes=world, process_index=rank)
 
