@@ -584,7 +584,7 @@ def test_a_stage_is_imitated_on_what_the_stage_before_makes(make_stage: Make, en
 def test_stages_before_are_loaded_and_named_one_after_the_other() -> None:
     cfg = Before(stage="tiny/tsr", steps=1, before=Before(stage="tiny/base", strength=0.3))
     chain = Chain.read(chain_settings("tiny"))
-    after = chain.stages[2], chain.rules[2], torch.device("cpu"), "train.gap"
+    after = chain.stages[2], chain.rules[2], torch.device("cpu"), "train.gap", chain.text
     made, keys = imitation(cfg, *after)
     assert made is not None and made.before is not None and made.before.before is None
     assert [each.stage.cfg.name for each in (made, made.before)] == ["tsr", "base"]

@@ -110,7 +110,7 @@ def stage_task(ask: Request) -> None:
     store.check_into(out, KIND)
     stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
     config, encoder = read_weights(ask.cfg).config, text_source(ask.text)
-    before, keys = imitation(cfg.before, ask.cfg, ask.rule, ask.on.torch, "tune.before", ask.config_dir)
+    before, keys = imitation(cfg.before, ask.cfg, ask.rule, ask.on.torch, "tune.before", ask.text, ask.config_dir)
     others = [weights, *named(ask.text, encoder), about(questions.metrics or [])]
     made_by = [*keys, plain(cfg.before)] if cfg.before is not None else []
 
