@@ -15,17 +15,28 @@ from cascade.text import encoders
 from cascade.text.clip import CLIPText
 from cascade.text.embedded import Text, padded
 from cascade.text.encoders import CONFIG, find_encoder, local_file
-from cascade.text.prior import PriorConfig
+from cascade.text.prior import RANDOM, PriorConfig
 from cascade.text.prompts import Encoder, TextConfig, TextSource, check_negative
 from cascade.text.stored import INDEX, EmbeddingStore
 from cascade.text.t5 import T5Text
 
 
 def encoder_of(cfg: TextConfig, device: str = "cpu") -> Encoder:
-    """What makes the embeddings that stages read: T5 or CLIP, as its config.json says, and a prior if `cfg` has one."""
+    """What makes the embeddings that stages read: T5 or CLIP, as its config.json says, and a prior if `cfg` has one.
+
+    Raises ConfigError for a prior that would be asked otherwise than it was trained, see `PriorConfig`.
+    """
     kind = CLIPText if encoders.is_clip(find_encoder(cfg.encoder)) else T5Text
     encoder: Encoder = kind(cfg, device)
-    return encoder if cfg.prior is None else PriorText(encoder, cfg.prior, device)
+    if cfg.prior is None:
+        return encoder
+    if cfg.prior.weights not in (None, RANDOM) and isinstance(encoder, CLIPText) and encoder.projects:
+        raise ConfigError(
+            f"text encoder {encoder.folder}: has a text_projection, which published priors are told of a sentence; "
+            "ours tells them its end mark unprojected",
+            fix=f"text.prior.weights={RANDOM}, or for a prior trained so a text.encoder without the projection",
+        )
+    return PriorText(encoder, cfg.prior, device)
 
 
 def text_source(cfg: TextConfig, device: str = "cpu") -> TextSource:
