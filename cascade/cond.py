@@ -28,7 +28,7 @@ class Cond:
 
     def without_text(self) -> Cond:
         """The unconditional branch of classifier-free guidance: the text is dropped, the video stays."""
-        return self.with_text(Text.empty(*self.text.tokens.shape).to(self.concat.device))
+        return self.with_text(self.text.without().to(self.concat.device))
 
     def with_text(self, text: Text) -> Cond:
         return replace(self, text=text)

@@ -101,7 +101,8 @@ def read_clip(data: bytes, where: str, colours: int | None = None) -> Video:
 class Runner:
     """Makes the videos of many jobs, stage by stage, each stage loaded once.
 
-    Without `disk` nothing is written and nothing that was is looked for. `after` is told the stage, the jobs and what
+    `negative` is what guidance moves away from in place of no text. Without `disk` nothing is written and nothing that
+    was is looked for. `after` is told the stage, the jobs and what
     `sampler.After` is, at every step.
     """
 
@@ -116,7 +117,7 @@ class Runner:
     after: Callable[[str, Sequence[Job], int, float, Tensor], Tensor] | None = None
     laps: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # by stage, of every call: clips, seconds
     _sources: dict[str, TextSource] = field(default_factory=dict)  # encoders that only some stages read
-    _texts: dict[tuple[str, str], Text] = field(default_factory=dict)
+    _texts: dict[tuple[str, str | None, str], Text] = field(default_factory=dict)
 
     def run(self, jobs: Sequence[Job], given: Video | Sequence[Video | None] | None) -> dict[Path, Video]:
         """Every stage of every job, as artefacts under job.directory/stages; returns the last stage's videos.
@@ -192,7 +193,9 @@ class Runner:
                 inputs[job.directory] = video, commit_stage(folder, video, key, preview) if self.disk else ""
 
     def key(self, cfg: StageConfig, weights: Sequence[str], job: Job, source: str) -> str:
-        text, negative = self.source_of(cfg).fingerprint, self.negative_of(cfg)
+        text, negative = self.source_of(cfg).fingerprint, self.negative
+        if negative is None:
+            negative = self.chain.text_of(cfg).negative
         return stage_key(cfg, weights, text, negative, job, self.seed, source, self.on)
 
     def source_of(self, stage: StageConfig) -> TextSource:
@@ -205,16 +208,13 @@ class Runner:
             self._sources[name] = text_source(text)
         return self._sources[name]
 
-    def negative_of(self, stage: StageConfig) -> str | None:
-        """What guidance moves away from: as asked for, or as the stage's text settings say; None: no text."""
-        return self.chain.text_of(stage).negative if self.negative is None else self.negative
-
     def text(self, prompts: Sequence[str], stage: StageConfig) -> Text:
-        source = self.source_of(stage)
-        for prompt in prompts:
-            if (source.fingerprint, prompt) not in self._texts:
-                self._texts[source.fingerprint, prompt] = source.encode([prompt])
-        return Text.cat([self._texts[source.fingerprint, prompt] for prompt in prompts])
+        source, nothing = self.source_of(stage), self.chain.text_of(stage).negative
+        keys = [(source.fingerprint, nothing, prompt) for prompt in prompts]
+        for key in keys:
+            if key not in self._texts:
+                self._texts[key] = source.encode([key[2]])
+        return Text.cat([self._texts[key] for key in keys])
 
     def sample(
         self, stage: Stage, jobs: Sequence[Job], lows: Sequence[Video | None], tick: Callable[[int], None]
@@ -225,8 +225,8 @@ class Runner:
             clips = [clip for clip in lows if clip is not None]
             known = None if clips[0].known is None else torch.cat([c.known for c in clips if c.known is not None])
             low = Video(torch.cat([clip.frames for clip in clips]), clips[0].fps, known)
-        text, away = self.text([job.prompt for job in jobs], stage.cfg), self.negative_of(stage.cfg)
-        negative = None if away is None else self.text([away] * len(jobs), stage.cfg)
+        text = self.text([job.prompt for job in jobs], stage.cfg)
+        negative = None if self.negative is None else self.text([self.negative] * len(jobs), stage.cfg)
         if self.negative and stage.cfg.w_range is not None:
             say_once(f"{stage.cfg.name}: distilled guidance leads away from no prompt: negative_prompt is not heard")
         noise = Noise(self.seed, stage.cfg.name, tuple(job.sample for job in jobs))

@@ -24,7 +24,7 @@ from cascade.planning.memory import Memory, within
 from cascade.request import Given, bars, jobs_of
 from cascade.settings import Rule, StageConfig, TrainConfig
 from cascade.stage import Stage
-from cascade.text import text_source
+from cascade.text import named, text_source
 from cascade.training.examples import pool_of
 from cascade.training.preview import Preview
 from cascade.training.train import first_process, fit, here
@@ -84,7 +84,7 @@ def train(ask: Request) -> None:
     encoder = text_source(ask.text)
     preview = Preview(stage, source, encoder.encode, cfg)
     pool, before = pool_of(stage, source, encoder, cfg, ask.config_dir)
-    inputs = [plain(ask.data), encoder.fingerprint, *before]
+    inputs = [plain(ask.data), *named(ask.text, encoder), *before]
     with attention.use(ask.on.attention):
         average = fit(stage, source, encoder.encode, cfg, out, preview=preview, inputs=inputs, pool=pool)
     if first_process():

@@ -185,3 +185,24 @@ def test_a_prior_reads_what_clip_reads(folder: Path) -> None:
     assert text.tokens.shape == (3, 1, 16) and made.width == known_width(cfg) == 16
     read = alone.encode(PROMPTS[1:2])
     assert isinstance(made, PriorText) and torch.equal(made.prior(read.tokens, read.mask, PROMPTS[1]), text.tokens[1])
+
+
+def test_a_prior_of_others_is_not_asked_without_the_projection(folder: Path, tmp_path: Path) -> None:
+    """diffusers' unCLIP tells it the projected embedding."""
+    shutil.copytree(folder.parent, tmp_path / "with")
+    weights = load_file(folder / "model.safetensors") | {"text_projection.weight": torch.eye(16)}
+    save_file(weights, tmp_path / "with/text_encoder/model.safetensors", {"format": "pt"})
+    prior = {"weights": str(tmp_path / "prior"), "width": 16, "layers": 1, "heads": 2, "head": 8}
+    prior["sampler"] = {"steps": 2}
+    for where, error, words in (
+        (
+            tmp_path / "with/text_encoder",
+            ConfigError,
+            r"has a text_projection, which published priors .*Fix: text\.prior",
+        ),
+        (folder, InputError, r"prior .*missing"),
+    ):
+        with pytest.raises(error, match=words):
+            encoder_of(config(where, prior=prior))
+    drawn = prior | {"weights": "random"}
+    assert isinstance(encoder_of(config(tmp_path / "with/text_encoder", prior=drawn)), PriorText)

@@ -308,6 +308,19 @@ def test_the_guidance_target_is_the_formula_and_the_student_alone_is_told_w() ->
     assert len(seen) == 1 and seen[0] is not None and torch.equal(seen[0], w)
 
 
+def test_the_branch_without_text_is_the_one_that_sampling_moves_away_from() -> None:
+    text, silence = encode(["red"] * 4), encode(["green"])
+    cfg = plainly(config(guidance=2.0), w_range=[2.0, 2.0])
+    got = lesson(cfg, 0, branches=True).target(examples(4, text=replace(text, nothing=silence)))
+    batch = examples(4, text=text)
+    z = cfg.diffusion.noised(batch.x, batch.eps, batch.t)
+    said, unsaid = (
+        cfg.diffusion.split(z, Wavy()(z, cfg.diffusion.level(batch.t), cond), batch.t)[0]
+        for cond in (batch.cond, batch.cond.with_text(Text.cat([silence] * 4)))
+    )
+    near(got, 3 * said - 2 * unsaid, atol=1e-12)
+
+
 def test_a_stage_without_guidance_is_told_none() -> None:
     batch = examples(4)
     assert lesson(config(), 4).weight(batch) is None

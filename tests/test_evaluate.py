@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ from cascade.evaluation.marks import picture, table, write
 from cascade.metrics import lpips
 from cascade.noise import Noise
 from cascade.pipeline import Runner
-from cascade.request import Given
+from cascade.request import Given, Job
 from cascade.sampling.sampler import Sampler
 from cascade.stage import Stage
-from cascade.text import Text, TextConfig
+from cascade.text import Text, TextConfig, text_source
 from cascade.video import Shape, Video
 from cascade.windows import Windows
 
@@ -290,6 +290,34 @@ def test_the_task_writes_a_report(
     ask.own = {"evaluate": {"metrics": ["beauty"]}}
     with pytest.raises(ConfigError, match="no measure"):
         evaluate.stage_task(ask)
+
+
+@pytest.mark.parametrize("negative", [None, ""])
+def test_what_is_judged_is_what_is_generated(
+    negative: str | None, make_stage: Any, net_config: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clip of a prompt and seed, whatever no text is."""
+    text, sampler = TextConfig(negative=negative), Sampler(steps=2, guidance=3.0)
+    cfg = saved(make_stage("base", std=0.2, sampler=sampler, net=net_config(text=128)), tmp_path)
+    made, judged, plain_sample = Stage(cfg, plugin("base")), [], Stage.sample  # type: ignore[arg-type]
+    checkpoint.apply(made.net, checkpoint.load(Path(cfg.weights)).state, "here")
+
+    def watched(self: Stage, *args: Any, **more: Any) -> Video:
+        judged.append(plain_sample(self, *args, **more))
+        return judged[-1]
+
+    monkeypatch.setattr(Stage, "sample", watched)
+    own = {"evaluate": {"n": 1, "metrics": ["drift"]}}
+    run, on = Given(out=tmp_path / "out", seed=3), Device(device="cpu")
+    evaluate.stage_task(Request(cfg, plugin("base"), run, on, text, DataConfig(), own))  # type: ignore[arg-type]
+    (asked,) = Exam(WORLD, EvaluateConfig(n=1, seed=3)).questions(cfg.shape, cfg.fps)
+    chain = Chain([cfg], [plugin("base")], text)  # type: ignore[list-item]
+    runner = Runner(chain, text_source(text), on, seed=3)
+    (clip,) = runner.sample(made, [Job(asked.prompt, asked.copy, tmp_path)], [None], lambda step: None)
+    assert torch.equal(judged[0].frames, clip.frames)
+    away = replace(runner, negative="", _texts={})
+    (other,) = away.sample(made, [Job(asked.prompt, asked.copy, tmp_path)], [None], lambda step: None)
+    assert torch.equal(other.frames, clip.frames) == (negative == "")
 
 
 def test_a_label_and_the_command_are_told_and_change_no_answer(

@@ -64,6 +64,16 @@ def test_a_prompt_is_one_token_whatever_stands_beside_it() -> None:
     assert (source.encode(PROMPTS).tokens - PriorText(Words(), replace(CFG, seed=1)).encode(PROMPTS).tokens).any()
 
 
+def test_the_empty_prompt_is_a_prompt_and_may_be_what_no_text_is() -> None:
+    class Silent(Words):
+        cfg = TextConfig(max_tokens=TOKENS, negative="")
+
+    text, said = PriorText(Silent(), CFG).encode(["", "a"]), PriorText(Words(), CFG).encode(["", "a"])
+    assert text.nothing is not None and torch.equal(text.nothing.tokens, text.tokens[:1])
+    assert torch.equal(said.tokens, text.tokens) and said.nothing is None
+    assert torch.equal(text.drop(torch.tensor([True, False])).tokens[1], text.tokens[0])
+
+
 def test_text_reaches_the_stages_through_the_prior_alone() -> None:
     """A prior that does not listen makes the same of every text: what differs is the noise, keyed by the prompt."""
     deaf = CFG.open(TOKENS)
@@ -74,7 +84,8 @@ def test_text_reaches_the_stages_through_the_prior_alone() -> None:
     assert (CFG.open(TOKENS)(*read("a red circle"), "key") - CFG.open(TOKENS)(*read("two blue stars"), "key")).any()
 
 
-def test_the_network_is_asked_as_diffusers_asks_it(prior: Prior) -> None:
+def test_a_sentence_is_its_end_mark_unprojected_and_no_text_is_zeros(prior: Prior) -> None:
+    """Not as diffusers' unCLIP asks published priors."""
     tokens, mask = read(PROMPTS[0])
     z = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(0))
     whole = tokens[:, 2]

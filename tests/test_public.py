@@ -31,7 +31,7 @@ from cascade.sampling.guidance import Per, dynamic_threshold
 from cascade.sampling.sampler import Sampler, Threshold
 from cascade.sampling.solvers import ancestral
 from cascade.stage import Batch, Stage
-from cascade.text import Text
+from cascade.text import Text, TextConfig
 from cascade.video import Fill, Filter, Video, resize, spread
 from cascade.windows import Join, Windows
 
@@ -299,25 +299,25 @@ def test_show1s_last_stage_has_an_encoder_and_a_negative_prompt_of_its_own() -> 
     made = chain("show1")
     assert [made.text_of(cfg).encoder for cfg in made.stages[:4]] == [made.text.encoder] * 4
     assert [made.text_of(cfg).negative for cfg in made.stages] == [""] * 4 + ["low resolution, blur"]
-    asked: list[tuple[str, str]] = []
+    asked: list[tuple[str | None, str]] = []
 
     class Source:
-        width = 4
+        width, fingerprint = 4, "the same"
 
-        def __init__(self, name: str) -> None:
-            self.fingerprint = name
+        def __init__(self, cfg: TextConfig) -> None:
+            self.negative = cfg.negative
 
         def encode(self, prompts: Sequence[str]) -> Text:
-            asked.extend((self.fingerprint, prompt) for prompt in prompts)
+            asked.extend((self.negative, prompt) for prompt in prompts)
             return Text.empty(len(prompts), 1, 4)
 
-    runner = Runner(made, Source("t5"), Device(), 0)
+    runner = Runner(made, Source(made.text), Device(), 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cascade.pipeline.text_source", lambda cfg: Source("clip"))
+        patch.setattr("cascade.pipeline.text_source", Source)
         for cfg in made.stages:
-            runner.text(["a dog", str(runner.negative_of(cfg))], cfg)
             runner.text(["a dog"], cfg)
-    assert asked == [("t5", "a dog"), ("t5", ""), ("clip", "a dog"), ("clip", "low resolution, blur")]
+            runner.text(["a dog"], cfg)
+    assert asked == [("", "a dog"), ("low resolution, blur", "a dog")]
 
 
 # DeepFloyd IF --------------------------------------------------------------------------------------------------------

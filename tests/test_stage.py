@@ -377,6 +377,22 @@ def test_a_video_keeps_its_rate_and_the_network_hears_its_own(make_stage: Make, 
     assert stage.sample(None, encode(PROMPTS[:1]), None, noise()).fps == 8.0
 
 
+def test_no_text_is_what_the_text_says_for_whoever_samples(make_stage: Make, encode: Make) -> None:
+    stage = make_stage("base", std=0.2, sampler=Sampler(steps=2, guidance=3.0))
+    text, silence = encode(PROMPTS[:1]), encode([""])
+    told = replace(text, nothing=silence)
+    wanted, zeros = (stage.sample(None, text, negative, noise()).frames for negative in (silence, None))
+    assert torch.equal(stage.sample(None, told, None, noise()).frames, wanted) and not torch.equal(wanted, zeros)
+    clip, drawn = Video(zeros, 8.0), stage.sample
+
+    def away(*args: Any, **more: Any) -> Video:
+        return drawn(args[0], text, silence, *args[3:], **more)
+
+    imitated = stage.imitate(clip, told, generator("imitate"), 0.5).frames
+    stage.sample = away
+    assert torch.equal(stage.imitate(clip, text, generator("imitate"), 0.5).frames, imitated)
+
+
 def test_guidance_asks_twice_and_moves_away_from_the_dropped_text(make_stage: Make, encode: Make) -> None:
     def loudness(z: Tensor, cond: Cond) -> Tensor:
         return torch.zeros_like(z) + 0.1 * cond.text.pooled().mean(1).view(-1, 1, 1, 1, 1)
@@ -603,7 +619,7 @@ def test_a_stage_is_imitated_on_what_the_stage_before_makes(make_stage: Make, en
 def test_stages_before_are_loaded_and_named_one_after_the_other() -> None:
     cfg = Before(stage="tiny/tsr", steps=1, before=Before(stage="tiny/base", strength=0.3))
     chain = Chain.read(chain_settings("tiny"))
-    after = chain.stages[2], chain.rules[2], torch.device("cpu"), "train.gap"
+    after = chain.stages[2], chain.rules[2], torch.device("cpu"), "train.gap", chain.text
     made, keys = imitation(cfg, *after)
     assert made is not None and made.before is not None and made.before.before is None
     assert [each.stage.cfg.name for each in (made, made.before)] == ["tsr", "base"]

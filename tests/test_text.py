@@ -6,6 +6,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from cascade import store, textfit
 from cascade.config import package_root, parse
 from cascade.data.captions import Spec, Thing, vocabulary
 from cascade.errors import ConfigError, InputError, NumericError
-from cascade.text import EmbeddingStore, Precision, T5Text, Text, TextConfig, check_prompt, text_source
+from cascade.text import EmbeddingStore, Precision, T5Text, Text, TextConfig, check_prompt, named, text_source
 from cascade.text.encoders import find_encoder
 
 TINY = package_root() / "checkpoints" / "tiny" / "text"
@@ -92,6 +93,31 @@ def test_dropped_prompts_are_empty_prompts() -> None:
     a = text(3, 2)
     some = a.drop(torch.tensor([True, False]))
     assert equal(some[:1], a[:1]) and equal(some[1:], Text.empty(1, 4, 3))
+
+
+def test_dropped_prompts_are_what_no_text_is() -> None:
+    """Of other length than the prompts too, and after whatever is done to them."""
+    for length in (2, 9):
+        a = text(3, 2)
+        a.nothing = text(2, length=length)
+        whole = a.nothing.pad(max(4, length))
+        for b in (a, Text.cat([a[:1], a[1:]]), a.to("cpu"), a.remembering(), a.pad(4)):
+            assert equal(b.without(), Text.cat([whole, whole]))
+            some = b.drop(torch.tensor([True, False]))
+            assert equal(some[:1], a[:1].pad(max(4, length))) and equal(some[1:], whole)
+
+
+@pytest.mark.parametrize("negative", ["", "a gray ring"])
+def test_no_text_is_what_the_settings_say(negative: str, tiny: T5Text, tmp_path: Path) -> None:
+    written = EmbeddingStore.create(tmp_path / "store", tiny)
+    written.put([PROMPTS[0], negative], tiny)
+    for where in (None, str(tmp_path / "store")):
+        cfg = TextConfig(negative=negative, store=where)
+        source = text_source(cfg)
+        nothing = source.encode(PROMPTS[:1]).nothing
+        assert nothing is not None and equal(nothing, tiny.encode([negative]))
+        assert source.fingerprint == tiny.fingerprint and named(cfg, source) != named(TextConfig(), source)
+        assert text_source(replace(cfg, negative=None)).encode(PROMPTS[:1]).nothing is None
 
 
 # prompts -------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -612,6 +613,17 @@ def drawn(make_stage: Make, reader: T5Text, kind: str = "base", **changes: Any) 
     return pooled(stage, World(ShapesConfig(two=0.5)), reader, cfg)
 
 
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_pool_is_told_the_text_that_sampling_is_told(make_stage: Make, pad: bool, mask: bool) -> None:
+    reader = T5Text(TextConfig(encoder="tiny/text", max_tokens=48, pad=pad, mask=mask))
+    captions = ("a red circle", "a small blue square moves up and a large white ring stands still")
+    got, wanted = reader.embed(*reader.pieces(captions)), reader.encode(captions)
+    assert torch.equal(got.pad(48).mask, wanted.mask)
+    assert (got.pad(48).tokens - wanted.tokens).abs().max() < 1e-5
+    assert drawn(make_stage, reader, drop_text=0.0).step(0).cond.text.mask.all() == pad
+
+
 def one_process(rank: int = 0, world: int = 1) -> Any:
     return SimpleNamespace(num_processes=world, process_index=rank)
 
@@ -688,7 +700,49 @@ def test_what_does_not_come_before_is_refused_and_nothing_loads(
 ) -> None:
     monkeypatch.setattr("cascade.training.imitation.load_stage", None)
     with pytest.raises(ConfigError, match=why):
-        imitation(parse(before, Before), *shipped(name, **changes), torch.device("cpu"), "train.gap")
+        imitation(parse(before, Before), *shipped(name, **changes), torch.device("cpu"), "train.gap", TextConfig())
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "why"),
+    [
+        (
+            "lavie/vsr",
+            {"stage": "lavie/interp"},
+            r"gap\.stage is lavie/interp, which reads other text: its encoder is 'Co",
+        ),
+        ("lavie/interp", {"stage": "lavie/base"}, r"its negative is '', .* given 'None'\. Fix: train\.gap=null, or"),
+        ("show1/interp", {"stage": "show1/base"}, None),
+    ],
+)
+def test_a_stage_before_that_reads_other_text_is_refused_and_nothing_loads(
+    name: str, before: Any, why: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cascade.training.imitation.load_stage", lambda *_: (None, "key"))
+    after, rule = shipped(name)
+    assert after.reads is not None
+    if why is None:
+        assert len(imitation(parse(before, Before), after, rule, CPU, "train.gap", after.reads)[1]) == 1
+        return
+    with pytest.raises(ConfigError, match=why):
+        imitation(parse(before, Before), after, rule, CPU, "train.gap", after.reads)
+
+
+def test_a_stage_before_with_an_encoder_of_its_own_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "stage/mine").mkdir(parents=True)
+    tsr = (package_root() / "conf/stage/tiny/tsr.yaml").read_text()
+    (tmp_path / "stage/mine/tsr.yaml").write_text(tsr + "\nreads: {encoder: tiny/text, max_tokens: 32}\n")
+    before = parse({"stage": "mine/tsr"}, Before)
+    for tokens, refused in ((32, False), (48, True)):
+        text = TextConfig(max_tokens=tokens, store="elsewhere")
+        with pytest.raises(ConfigError, match="max_tokens is 32") if refused else nullcontext():
+            imitation(before, *shipped("tiny/ssr1"), CPU, "train.gap", text, tmp_path)
+    own = shipped("tiny/ssr1", reads=TextConfig(max_tokens=32))
+    with pytest.raises(ConfigError, match="max_tokens is 48, that of the text it would be given 32"):
+        imitation(parse({"stage": "tiny/tsr"}, Before), *own, CPU, "train.gap", TextConfig(max_tokens=32))
 
 
 def test_a_stage_before_may_be_of_the_users_own_folder(tmp_path: Path) -> None:
@@ -699,7 +753,7 @@ def test_a_stage_before_may_be_of_the_users_own_folder(tmp_path: Path) -> None:
     (tree,) = cli.settings("stage", words)
     ask = request("ssr", {key: value for key, value in tree.items() if key != "task"})
     assert ask.config_dir == tmp_path and ask.training.gap is not None
-    made, keys = imitation(ask.training.gap, ask.cfg, ask.rule, torch.device("cpu"), "train.gap", ask.config_dir)
+    made, keys = imitation(ask.training.gap, ask.cfg, ask.rule, CPU, "train.gap", ask.text, ask.config_dir)
     assert made is not None and made.stage.cfg.name == "tsr" and len(keys) == 1
 
 

@@ -33,7 +33,7 @@ from cascade.loading import load_stage, save_stage
 from cascade.sampling.sampler import Rule
 from cascade.settings import StageConfig, TrainConfig
 from cascade.stage import Stage
-from cascade.text import Text, text_source
+from cascade.text import Text, named, text_source
 from cascade.training.examples import Draw, pool_of
 from cascade.training.preview import Preview as Sheet
 from cascade.training.train import Loss, Preview, first_process, fit, here, settings
@@ -261,7 +261,7 @@ def stage_task(ask: Request) -> None:
     pool, before = pool_of(teacher, source, encoder, train, ask.config_dir)
     course = Course(
         source, encoder.encode, cfg, train, out, lambda student: Sheet(student, source, encoder.encode, train),
-        inputs=[plain(ask.data), encoder.fingerprint, *before], pool=pool,
+        inputs=[plain(ask.data), *named(ask.text, encoder), *before], pool=pool,
     )  # fmt: skip
     with attention.use(ask.on.attention):
         last = (rewarded if cfg.method is Method.REWARD else ladder)(teacher, key, course)

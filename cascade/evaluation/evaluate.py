@@ -40,7 +40,7 @@ from cascade.pipeline import VIDEO, Progress, Runner, precision, read_clip
 from cascade.request import Out, bars, jobs_of, take
 from cascade.settings import Rule, StageConfig
 from cascade.stage import Stage
-from cascade.text import Text, text_source
+from cascade.text import Text, named, text_source
 
 # one stage -----------------------------------------------------------------------------------------------------------
 
@@ -100,7 +100,7 @@ def stage_task(ask: Request) -> None:
     stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
     config = read_weights(ask.cfg).config
     encoder = text_source(ask.text)
-    work = kept(ask, out, stage.cfg, cfg, [weights, encoder.fingerprint, about(names)])
+    work = kept(ask, out, stage.cfg, cfg, [weights, *named(ask.text, encoder), about(names)])
     with store.lock(out), bars() as progress, attention.use(ask.on.attention), precision(ask.on):
         source = open_source(ask.data, ask.cfg.shape, ask.cfg.fps, out / "clips")
         report = judge_stage(

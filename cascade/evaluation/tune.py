@@ -26,7 +26,7 @@ from cascade.noise import generator
 from cascade.pipeline import precision
 from cascade.request import bars
 from cascade.settings import StageConfig
-from cascade.text import Text, text_source
+from cascade.text import Text, named, text_source
 from cascade.training.imitation import Imitate, imitation
 from cascade.video import Video
 
@@ -110,8 +110,8 @@ def stage_task(ask: Request) -> None:
     store.check_into(out, KIND)
     stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
     config, encoder = read_weights(ask.cfg).config, text_source(ask.text)
-    before, keys = imitation(cfg.before, ask.cfg, ask.rule, ask.on.torch, "tune.before", ask.config_dir)
-    others = [weights, encoder.fingerprint, about(questions.metrics or [])]
+    before, keys = imitation(cfg.before, ask.cfg, ask.rule, ask.on.torch, "tune.before", ask.text, ask.config_dir)
+    others = [weights, *named(ask.text, encoder), about(questions.metrics or [])]
     made_by = [*keys, plain(cfg.before)] if cfg.before is not None else []
 
     def work(of: Input, variant: StageConfig) -> Path | None:

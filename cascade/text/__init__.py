@@ -15,7 +15,7 @@ from cascade.text.prompts import (
     check_prompt,
     told_tokens,
 )
-from cascade.text.source import PriorText, encoder_of, known_width, read_width, text_source
+from cascade.text.source import PriorText, encoder_of, known_width, named, read_width, text_source
 from cascade.text.stored import EmbeddingStore
 from cascade.text.t5 import T5Text
 
@@ -33,6 +33,7 @@ __all__ = [
     "check_prompt",
     "encoder_of",
     "known_width",
+    "named",
     "read_width",
     "text_source",
     "told_tokens",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,9 @@ class CLIPText:
         verified = store.read(self.folder).files if (self.folder / store.MANIFEST).is_file() else {}
         self.tokenizer = _tokenizer(self.folder)
         dtype = getattr(torch, cfg.precision.value)
-        self.model = encoders.built(self.folder, verified, _make, _weights, dtype, device)
+        names: set[str] = set()
+        self.model = encoders.built(self.folder, verified, _make, partial(_weights, names), dtype, device)
+        self.projects = "text_projection.weight" in names  # into the space of pictures; left out of `model`
         self.fingerprint = encoders.fingerprint(self.folder, verified, cfg.reading)
         places = int(self.model.config.max_position_embeddings)
         # Not part of the weights, so that it was left without data.
@@ -53,7 +56,14 @@ class CLIPText:
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Embeds `prompts` one at a time, so that a prompt does not depend on its batch; padded to `max_tokens`."""
-        return padded([self._tokens(prompt) for prompt in prompts], self.cfg.max_tokens, self.width)
+        return padded([self._tokens(prompt) for prompt in prompts], self.cfg.max_tokens, self.width, self.nothing)
+
+    @cached_property
+    def nothing(self) -> Text | None:
+        """What no text is to a stage; None: zeros."""
+        if self.cfg.negative is None:
+            return None
+        return padded([self._tokens(self.cfg.negative)], self.cfg.max_tokens, self.width)
 
     def ids(self, prompt: str) -> list[int]:
         """Token ids from the start mark to the end mark, without padding; warns about what is cut off."""
@@ -85,10 +95,17 @@ def _make(settings: dict[str, Any]) -> torch.nn.Module:
     return model
 
 
-def _weights(tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """The half for text under the names of today's transformers; older files say `text_model.`, and count positions."""
+def _weights(names: set[str], tensors: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """The half for text under the names of today's transformers; older files say `text_model.`, and count positions.
+
+    `names` takes those of all.
+    """
     others = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")
-    state = {name.removeprefix("text_model."): tensor for name, tensor in tensors if not name.startswith(others)}
+    state = {}
+    for name, tensor in tensors:
+        names.add(name)
+        if not name.startswith(others):
+            state[name.removeprefix("text_model.")] = tensor
     state.pop("embeddings.position_ids", None)
     return state
 

@@ -33,6 +33,10 @@ class PriorConfig:
     `weights` is a folder with a PriorTransformer as diffusers saves it, or "random". The numbers of the network say
     what it looks like, so that a chain can be checked without it, and are held against it when it is loaded. `seed`
     keys its noise: an embedding depends on the prompt, the encoder, the prior and it alone.
+
+    The network is told a sentence by the encoder's last hidden state at its end mark, and zeros for no text. Published
+    priors were trained otherwise (diffusers' unCLIP: text_embeds, which text_projection makes, and the encoded ""), so
+    only one that was trained as it is asked here gives what it should.
     """
 
     sampler: Sampler

@@ -35,8 +35,9 @@ class TextConfig:
 
     With `pad` every prompt is padded to `max_tokens` before it is encoded, and what comes out for the padding counts as
     text: networks that attend all positions were trained so. `mask`: real tokens do not see the padding. `lower`:
-    prompts are read in lower case, without space around them. `negative` is what guidance moves away from where no
-    negative_prompt is given; null: no text at all, "": the empty prompt.
+    prompts are read in lower case, without space around them. `negative` is what no text is to a stage: what dropped
+    captions become, and what guidance moves away from where no negative_prompt is given; null: zeros, of which none
+    is real, "": the empty prompt.
     """
 
     encoder: str = "tiny/text"
@@ -71,7 +72,9 @@ class TextSource(Protocol):
     @property
     def fingerprint(self) -> str: ...
 
-    def encode(self, prompts: Sequence[str]) -> Text: ...
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """`prompts`, and as `nothing` what the settings' `negative` says."""
+        ...
 
 
 class Encoder(TextSource, Protocol):

@@ -4,40 +4,57 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
-import torch
+from torch import Tensor
 
 from cascade import store
 from cascade.errors import ConfigError
 from cascade.text import encoders
 from cascade.text.clip import CLIPText
-from cascade.text.embedded import Text
+from cascade.text.embedded import Text, padded
 from cascade.text.encoders import CONFIG, find_encoder, local_file
-from cascade.text.prior import PriorConfig
-from cascade.text.prompts import Encoder, TextConfig, TextSource, check_prompt
+from cascade.text.prior import RANDOM, PriorConfig
+from cascade.text.prompts import Encoder, TextConfig, TextSource, check_negative
 from cascade.text.stored import INDEX, EmbeddingStore
 from cascade.text.t5 import T5Text
 
 
 def encoder_of(cfg: TextConfig, device: str = "cpu") -> Encoder:
-    """What makes the embeddings that stages read: T5 or CLIP, as its config.json says, and a prior if `cfg` has one."""
+    """What makes the embeddings that stages read: T5 or CLIP, as its config.json says, and a prior if `cfg` has one.
+
+    Raises ConfigError for a prior that would be asked otherwise than it was trained, see `PriorConfig`.
+    """
     kind = CLIPText if encoders.is_clip(find_encoder(cfg.encoder)) else T5Text
     encoder: Encoder = kind(cfg, device)
-    return encoder if cfg.prior is None else PriorText(encoder, cfg.prior, device)
+    if cfg.prior is None:
+        return encoder
+    if cfg.prior.weights not in (None, RANDOM) and isinstance(encoder, CLIPText) and encoder.projects:
+        raise ConfigError(
+            f"text encoder {encoder.folder}: has a text_projection, which published priors are told of a sentence; "
+            "ours tells them its end mark unprojected",
+            fix=f"text.prior.weights={RANDOM}, or for a prior trained so a text.encoder without the projection",
+        )
+    return PriorText(encoder, cfg.prior, device)
 
 
 def text_source(cfg: TextConfig, device: str = "cpu") -> TextSource:
     """The store if `cfg` names one, else the encoder on `device`; embeddings are on the CPU either way."""
     if cfg.store is None:
         return encoder_of(cfg, device)
-    opened = EmbeddingStore(Path(cfg.store))
+    opened = EmbeddingStore(Path(cfg.store), cfg.negative)
     if opened.max_tokens != cfg.max_tokens:
         raise ConfigError(
             f"text store {cfg.store}: holds prompts of up to {opened.max_tokens} tokens, not {cfg.max_tokens}",
             fix=f"text.max_tokens={opened.max_tokens}",
         )
     return opened
+
+
+def named(cfg: TextConfig, source: TextSource) -> list[str]:
+    """What names all that stages hear of `source`: its embeddings and, unless it is zeros, what no text is."""
+    return [source.fingerprint, *([] if cfg.negative is None else [cfg.negative])]
 
 
 class PriorText:
@@ -54,12 +71,16 @@ class PriorText:
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """(B, 1, width), each prompt by itself."""
-        read = self.encoder.encode(prompts)
-        rows = [
-            self.prior(read.tokens[i : i + 1], read.mask[i : i + 1], check_prompt(prompt))
-            for i, prompt in enumerate(prompts)
-        ]
-        return Text(torch.stack(rows), torch.ones(len(rows), 1, dtype=torch.bool))
+        return padded([self._picture(prompt) for prompt in prompts], 1, self.width, self.nothing)
+
+    @cached_property
+    def nothing(self) -> Text | None:
+        """What no text is to a stage; None: zeros."""
+        return None if self.cfg.negative is None else padded([self._picture(self.cfg.negative)], 1, self.width)
+
+    def _picture(self, prompt: str) -> Tensor:
+        read = self.encoder.encode([prompt])
+        return self.prior(read.tokens, read.mask, check_negative(prompt))
 
 
 def known_width(cfg: TextConfig) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -21,11 +22,13 @@ class EmbeddingStore:
     """A directory with one small file per prompt, written once and read by every stage without T5 in the process.
 
     `index.json` says which encoder wrote it, `<key>.safetensors` holds the real tokens (n, D) of one prompt in float32.
-    Raises InputError for an index or an embedding that is missing or damaged.
+    `negative` is what no text is to a stage (see `TextConfig`). Raises InputError for an index or an embedding that is
+    missing or damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.command = folder, f"cascade embed prompts=FILE out={folder}"
+    def __init__(self, folder: Path, negative: str | None = None) -> None:
+        self.folder, self.negative = folder, negative
+        self.command = f"cascade embed prompts=FILE out={folder}"
         path = folder / INDEX
         if not path.is_file():
             raise InputError(f"text store {folder}: has no {INDEX}", fix=self.command)
@@ -52,7 +55,15 @@ class EmbeddingStore:
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Reads `prompts`, padded with zeros to `max_tokens`; equal to what the encoder gave, bit for bit."""
-        return padded([self._read(check_negative(prompt)) for prompt in prompts], self.max_tokens, self.width)
+        rows = [self._read(check_negative(prompt)) for prompt in prompts]
+        return padded(rows, self.max_tokens, self.width, self.nothing)
+
+    @cached_property
+    def nothing(self) -> Text | None:
+        """What no text is to a stage; None: zeros."""
+        if self.negative is None:
+            return None
+        return padded([self._read(check_negative(self.negative))], self.max_tokens, self.width)
 
     def put(self, prompts: Iterable[str], encoder: Encoder) -> int:
         """Writes the prompts that are not there yet, each file whole or not at all; returns how many."""

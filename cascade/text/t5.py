@@ -62,34 +62,49 @@ class T5Text:
         One prompt at a time and, but for `pad`, without padding: kernels sum in another order for another shape, so a
         prompt in a padded batch would differ in its last bits from the same prompt alone.
         """
-        return padded([self._tokens(prompt) for prompt in prompts], self.cfg.max_tokens, self.width)
+        return padded([self._tokens(prompt) for prompt in prompts], self.cfg.max_tokens, self.width, self.nothing)
+
+    @cached_property
+    def nothing(self) -> Text | None:
+        """What no text is to a stage; None: zeros."""
+        if self.cfg.negative is None:
+            return None
+        return padded([self._tokens(self.cfg.negative)], self.cfg.max_tokens, self.width)
 
     def pieces(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Piece ids (N, L) int32 of many prompts, 0 where their mask (N, L) is False; nothing is warned about."""
+        """Piece ids (N, L) int32 of many prompts, padding where their mask (N, L) is False; nothing is warned about."""
         room, end = self.cfg.max_tokens - 1, self.tokenizer.eos_id()
         texts = [as_read(prompt, self.cfg) for prompt in prompts]
         rows = [[*ids[:room], end] for ids in self.tokenizer.encode(texts)]
-        ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int32)
+        longest = self.cfg.max_tokens if self.cfg.pad else max(map(len, rows))
+        ids = torch.full((len(rows), longest), self._padding, dtype=torch.int32)
         mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
         ids[mask] = torch.tensor([piece for row in rows for piece in row], dtype=torch.int32)
         return ids, mask
 
     @torch.no_grad()
     def embed(self, ids: Tensor, mask: Tensor) -> Text:
-        """Piece ids (B, L), 0 where `mask` (B, L) is False, as prompts on their device: a whole batch at once.
+        """Piece ids and mask (B, L), as `pieces` gives them, as prompts on their device: a whole batch at once.
 
         For training, where the last bits do not matter: they depend on what stands beside a prompt.
         """
         if self.model.device != ids.device:
             self.model.to(ids.device)
-        tokens: Tensor = self.model(input_ids=ids, attention_mask=mask.long()).last_hidden_state.float()
-        return Text(tokens * mask[:, :, None], mask)
+        real = torch.ones_like(mask) if self.cfg.pad else mask
+        seen = mask if self.cfg.mask else real
+        tokens: Tensor = self.model(input_ids=ids, attention_mask=seen.long()).last_hidden_state.float()
+        nothing = None if self.nothing is None else self.nothing.to(ids.device)
+        return Text(tokens * real[:, :, None], real, nothing)
+
+    @property
+    def _padding(self) -> int:
+        return max(0, int(self.tokenizer.pad_id()))
 
     def _tokens(self, prompt: str) -> Tensor:
         pieces = self.ids(prompt)
         real, told = len(pieces), {}
         if self.cfg.pad:
-            pieces += [max(0, self.tokenizer.pad_id())] * (self.cfg.max_tokens - real)
+            pieces += [self._padding] * (self.cfg.max_tokens - real)
             if self.cfg.mask:
                 told["attention_mask"] = (torch.arange(len(pieces)) < real)[None].long().to(self.model.device)
         ids = torch.tensor([pieces], device=self.model.device)

@@ -148,7 +148,7 @@ def pool_of(
         return None, []
     if not isinstance(source, World) or not isinstance(encoder, T5Text):
         raise ConfigError("train.pool is for the procedural world, its captions read by T5", fix="train.pool=0")
-    before, keys = imitation(cfg.gap, stage.cfg, stage.rule, stage.device, "train.gap", config_dir)
+    before, keys = imitation(cfg.gap, stage.cfg, stage.rule, stage.device, "train.gap", encoder.cfg, config_dir)
     if before is not None:
         before.check(stage.rule.takes(replace(stage.cfg, shape=cfg.crop or stage.cfg.shape, train=None)))
     return cache(partial(pooled, stage, source, encoder, cfg, before)), keys

@@ -16,7 +16,7 @@ from cascade.errors import ConfigError
 from cascade.loading import load_stage
 from cascade.settings import Before, Rule, StageConfig, from_text
 from cascade.stage import Stage
-from cascade.text import Text
+from cascade.text import Text, TextConfig
 from cascade.video import Shape, Video
 from cascade.windows import Windows
 
@@ -55,12 +55,14 @@ def imitation(
     after_rule: Rule,
     device: torch.device,
     where: str,
+    text: TextConfig,
     config_dir: Path | None = None,
 ) -> tuple[Imitation | None, list[str]]:
     """The stages that make the input of `after`, and what names them: hashes of weights and samplers, the last first.
 
-    `where` is the setting that names them. All are checked against each other before any is loaded. Raises ConfigError
-    for one that does not come before the other, and what loading a stage raises.
+    `where` is the setting that names them, `text` what `after` reads, which they are given too. All are checked against
+    each other before any is loaded. Raises ConfigError for one that does not come before the other or reads other text,
+    and what loading a stage raises.
     """
     if before is None:
         return None, []
@@ -85,6 +87,20 @@ def imitation(
     except ConfigError as error:
         fix = f"{where}.stage=NAME of the stage before {after.name}"
         raise ConfigError(f"{where}.stage is {before.stage}: {error.message}", fix) from error
-    first, keys = imitation(before.before, fitting, rule, device, f"{where}.before", config_dir)
+    if cfg.net.text:
+        shared = text if after.reads is None else parse(tree["text"], TextConfig, "text")
+        check_text(cfg.reads or shared, text, f"{where}.stage is {before.stage}", where)
+    first, keys = imitation(before.before, fitting, rule, device, f"{where}.before", text, config_dir)
     stage, key = load_stage(cfg, rule, device)
     return Imitation(stage, before.strength, first), [fingerprint([key, plain(cfg.sampler)]), *keys]
+
+
+def check_text(reads: TextConfig, given: TextConfig, what: str, where: str) -> None:
+    """Raises ConfigError where a stage that reads one text would be given another, wherever it is kept."""
+    for name, wanted in plain(reads).items():
+        got = plain(given)[name]
+        if name not in ("store", "precision") and got != wanted:
+            raise ConfigError(
+                f"{what}, which reads other text: its {name} is {wanted!r}, that of the text it would be given {got!r}",
+                fix=f"{where}=null, or {where}.stage=NAME of one that reads the same",
+            )
