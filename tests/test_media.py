@@ -216,6 +216,34 @@ def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str) -> None:
             decode(tmp_path / "cut")
 
 
+AVIS = {  # options of ffmpeg, and which of 40 frames are shown
+    "whole": ("-c:v mpeg4", range(40)),
+    "gaps": (
+        "-vf select='not(mod(n,3))+eq(n,20)' -fps_mode vfr -c:v mpeg4",
+        [20 if k == 20 else k - k % 3 for k in range(40)],
+    ),
+    "B-frames": ("-c:v libx264 -bf 3", range(40)),
+    "sound": ("-f lavfi -i sine=duration=2 -c:v mjpeg -pix_fmt yuvj420p -c:a mp3", [0, *range(40)]),
+}
+
+
+@pytest.mark.parametrize("name", AVIS)
+def test_an_avi_is_shown_at_its_rate_and_an_empty_chunk_shows_a_frame_again(name: str, tmp_path: Path) -> None:
+    source, path, (options, meant) = tmp_path / "a.mp4", tmp_path / "a.avi", AVIS[name]
+    encode(waves(40), 24, source)
+    quiet = [REAL, "-nostdin", "-loglevel", "error", "-i", source]
+    subprocess.run([*quiet, *options.split(), path], check=True)
+    clip, whole = decode(path), decode(source).frames.float()
+    shown = [int((whole - frame).abs().mean(dim=(1, 2, 3)).argmin()) for frame in clip.frames]
+    assert clip.fps == 24 and shown == list(meant)
+    assert [time - clip.times[0] for time in clip.times] == pytest.approx([k / 24 for k in range(len(shown))])
+    data = path.read_bytes()
+    for share in (0.02, 0.4, 0.7, 0.97, 0.9999):
+        (tmp_path / "cut").write_bytes(data[: int(share * len(data))])
+        with pytest.raises(Unreadable):
+            decode(tmp_path / "cut")
+
+
 def test_flipped_bytes_raise_nothing_but_unreadable(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     seen = 0
