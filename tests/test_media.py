@@ -140,7 +140,7 @@ FAKES = {
     "writes nothing": ("cat >/dev/null", "no such file"),
     "writes an empty file": (LAST + 'cat >/dev/null; : >"$out"', "cannot be read"),
     "truncates": (LAST + f'"{REAL}" "$@"; head -c 900 "$out" >"$out.x"; mv "$out.x" "$out"', "cannot be read"),
-    "loses a frame": (LAST + f'"{REAL}" "${{@:1:$#-1}}" -frames:v 7 "file:$out"', "7x48x64 instead of 8x48x64"),
+    "loses a frame": (LAST + f'"{REAL}" "${{@:1:$#-1}}" -frames:v 7 "file:$out"', "7 frames instead of 8 of 48x64"),
     "shows another video": (LAST + 'cat >/dev/null; cp "${0%/*}/other.mp4" "$out"', "differs by"),
     "confuses colours": (LAST + 'cat >/dev/null; cp "${0%/*}/other.mp4" "$out"', "differs by"),
     "hangs": ("exec sleep 60", "did not finish"),
@@ -270,6 +270,20 @@ def test_size_limits(tmp_path: Path) -> None:
     assert len(decode(path, max_frames=8, max_pixels=1024).frames) == 8
     assert decode(path, seconds=0.5).times == [0, 0.125, 0.25, 0.375]
     assert decode(path, cover=(8, 12)).frames.shape == (8, 12, 12, 3)
+
+
+def test_a_clip_of_any_length_is_read_and_what_is_too_large_is_told_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.mp4"
+    encode(torch.zeros(3, 4400, 2, 2), 24, path)
+    assert len(decode(path).frames) == 4400
+    encode(waves(8), 8, path)
+    monkeypatch.setattr("cascade.media.decoding.MAX_BYTES", 7 * 48 * 64 * 3)
+    with pytest.raises(Unreadable, match="7 frames of 64x48 fit") as caught:
+        decode(path)
+    assert caught.value.fix == "a shorter or a smaller clip"
+    assert encoded(waves(8), 8, ".mp4"), "what was made is no clip that is given"
 
 
 def varying(path: Path, times: list[float]) -> None:

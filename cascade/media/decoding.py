@@ -120,21 +120,43 @@ def frames_of(
     kept: list[Bytes] = []
     times: list[float] = []
     with _opened(path, max_pixels) as (container, stream):
-        source = _decoded(path, container, stream, seconds)
-        last = None
-        for time, frame in resampled(source, fps) if fps else source:
-            if last is None:
-                size = covering(*_display(stream, frame), *cover) if cover else _display(stream, frame)
-            elif _display(stream, frame) != _display(stream, last):
-                raise Unreadable(path, "the frame size changes")
-            if len(kept) == max_frames or (len(kept) + 1) * math.prod(size) * 3 > MAX_BYTES:
-                raise Unreadable(path, f"more than {len(kept)} frames of {size[1]}x{size[0]}")
-            kept.append(kept[-1] if frame is last else _rgb(frame, size))
+        for time, frame in _shown(path, container, stream, fps, cover, seconds):
+            if len(kept) == max_frames or (len(kept) + 1) * frame.size > MAX_BYTES:
+                what = f"{max_frames} frames" if len(kept) == max_frames else f"{MAX_BYTES >> 30} GiB of pixels"
+                said = f"more than {what} ({len(kept)} frames of {frame.shape[1]}x{frame.shape[0]} fit)"
+                raise Unreadable(path, said, fix="a shorter or a smaller clip")
+            kept.append(frame)
             times.append(time)
-            last = frame
         if not kept:
             raise Unreadable(path, "no frames")
         return np.stack(kept), times, fps or _rate(stream, times)
+
+
+def each_frame(path: Path, max_pixels: int) -> Iterator[tuple[float, Bytes]]:
+    """(seconds, frame (H, W, 3)) of a video file of any length, one after the other; Unreadable as `decode`."""
+    with _opened(path, max_pixels) as (container, stream):
+        yield from _shown(path, container, stream)
+
+
+def _shown(
+    path: Path,
+    container: InputContainer,
+    stream: VideoStream,
+    fps: float | None = None,
+    cover: tuple[int, int] | None = None,
+    seconds: float | None = None,
+) -> Iterator[tuple[float, Bytes]]:
+    """(seconds, frame (H, W, 3)), all of one size; a frame that is shown again is the same array."""
+    source = _decoded(path, container, stream, seconds)
+    last: tuple[VideoFrame, Bytes] | None = None
+    for time, frame in resampled(source, fps) if fps else source:
+        if last is None:
+            size = covering(*_display(stream, frame), *cover) if cover else _display(stream, frame)
+        elif _display(stream, frame) != _display(stream, last[0]):
+            raise Unreadable(path, "the frame size changes")
+        if last is None or frame is not last[0]:
+            last = frame, _rgb(frame, size)
+        yield time, last[1]
 
 
 @contextmanager
