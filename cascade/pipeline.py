@@ -253,12 +253,12 @@ def precision(on: Device) -> Iterator[None]:
 
 def finished(folder: Path, key: str) -> tuple[Video, str] | None:
     """The clip in `folder` and its hash, if it is the one of `key` and whole."""
-    if not folder.is_dir() or store.problems(folder, "stage"):
+    try:
+        if not folder.is_dir() or store.manifest(folder, "stage")["meta"].get("key") != key:
+            return None
+        data = store.read(folder, "stage").files[VIDEO]
+    except InputError:
         return None
-    artefact = store.read(folder, "stage")
-    if artefact.meta.get("key") != key:
-        return None
-    data = artefact.files[VIDEO]
     return read_clip(data, str(folder / VIDEO)), hashlib.sha256(data).hexdigest()
 
 

@@ -140,7 +140,7 @@ FAKES = {
     "writes nothing": ("cat >/dev/null", "no such file"),
     "writes an empty file": (LAST + 'cat >/dev/null; : >"$out"', "cannot be read"),
     "truncates": (LAST + f'"{REAL}" "$@"; head -c 900 "$out" >"$out.x"; mv "$out.x" "$out"', "cannot be read"),
-    "loses a frame": (LAST + f'"{REAL}" "${{@:1:$#-1}}" -frames:v 7 "file:$out"', "7x48x64 instead of 8x48x64"),
+    "loses a frame": (LAST + f'"{REAL}" "${{@:1:$#-1}}" -frames:v 7 "file:$out"', "7 frames instead of 8 of 48x64"),
     "shows another video": (LAST + 'cat >/dev/null; cp "${0%/*}/other.mp4" "$out"', "differs by"),
     "confuses colours": (LAST + 'cat >/dev/null; cp "${0%/*}/other.mp4" "$out"', "differs by"),
     "hangs": ("exec sleep 60", "did not finish"),
@@ -216,6 +216,34 @@ def test_a_truncated_file_is_refused(tmp_path: Path, suffix: str) -> None:
             decode(tmp_path / "cut")
 
 
+AVIS = {  # options of ffmpeg, and which of 40 frames are shown
+    "whole": ("-c:v mpeg4", range(40)),
+    "gaps": (
+        "-vf select='not(mod(n,3))+eq(n,20)' -fps_mode vfr -c:v mpeg4",
+        [20 if k == 20 else k - k % 3 for k in range(40)],
+    ),
+    "B-frames": ("-c:v libx264 -bf 3", range(40)),
+    "sound": ("-f lavfi -i sine=duration=2 -c:v mjpeg -pix_fmt yuvj420p -c:a mp3", [0, *range(40)]),
+}
+
+
+@pytest.mark.parametrize("name", AVIS)
+def test_an_avi_is_shown_at_its_rate_and_an_empty_chunk_shows_a_frame_again(name: str, tmp_path: Path) -> None:
+    source, path, (options, meant) = tmp_path / "a.mp4", tmp_path / "a.avi", AVIS[name]
+    encode(waves(40), 24, source)
+    quiet = [REAL, "-nostdin", "-loglevel", "error", "-i", source]
+    subprocess.run([*quiet, *options.split(), path], check=True)
+    clip, whole = decode(path), decode(source).frames.float()
+    shown = [int((whole - frame).abs().mean(dim=(1, 2, 3)).argmin()) for frame in clip.frames]
+    assert clip.fps == 24 and shown == list(meant)
+    assert [time - clip.times[0] for time in clip.times] == pytest.approx([k / 24 for k in range(len(shown))])
+    data = path.read_bytes()
+    for share in (0.02, 0.4, 0.7, 0.97, 0.9999):
+        (tmp_path / "cut").write_bytes(data[: int(share * len(data))])
+        with pytest.raises(Unreadable):
+            decode(tmp_path / "cut")
+
+
 def test_flipped_bytes_raise_nothing_but_unreadable(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     seen = 0
@@ -242,6 +270,20 @@ def test_size_limits(tmp_path: Path) -> None:
     assert len(decode(path, max_frames=8, max_pixels=1024).frames) == 8
     assert decode(path, seconds=0.5).times == [0, 0.125, 0.25, 0.375]
     assert decode(path, cover=(8, 12)).frames.shape == (8, 12, 12, 3)
+
+
+def test_a_clip_of_any_length_is_read_and_what_is_too_large_is_told_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.mp4"
+    encode(torch.zeros(3, 4400, 2, 2), 24, path)
+    assert len(decode(path).frames) == 4400
+    encode(waves(8), 8, path)
+    monkeypatch.setattr("cascade.media.decoding.MAX_BYTES", 7 * 48 * 64 * 3)
+    with pytest.raises(Unreadable, match="7 frames of 64x48 fit") as caught:
+        decode(path)
+    assert caught.value.fix == "a shorter or a smaller clip"
+    assert encoded(waves(8), 8, ".mp4"), "what was made is no clip that is given"
 
 
 def varying(path: Path, times: list[float]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,12 @@ from cascade.diffusion import Diffusion
 from cascade.making import steps
 from cascade.nets.layers import TextAttention
 from cascade.nets.unet_config import LevelSpec, Mixer
-from cascade.noise import Noise, generator, sample_id
-from cascade.sampling.sampler import Rule, Sampler, Threshold, Watch, _moved, sample, shared
+from cascade.noise import Noise, Shared, Stream, generator, sample_id
+from cascade.pipeline import VIDEO, commit_stage, finished
+from cascade.sampling.sampler import Rule, Sampler, Threshold, Watch, _moved, sample
+from cascade.store import reading
 from cascade.text import Text
+from cascade.video import Video
 from cascade.windows import Windows
 
 PROMPT = "a red circle"
@@ -203,8 +207,23 @@ def test_noise_that_frames_share_has_its_own_memory_where_it_is_pinned(monkeypat
         raise Pinned
 
     monkeypatch.setattr(Tensor, "pin_memory", pin_memory)
-    noise = shared(lambda shape, step, purpose: torch.randn(tuple(shape), generator=generator(purpose)))
-    drawn = noise((2, 3, 4, 5, 6), 0, "start")
+    drawn = Shared(Stream(generator("shared")))((2, 3, 4, 5, 6), 0, "start")
     with pytest.raises(Pinned):
         _moved(drawn, torch.device("cuda"))
     assert 0 not in pinned[0].stride() and torch.equal(pinned[0], drawn)
+
+
+def test_a_clip_is_read_once_if_it_is_the_one_and_not_at_all_if_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = commit_stage(tmp_path / "a", Video(torch.zeros(1, 3, 2, 4, 4), 8.0), "key", preview=False)
+    reads: list[str] = []
+    real = reading._verified
+    monkeypatch.setattr(
+        reading, "_verified", lambda folder, name, entry: (reads.append(name), real(folder, name, entry))[1]
+    )
+    assert finished(tmp_path / "a", "another") is None and not reads
+    done = finished(tmp_path / "a", "key")
+    assert done is not None and done[1] == made and reads == [VIDEO]
+    (tmp_path / "a" / VIDEO).write_bytes(b"damaged")
+    assert finished(tmp_path / "a", "key") is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -119,21 +120,43 @@ def frames_of(
     kept: list[Bytes] = []
     times: list[float] = []
     with _opened(path, max_pixels) as (container, stream):
-        source = _decoded(path, container, stream, seconds)
-        last = None
-        for time, frame in resampled(source, fps) if fps else source:
-            if last is None:
-                size = covering(*_display(stream, frame), *cover) if cover else _display(stream, frame)
-            elif _display(stream, frame) != _display(stream, last):
-                raise Unreadable(path, "the frame size changes")
-            if len(kept) == max_frames or (len(kept) + 1) * math.prod(size) * 3 > MAX_BYTES:
-                raise Unreadable(path, f"more than {len(kept)} frames of {size[1]}x{size[0]}")
-            kept.append(kept[-1] if frame is last else _rgb(frame, size))
+        for time, frame in _shown(path, container, stream, fps, cover, seconds):
+            if len(kept) == max_frames or (len(kept) + 1) * frame.size > MAX_BYTES:
+                what = f"{max_frames} frames" if len(kept) == max_frames else f"{MAX_BYTES >> 30} GiB of pixels"
+                said = f"more than {what} ({len(kept)} frames of {frame.shape[1]}x{frame.shape[0]} fit)"
+                raise Unreadable(path, said, fix="a shorter or a smaller clip")
+            kept.append(frame)
             times.append(time)
-            last = frame
         if not kept:
             raise Unreadable(path, "no frames")
         return np.stack(kept), times, fps or _rate(stream, times)
+
+
+def each_frame(path: Path, max_pixels: int) -> Iterator[tuple[float, Bytes]]:
+    """(seconds, frame (H, W, 3)) of a video file of any length, one after the other; Unreadable as `decode`."""
+    with _opened(path, max_pixels) as (container, stream):
+        yield from _shown(path, container, stream)
+
+
+def _shown(
+    path: Path,
+    container: InputContainer,
+    stream: VideoStream,
+    fps: float | None = None,
+    cover: tuple[int, int] | None = None,
+    seconds: float | None = None,
+) -> Iterator[tuple[float, Bytes]]:
+    """(seconds, frame (H, W, 3)), all of one size; a frame that is shown again is the same array."""
+    source = _decoded(path, container, stream, seconds)
+    last: tuple[VideoFrame, Bytes] | None = None
+    for time, frame in resampled(source, fps) if fps else source:
+        if last is None:
+            size = covering(*_display(stream, frame), *cover) if cover else _display(stream, frame)
+        elif _display(stream, frame) != _display(stream, last[0]):
+            raise Unreadable(path, "the frame size changes")
+        if last is None or frame is not last[0]:
+            last = frame, _rgb(frame, size)
+        yield time, last[1]
 
 
 @contextmanager
@@ -171,19 +194,31 @@ def _decoded(
     """(seconds, frame) in ascending order, of undamaged frames; Unreadable where the file shows damage."""
     step = 1 / float(stream.average_rate or stream.guessed_rate or 25)
     packets, start, time, gap = 0, 0.0, -math.inf, 0.0
+    avi, last = container.format.name == "avi", None
+    slots: deque[int] = (
+        deque()
+    )  # an AVI says when chunks come, not frames: FFmpeg's guess fails where many are B-frames
     for packet in container.demux(stream):
         packets += packet.size > 0
+        if avi and stream.codec_context.name in ("h264", "hevc") and packet.size and packet.dts is not None:
+            slots.append(packet.dts)
         for frame in packet.decode():
             if frame.is_corrupt:
                 raise Unreadable(path, "damaged")
-            now = max(time, 0) + step if frame.pts is None else float(frame.pts * (frame.time_base or 0))
+            pts = slots.popleft() if slots else frame.pts
+            now = max(time, 0) + step if pts is None else float(pts * (frame.time_base or 0))
             if now <= time:
                 raise Unreadable(path, "times run backwards")
             if math.isinf(time):
                 start = time = now
+            while avi and last is not None and now - time > 1.5 * step:  # an empty chunk shows the frame before again
+                time += step
+                if seconds is not None and time - start >= seconds:
+                    return
+                yield time, last
             if seconds is not None and now - start >= seconds:
                 return
-            time, gap = now, max(gap, now - time)
+            time, gap, last = now, max(gap, now - time), frame
             yield time, frame
     end = time + (step if gap < 1.5 * step else math.inf)  # at a variable rate the last frame may last for long
     if reason := _incomplete(path, container.format.name, stream, packets, end + 0.75 * step):
@@ -192,6 +227,8 @@ def _decoded(
 
 def _incomplete(path: Path, container: str, stream: VideoStream, packets: int, end: float) -> str:
     """What the container promises and does not hold, or nothing; the video goes on until `end` at most."""
+    if container == "avi":  # its number of frames counts empty chunks, which no demuxer shows
+        return _riff(path)
     if packets < stream.frames:
         return f"{packets} of {stream.frames} frames"
     promised = re.fullmatch(r"(\d+):(\d+):(\d+\.?\d*)", stream.metadata.get("DURATION", ""))  # matroska, webm
@@ -204,6 +241,19 @@ def _incomplete(path: Path, container: str, stream: VideoStream, packets: int, e
             file.seek(-1, os.SEEK_END)
             return "" if file.read(1) == b";" else "no end mark"
     return ""
+
+
+def _riff(path: Path) -> str:
+    """Whether one of the RIFF chunks that an AVI is made of ends beyond the file, in words; or nothing."""
+    with path.open("rb") as file:
+        whole, end = file.seek(0, os.SEEK_END), 0
+        while end < whole:
+            end = file.seek(end + end % 2)
+            head = file.read(8)
+            if head[:4] != b"RIFF":
+                return ""
+            end += 8 + int.from_bytes(head[4:], "little")
+    return f"{whole} of {end} bytes" if end > whole else ""
 
 
 def _display(stream: VideoStream, frame: VideoFrame) -> tuple[int, int]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cascade.errors import ConfigError, HostError
-from cascade.media.decoding import frames_of, subsampled
+from cascade.media.decoding import each_frame, subsampled
 from cascade.media.pixels import MAX_PIXELS, RATES, Bytes, Unreadable, to_bytes
 
 if TYPE_CHECKING:
@@ -114,21 +114,29 @@ def _verify(path: Path, pixels: Bytes, fps: float) -> None:
     stripes of pure colours, 5.4 for gif on a smooth gradient).
     """
     try:
-        frames, times, _ = frames_of(path, max_frames=len(pixels) + 1, max_pixels=max(MAX_PIXELS, pixels[0].size))
+        wrong = _wrong(path, pixels, fps)
     except Unreadable as error:
         raise HostError(f"ffmpeg wrote a {path.suffix} file that cannot be read: {error.reason}", fix=_FIX) from error
-    wrong = ""
-    if frames.shape != pixels.shape:
-        wrong = "{}x{}x{}".format(*frames.shape) + " instead of {}x{}x{}".format(*pixels.shape)
-    elif any(abs(time - times[0] - k / fps) > _ROUNDING for k, time in enumerate(times)):
-        wrong = f"frames are not {fps:g} a second"
-    else:
-        meant = pixels if path.suffix == ".gif" else subsampled(pixels)
-        apart = np.abs(_blocks(frames) - _blocks(meant)).mean(axis=(1, 2, 3))
-        if apart.max() > 16:
-            wrong = f"frame {apart.argmax()} differs by {apart.max():.0f} of 255"
     if wrong:
         raise HostError(f"ffmpeg wrote a {path.suffix} file that is not the video: {wrong}", fix=_FIX)
+
+
+def _wrong(path: Path, pixels: Bytes, fps: float) -> str:
+    """The first difference of `path` from `pixels` in words, or nothing; one decoded frame is held at a time."""
+    meant = "instead of {} of {}x{}".format(*pixels.shape)
+    count, start = 0, 0.0
+    for time, frame in each_frame(path, max(MAX_PIXELS, pixels[0].size)):
+        start = start if count else time
+        if count == len(pixels) or frame.shape != pixels.shape[1:]:
+            return f"{count + 1} or more frames of {frame.shape[0]}x{frame.shape[1]} {meant}"
+        if abs(time - start - count / fps) > _ROUNDING:
+            return f"frames are not {fps:g} a second"
+        own = pixels[count : count + 1]
+        apart = np.abs(_blocks(frame[None]) - _blocks(own if path.suffix == ".gif" else subsampled(own))).mean()
+        if apart > 16:
+            return f"frame {count} differs by {apart:.0f} of 255"
+        count += 1
+    return "" if count == len(pixels) else f"{count} frames {meant}"
 
 
 def _blocks(pixels: Bytes) -> NDArray[np.float32]:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Bytes = NDArray[np.uint8]
-MAX_FRAMES = 4096
+MAX_FRAMES = 2**19  # a guard against files that promise frames without end; 6 hours at 24 fps
 MAX_PIXELS = 2**23  # of one frame; a 4k frame has 0.99 of it
 MAX_BYTES = 2**31  # of all frames that are kept
 RATES = (0.01, 1000.0)  # frames a second
@@ -23,9 +23,9 @@ RATES = (0.01, 1000.0)  # frames a second
 class Unreadable(InputError):
     """A file that is no intact video or image; `reason` says why without naming the file."""
 
-    def __init__(self, path: Path, reason: str, what: str = "video") -> None:
+    def __init__(self, path: Path, reason: str, what: str = "video", fix: str = "") -> None:
         legal = "png, jpeg, webp" if what == "image" else "mp4, webm, mkv, mov, avi, gif, or an image"
-        super().__init__(f"{what} {path}: {reason}", fix=f"an intact {what} file ({legal})")
+        super().__init__(f"{what} {path}: {reason}", fix=fix or f"an intact {what} file ({legal})")
         self.reason = reason
 
 
