@@ -11,7 +11,9 @@ before has made (Ho et al. 2022, Video Diffusion Models, sec. 3.1: autoregressiv
 `in_parts` is for networks in which a frame depends on the nearest ones alone, such as convolutions along time: parts
 that see those as well add up to the very answer for the whole video.
 
-In every case memory grows with what is seen at once, not with the video.
+What the network holds grows with what is seen at once, not with the video. Beside it a loop over the whole video holds
+all frames of z, x_hat and what comes in, on the device; where every window is a run of the sampler, it holds those of a
+window, and the whole video alone in the host's memory.
 """
 
 from __future__ import annotations
