@@ -18,6 +18,7 @@ from cascade import Cascade, checkpoint, cli, export, store
 from cascade.chain import Chain
 from cascade.config import package_root, plain
 from cascade.errors import CascadeError, ConfigError, InputError, NumericError
+from cascade.pipeline import read_clip
 from cascade.text import T5Text, TextConfig
 
 PROMPT = "a large red circle moves left on a black background"
@@ -226,7 +227,23 @@ def test_nothing_in_it_tells_where_it_was_made(folder: Path, latent_folder: Path
                 assert str(folder.parent.parent) not in path.read_text() and str(ROOT) not in path.read_text()
 
 
-def test_a_folder_in_it_is_weights_for_any_command(folder: Path, mini: Path) -> None:
+def test_a_folder_in_it_is_weights_for_any_command(
+    folder: Path, student_folder: Path, mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, beside, asked = student_folder / "base", ["--config-dir", str(mini)], [f"prompt={PROMPT}", "seed=7"]
+    cli.command(
+        ["generate", *asked, f"base.weights={base}", "stages=[base]", f"out={tmp_path}/run", "chain=mini", *beside]
+    )
+    one = read_clip((tmp_path / "run/stages/base/video.safetensors").read_bytes(), "run").frames
+    cli.stage_command(
+        "base", [*asked, f"weights={base}", "stage=mini_base", f"out={tmp_path}/one.safetensors", *beside]
+    )
+    assert torch.equal(one, read_clip((tmp_path / "one.safetensors").read_bytes(), "one").frames)
+    assert torch.equal(one, frames(Cascade.from_pretrained(student_folder)))
+    capsys.readouterr()
+    words = ["base.sampler.guidance=1", "stages=[base]", "format=json", "chain=mini", *beside]
+    cli.command(["plan", f"base.weights={base}", *words])
+    assert json.loads(capsys.readouterr().out)["stages"][0]["evaluations"] == 2  # w is told to it
     mixed = Cascade.from_pretrained("mini", f"tsr.weights={folder / 'tsr'}", config_dir=mini)
     assert torch.equal(frames(mixed), frames(Cascade.from_pretrained("mini", config_dir=mini)))
     with pytest.raises(InputError, match="another architecture: kind is 'base'"):
