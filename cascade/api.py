@@ -28,7 +28,7 @@ from cascade.chain import Chain, Device, chain_settings
 from cascade.config import package_root
 from cascade.errors import ConfigError
 from cascade.frames import OUTPUTS, Frames, to_frames
-from cascade.loading import Load, load_stage
+from cascade.loading import Load, load_stage, told_weight
 from cascade.pipeline import Runner
 from cascade.request import Job, bars
 from cascade.settings import Rule, StageConfig
@@ -63,14 +63,14 @@ class Parts:
         return self.text()
 
     def stage(self, cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
-        """A `pipeline.Load` that reads a stage's weights once; its settings become `cfg`."""
+        """A `pipeline.Load` that reads a stage's weights once; its settings become `cfg`. Raises ConfigError."""
         weights = cfg.weights or ""
         if weights not in ("", checkpoint.RANDOM):
             weights = str(checkpoint.locate(weights, cfg.name, cfg.sampler.steps))
         if (cfg.name, weights) not in self._stages:
             self._stages[cfg.name, weights] = self.load(cfg, rule, device)
         stage, digest = self._stages[cfg.name, weights]
-        stage.cfg = replace(cfg, w_range=stage.cfg.w_range)
+        stage.cfg = told_weight(cfg, stage.cfg.w_range)
         for other, _ in self._stages.values() if self.offload else ():
             if other is not stage:
                 other.to(torch.device("cpu"))

@@ -120,15 +120,27 @@ def portable(state: Mapping[str, Tensor], settings: Mapping[str, Any], model: st
 
 def _ported(directory: Path) -> Weights:
     """The inverse of `portable`, verified by the manifest of the pipeline that the folder is in."""
-    config, model = (
-        store.member(directory.parent, f"{directory.name}/{name}", EXPORTED) for name in (CONFIG, PORTABLE)
-    )
+    settings, model = _settings(directory), store.member(directory.parent, f"{directory.name}/{PORTABLE}", EXPORTED)
     state = store.bytes_to_tensors(model, str(directory / PORTABLE))
-    settings = store.from_json(config, directory / CONFIG).get("settings")
-    if not isinstance(settings, dict) or not all(name.startswith(PREFIX) for name in state):
+    if not all(name.startswith(PREFIX) for name in state):
         raise InputError(f"weights {directory}: are not of a stage of Cascade", fix="export the chain again")
-    digest = hashlib.sha256(config + model).hexdigest()
-    return Weights({name.removeprefix(PREFIX): tensor for name, tensor in state.items()}, settings, digest)
+    return Weights({name.removeprefix(PREFIX): tensor for name, tensor in state.items()}, settings, _named(directory))
+
+
+def _settings(directory: Path) -> dict[str, Any]:
+    config = store.member(directory.parent, f"{directory.name}/{CONFIG}", EXPORTED)
+    settings = store.from_json(config, directory / CONFIG).get("settings")
+    if not isinstance(settings, dict):
+        raise InputError(f"weights {directory}: are not of a stage of Cascade", fix="export the chain again")
+    return settings
+
+
+def _named(directory: Path) -> str:
+    """The hash of what the manifest says of the files that `portable` made."""
+    files = store.manifest(directory.parent, EXPORTED)["files"]
+    return hashlib.sha256(
+        store.canonical([files[f"{directory.name}/{name}"] for name in (CONFIG, PORTABLE)])
+    ).hexdigest()
 
 
 def load(directory: Path) -> Weights:
@@ -149,6 +161,8 @@ def load(directory: Path) -> Weights:
 
 def about(directory: Path) -> tuple[dict[str, Any], str]:
     """`config` and `hash` of the weights in `directory`, which are not read. Raises InputError."""
+    if (directory / PORTABLE).is_file():
+        return _settings(directory), _named(directory)
     artefact = store.read(directory, KIND, only=(CONFIG,))
     if CONFIG not in artefact.files:
         raise InputError(f"weights {directory}: has no {CONFIG}", fix="make the weights again")

@@ -30,7 +30,7 @@ def known(cfg: StageConfig) -> tuple[StageConfig, list[str]]:
     if cfg.weights == checkpoint.RANDOM:
         return cfg, [_random(cfg), cfg.codec.hash()]
     saved, name = checkpoint.about(checkpoint.locate(cfg.weights, cfg.name, cfg.sampler.steps))
-    return told_weight(cfg, saved), [name, cfg.codec.hash()]
+    return told_weight(cfg, saved.get("w_range")), [name, cfg.codec.hash()]
 
 
 def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
@@ -41,7 +41,7 @@ def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stag
     directory = checkpoint.locate(cfg.weights, cfg.name, cfg.sampler.steps)
     weights = checkpoint.load(directory)
     check_trained(cfg, weights.config, f"{cfg.name} in {directory}")
-    cfg = told_weight(cfg, weights.config)
+    cfg = told_weight(cfg, weights.config.get("w_range"))
     with torch.device("meta"):
         stage = Stage(cfg, rule)
     checkpoint.apply(stage.net, weights.state, f"{cfg.name}: {directory}")
@@ -56,9 +56,9 @@ def check_trained(cfg: StageConfig, saved: Mapping[str, Any], what: str) -> None
     checkpoint.compatible(found, wanted, what)
 
 
-def told_weight(cfg: StageConfig, saved: Mapping[str, Any]) -> StageConfig:
+def told_weight(cfg: StageConfig, w_range: list[float] | None) -> StageConfig:
     """The settings with the range of guidance weights that a distilled network is told. ConfigError for one outside."""
-    cfg = replace(cfg, w_range=saved.get("w_range"))
+    cfg = replace(cfg, w_range=w_range)
     if cfg.w_range is not None:
         low, high = cfg.w_range
         for step in range(cfg.sampler.steps):

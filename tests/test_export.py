@@ -18,6 +18,7 @@ from cascade import Cascade, checkpoint, cli, export, store
 from cascade.chain import Chain
 from cascade.config import package_root, plain
 from cascade.errors import CascadeError, ConfigError, InputError, NumericError
+from cascade.pipeline import read_clip
 from cascade.text import T5Text, TextConfig
 
 PROMPT = "a large red circle moves left on a black background"
@@ -30,7 +31,7 @@ import json, sys
 import torch
 from diffusers import DiffusionPipeline
 
-folder, latent, again, frames = sys.argv[1:]
+folder, latent, student, again, frames = sys.argv[1:]
 pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
 pipe.set_progress_bar_config(disable=True)
 seen = []
@@ -49,12 +50,18 @@ latents.save_pretrained(again + "-latent")
 decoded = latents({PROMPT!r}, generator=torch.Generator().manual_seed(7))
 torch.save({{"frames": out.video.frames, "half": half.video.frames, "latent": decoded.video.frames}}, frames)
 ids = pipe.tokenizer([{PROMPT!r}, {ODD!r}]).input_ids
+learned = DiffusionPipeline.from_pretrained(student, custom_pipeline=student, trust_remote_code=True)
+learned.set_progress_bar_config(disable=True)
 refused = []
-for call in (pipe.enable_model_cpu_offload, lambda: pipe.save_pretrained(again, variant="fp16")):
+for call in (
+    pipe.enable_model_cpu_offload,
+    lambda: pipe.save_pretrained(again, variant="fp16"),
+    lambda: learned("a ring", guidance_scale={{"base": 50}}),
+):
     try:
         call()
-    except ValueError as error:
-        refused.append(str(error))
+    except Exception as error:
+        refused.append(f"{{type(error).__name__}}: {{error}}")
 print(json.dumps({{
     "seen": seen, "ids": ids, "components": [sorted(pipe.components), sorted(latents.components)],
     "shape": out.frames.shape, "fps": out.fps,
@@ -102,12 +109,30 @@ def latent_folder(latent: Cascade, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def stranger(folder: Path, latent_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def student(mini: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a base of `mini` that a student would have: for two steps, told w from 0 to 3."""
+    out = tmp_path_factory.mktemp("student") / "base"
+    weights = checkpoint.load(mini / "weights" / "base")
+    checkpoint.save(out, weights.state, {**weights.config, "w_range": [0.0, 3.0], "steps": 2}, card="A student.")
+    return out
+
+
+@pytest.fixture(scope="module")
+def student_folder(mini: Path, student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exported") / "student"
+    Cascade.from_pretrained("mini", "stages=[base]", f"base.weights={student}", config_dir=mini).save_pretrained(out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def stranger(
+    folder: Path, latent_folder: Path, student_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     """What diffusers makes of the folder, in a process of its own."""
     home = tmp_path_factory.mktemp("home")
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # they decide the last bits
     env = {**os.environ, **threads, "PYTHONPATH": str(ROOT), "HF_HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    words = [str(folder), str(latent_folder), str(home / "again"), str(home / "frames.pt")]
+    words = [str(folder), str(latent_folder), str(student_folder), str(home / "again"), str(home / "frames.pt")]
     done = subprocess.run([sys.executable, "-c", STRANGER, *words], cwd=home, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     said: dict[str, Any] = json.loads(done.stdout)
@@ -163,7 +188,20 @@ def test_what_diffusers_saves_is_exported_again(stranger: dict[str, Any], folder
 
 
 def test_what_diffusers_cannot_do_here_is_said(stranger: dict[str, Any]) -> None:
-    assert len(stranger["refused"]) == 2 and "variant" in stranger["refused"][1]
+    said = iter(stranger["refused"])
+    assert "ValueError" in next(said)
+    assert "ValueError: variant" in next(said)
+    assert "ConfigError: base: sampler.guidance is 49, its weights were distilled for 0 to 3" in next(said)
+
+
+def test_the_guidance_that_a_student_knows_is_asked_for_at_every_call(mini: Path, student: Path) -> None:
+    pipe = Cascade.from_pretrained("mini", "stages=[base]", f"base.weights={student}", config_dir=mini)
+    for scale in ({"base": 50}, {"base": 4}, {"base": 4.1}):
+        if scale["base"] == 4:
+            pipe(PROMPT, guidance_scale=scale)
+        else:
+            with pytest.raises(ConfigError, match="its weights were distilled for 0 to 3"):
+                pipe(PROMPT, guidance_scale=scale)
 
 
 def test_the_folder_comes_back_as_the_chain_it_was(folder: Path, mini: Path, tmp_path: Path) -> None:
@@ -189,7 +227,23 @@ def test_nothing_in_it_tells_where_it_was_made(folder: Path, latent_folder: Path
                 assert str(folder.parent.parent) not in path.read_text() and str(ROOT) not in path.read_text()
 
 
-def test_a_folder_in_it_is_weights_for_any_command(folder: Path, mini: Path) -> None:
+def test_a_folder_in_it_is_weights_for_any_command(
+    folder: Path, student_folder: Path, mini: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, beside, asked = student_folder / "base", ["--config-dir", str(mini)], [f"prompt={PROMPT}", "seed=7"]
+    cli.command(
+        ["generate", *asked, f"base.weights={base}", "stages=[base]", f"out={tmp_path}/run", "chain=mini", *beside]
+    )
+    one = read_clip((tmp_path / "run/stages/base/video.safetensors").read_bytes(), "run").frames
+    cli.stage_command(
+        "base", [*asked, f"weights={base}", "stage=mini_base", f"out={tmp_path}/one.safetensors", *beside]
+    )
+    assert torch.equal(one, read_clip((tmp_path / "one.safetensors").read_bytes(), "one").frames)
+    assert torch.equal(one, frames(Cascade.from_pretrained(student_folder)))
+    capsys.readouterr()
+    words = ["base.sampler.guidance=1", "stages=[base]", "format=json", "chain=mini", *beside]
+    cli.command(["plan", f"base.weights={base}", *words])
+    assert json.loads(capsys.readouterr().out)["stages"][0]["evaluations"] == 2  # w is told to it
     mixed = Cascade.from_pretrained("mini", f"tsr.weights={folder / 'tsr'}", config_dir=mini)
     assert torch.equal(frames(mixed), frames(Cascade.from_pretrained("mini", config_dir=mini)))
     with pytest.raises(InputError, match="another architecture: kind is 'base'"):

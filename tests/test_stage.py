@@ -221,10 +221,10 @@ def test_a_stage_that_could_not_heed_what_it_is_given_is_refused(
 
 def test_a_distilled_network_is_asked_for_weights_that_it_knows(stage_config: Make) -> None:
     sampler = Sampler(steps=3, guidance=4.0, guidance_low=1.0)
-    assert told_weight(stage_config("base", sampler=sampler), {"w_range": [1.0, 4.0]}).w_range == [1.0, 4.0]
+    assert told_weight(stage_config("base", sampler=sampler), [1.0, 4.0]).w_range == [1.0, 4.0]
     for low, high, w in ((2.0, 4.0, 1), (1.0, 3.0, 4)):
         with pytest.raises(ConfigError, match=f"guidance is {w}, its weights were distilled for {low:g} to {high:g}"):
-            told_weight(stage_config("base", sampler=sampler), {"w_range": [low, high]})
+            told_weight(stage_config("base", sampler=sampler), [low, high])
 
 
 def test_a_part_is_degraded_in_proportion(make_stage: Make) -> None:

@@ -120,7 +120,9 @@ def told(cfg: StageConfig) -> list[float] | None:
     )
     if cfg.w_range is not None or path is None or not path.is_file():
         return cfg.w_range
-    return store.from_json(path.read_bytes(), path).get("w_range")
+    config = store.from_json(path.read_bytes(), path)
+    found: list[float] | None = config.get("settings", config).get("w_range")  # an export's stand one level below
+    return found
 
 
 def takes(cfg: StageConfig, rule: Rule) -> Shape | None:
