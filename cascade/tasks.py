@@ -43,6 +43,8 @@ def sample(ask: Request) -> None:
         raise ConfigError(f"out={out}: is not the name of a video file", fix=f"out=NAME{LOSSLESS}, .mp4, .webm or .gif")
     if len(jobs) > 1 and out.is_file():
         raise ConfigError(f"out={out}: is a file, but {len(jobs)} clips are asked for", fix="out=DIR")
+    for job in jobs:
+        store.check_file(job.directory.with_suffix(suffix))
     first = given(ask.run, ask.cfg, ask.rule)
     size = None if first is None else first.shape
     chain = Chain([ask.cfg], [ask.rule], ask.text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -429,6 +431,54 @@ def test_what_lies_in_out_is_kept_and_named_before_anything_is_made(
     with pytest.raises(InputError, match="it holds 'weights', not 'pipeline'"):
         cascade("export", "out=weights")
     assert tree_bytes(Path()) == before
+
+
+@pytest.mark.parametrize("name", ["video.mp4", "sheet.png", "manifest.json", "video.gif"])
+def test_a_file_that_is_not_ours_is_never_replaced(
+    cascade: Any, stage: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["prompt=x", "out=own", *(["format=[gif]"] if name.endswith("gif") else [])]
+    Path("own").mkdir()
+    Path("own", name).write_text('{"name": "my app", "files": {"video.mp4": 1}}')
+    for clip in ("clip.mp4", "clip.safetensors"):
+        Path(clip).write_text("years of work")
+    before = tree_bytes(Path())
+    monkeypatch.setattr(Stage, "sample", lambda *_, **__: pytest.fail("made for nothing"))
+    with pytest.raises(InputError, match=f"own/{name}: it exists and Cascade did not make it"):
+        cascade("generate", *words)
+    for clip in ("clip.mp4", "clip.safetensors"):
+        with pytest.raises(InputError, match=f"{clip}: it exists"):
+            stage("base", "prompt=x", f"out={clip}")
+    assert tree_bytes(Path()) == before
+
+
+def test_what_earlier_runs_made_is_replaced_also_after_a_kill(
+    cascade: Any, stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for prompt, suffix in (("x", "mp4"), ("x", "gif"), ("y", "mp4")):
+        cascade("generate", f"prompt={prompt}", f"format=[{suffix}]", "out=run")
+    assert {"video.mp4", "video.gif"} < json.loads(Path("run/manifest.json").read_text())["files"].keys()
+    for prompt in "xy":
+        stage("base", f"prompt={prompt}", "out=clip.mp4")
+    with pytest.raises(InputError, match=r"clip\.manifest\.json there is of another file"):
+        stage("base", "prompt=x", "out=clip.safetensors")
+    write = store.write_file
+    for stop in (0, 1, 2):  # of the files that a run, or a stage alone, writes in the end
+
+        def killed(path: Path, data: bytes, *, left: list[int]) -> Path:
+            if not left:
+                raise KeyboardInterrupt
+            left.pop()
+            return write(path, data)
+
+        for module, make in (
+            (store, lambda out: cascade("generate", "prompt=x", f"out={out}")),
+            (store.writing, lambda out: stage("base", "prompt=x", f"out={out}.mp4")),
+        ):
+            with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+                patch.setattr(module, "write_file", partial(killed, left=[0] * stop))
+                make(f"new{stop}")
+            make(f"new{stop}")
 
 
 def test_a_task_finds_out_first_that_it_may_not_write(stage: Any, mini: Path, monkeypatch: pytest.MonkeyPatch) -> None:
