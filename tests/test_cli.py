@@ -279,6 +279,14 @@ def test_every_stage_trains_distils_evaluates_and_samples_alone(stage: Any, name
     assert Path("out.mp4").stat().st_size > 0 and Path("out.manifest.json").is_file()
 
 
+@pytest.mark.parametrize("word", ["device=cpu", "dtype=bfloat16", "attention=reference", "memory=1GB"])
+def test_a_task_is_named_by_where_and_how_precisely_it_runs(mini: Path, word: str) -> None:
+    words = ["stage=mini_base", "prompt=x"]
+    trees = [cli.settings("stage", [*words, *more, "--config-dir", str(mini)])[0] for more in ([], [word])]
+    names = {ask.out(name) for name, ask in (tasks.asked("base", tree) for tree in trees)}
+    assert len(names) == 2
+
+
 def test_a_command_is_told_as_it_was_typed_without_its_out() -> None:
     words = ["n=2", "out=x/y", "metrics=[fvd]", "label.gap=with"]
     (tree,) = cli.settings("evaluate", words, "cascade evaluate")
