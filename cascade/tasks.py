@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from cascade.given import given
 from cascade.loading import check_trained, known, launched, load_stage, save_stage
 from cascade.pipeline import Runner, digest, video_bytes
 from cascade.planning.memory import Memory, within
-from cascade.request import Given, bars, jobs_of
+from cascade.request import Given, Job, bars, jobs_of
 from cascade.settings import Rule, StageConfig, TrainConfig
 from cascade.stage import Stage
 from cascade.text import text_source
@@ -53,19 +53,31 @@ def sample(ask: Request) -> None:
         media.check_rate(suffix, chain.fps(first))
     chain.runs_on(ask.on)
     chain = within(chain, ask.on, Memory(memory=ask.memory, command=ask.command), size)
-    told, weights = known(chain.stages[0])
-    stage = launched(load_stage(chain.stages[0], ask.rule, torch.device("cpu"))[0], ask.on)
-    with bars() as progress:
-        runner = Runner(chain, text_source(ask.text), ask.on, ask.run.seed, ask.run.negative)
-        for number, job in enumerate(jobs):
+    make(Runner(chain, text_source(ask.text), ask.on, ask.run.seed, ask.run.negative), jobs, first, suffix)
+    print(out)
 
-            def tick(step: int, done: int = number * stage.cfg.sampler.steps) -> None:
-                progress(stage.cfg.name, done + step, len(jobs) * stage.cfg.sampler.steps)
+
+def make(runner: Runner, jobs: Sequence[Job], first: Video | None, suffix: str) -> None:
+    """The clips of `jobs` as files, but for those that are there, whole and of the same key."""
+    (cfg,), (rule,) = runner.chain.stages, runner.chain.rules
+    told, weights = known(cfg)
+    todo = []
+    for job in jobs:
+        path, key = job.directory.with_suffix(suffix), runner.key(told, weights, job, digest(first))
+        if not path.is_file() or store.problems(path, "stage") or store.manifest(path)["meta"].get("key") != key:
+            todo.append((job, path, key))
+    if not todo:
+        return
+    stage = launched(load_stage(cfg, rule, torch.device("cpu"))[0], runner.on)
+    steps = cfg.sampler.steps
+    with bars() as progress:
+        for number, (job, path, key) in enumerate(todo):
+
+            def tick(step: int, done: int = number * steps) -> None:
+                progress(cfg.name, done + step, len(todo) * steps)
 
             (video,) = runner.sample(stage, [job], [first], tick)
-            key = runner.key(told, weights, job, digest(first))
-            write(job.directory.with_suffix(suffix), video, {"key": key, "prompt": job.prompt})
-    print(out)
+            write(path, video, {"key": key, "prompt": job.prompt})
 
 
 def write(path: Path, video: Video, meta: dict[str, Any]) -> None:

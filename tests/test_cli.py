@@ -460,6 +460,28 @@ def test_a_file_that_is_not_ours_is_never_replaced(
     assert tree_bytes(Path()) == before
 
 
+def test_a_stage_alone_goes_on_where_it_stopped(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, sample, made = tasks.load_stage, Stage.sample, []
+    monkeypatch.setattr(Stage, "sample", lambda *args, **more: made.append("clip") or sample(*args, **more))
+    monkeypatch.setattr(tasks, "load_stage", lambda *args: made.append("load") or load(*args))
+    words = ["prompt=x", "samples=3", "out=clips"]
+
+    def run(*more: str) -> list[str]:
+        made.clear()
+        stage("base", *words, *more)
+        return list(made)
+
+    assert run() == ["load", "clip", "clip", "clip"] and run() == []
+    before = tree_bytes(Path("clips"))
+    Path("clips/0001.safetensors").write_bytes(b"damaged")
+    Path("clips/0002.manifest.json").unlink()
+    Path("clips/0002.safetensors").unlink()
+    assert run() == ["load", "clip", "clip"] and tree_bytes(Path("clips")) == before
+    assert run("seed=1") == ["load", "clip", "clip", "clip"] and tree_bytes(Path("clips")) != before
+    words[1:] = ["out=clip.mp4"]
+    assert run() == ["load", "clip"] and run() == []
+
+
 def test_what_earlier_runs_made_is_replaced_also_after_a_kill(
     cascade: Any, stage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
