@@ -201,9 +201,11 @@ def command(task: Task, out: Path, config_dir: Path | None = None) -> list[str]:
 
 
 def record(task: Task, out: Path) -> dict[str, Any]:
-    """What a step that is done was made of, and what it made: its words, and manifests of weights by their hash."""
+    """What a step that is done was made of, and what it made: its words, and manifests by their hash."""
     parts = {f"@{name}{part}" for word in task.words for name, part in REFERENCE.findall(word)} | {f"@{task.name}"}
     manifests = {part: Path(resolve(part, out)) / store.MANIFEST for part in sorted(parts)}
+    if task.step.task in JUDGING:
+        manifests |= {path.relative_to(out).as_posix(): path for path in (out / task.name).glob(f"*{store.MANIFEST}")}
     hashes = {
         part: fingerprint(path.read_text("utf-8", "replace")) for part, path in manifests.items() if path.is_file()
     }
@@ -216,7 +218,7 @@ def is_done(task: Task, out: Path) -> bool:
     Raises InputError for a mark that is damaged.
     """
     mark, made = out / f"{task.name}.done", out / task.name
-    if not mark.is_file() or store.from_json(mark.read_bytes(), mark) != record(task, out):
+    if not mark.is_file() or store.from_json(mark.read_bytes(), mark) != record(task, out) or not made.is_dir():
         return False
     return not any(store.problems(path) for path in (*made.glob("weights"), *made.glob("*/weights")))
 
