@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -330,10 +330,11 @@ def verb(tree: dict[str, Any]) -> Callable[[], None]:
     recipe = parse(tree, Recipe)
     profile = recipe.profile if recipe.profile != "auto" else ("gpu" if torch.cuda.is_available() else "cpu")
     tasks, out = tasks_of(recipe, profile), recipe.out
+    known = tasks_of(replace(recipe, only=None), profile)
     for part, reference in recipe.ships.items():
         for name, _ in REFERENCE.findall(reference):
-            if name not in recipe.steps:
-                raise ConfigError(f"recipe: {part} ships {reference}, which is no step", fix=f"a step {name}")
+            if name not in known:
+                raise ConfigError(f"recipe: {part} ships {reference}, which is no step", fix=suggest(name, known, "@"))
 
     def work() -> None:
         with store.lock(out):

@@ -260,6 +260,19 @@ def test_a_failure_keeps_its_code_and_what_was_done(jobs: int, tmp_path: Path, m
     assert sorted(path.name for path in tmp_path.glob("*.done")) == ["a.done"]
 
 
+def test_what_ships_is_one_of_the_steps_that_run(tmp_path: Path) -> None:
+    steps = {"a": {"fit": "judge", "each": [8, 4], "set": ["{}"]}, "b": {"fit": "text"}}
+
+    def tree(reference: str) -> dict[str, Any]:
+        return {"steps": steps, "ships": {"base": reference}, "out": str(tmp_path), "only": ["b"]}
+
+    for reference in ("@a-8", "@b"):
+        recipe.verb(tree(reference))
+    for reference in ("@a", "@a-2", "@c"):
+        with pytest.raises(ConfigError, match=f"base ships {reference}, which is no step"):
+            recipe.verb(tree(reference))
+
+
 def test_what_ships_is_half_as_large_and_says_the_same(tmp_path: Path) -> None:
     state = {"a": torch.tensor([1.0, 0.1, 1e-3])}
     checkpoint.save(tmp_path / "base" / "weights", state, {"kind": "x"}, card="# base")
