@@ -143,12 +143,23 @@ def tune(ask: Request) -> None:
 
 
 TASKS = {"sample": sample, "train": train, "distill": distill, "evaluate": evaluate, "tune": tune}
-READS = {  # of `Given` and of the sections that belong to one task
-    "sample": [f.name for f in fields(Given)],
+SOME = ("dtype", "micro_batch", "memory")  # of Device and Memory what not every task reads
+INSTEAD = {  # of what a task does not read
+    ("train", "seed"): "train.seed=N",
+    ("distill", "seed"): "train.seed=N",
+    ("train", "dtype"): "train.precision=bf16",
+    ("distill", "dtype"): "train.precision=bf16",
+    ("train", "micro_batch"): "train.micro_batch=N",
+    ("distill", "micro_batch"): "train.micro_batch=N",
+    ("evaluate", "micro_batch"): "evaluate.batch=N",
+    ("tune", "micro_batch"): "tune.batch=N",
+}
+READS = {  # of `Given`, of SOME, and of the sections that belong to one task
+    "sample": [*(f.name for f in fields(Given)), *SOME],
     "train": ["out"],
     "distill": ["out", "distill"],
-    "evaluate": ["out", "seed", "evaluate"],
-    "tune": ["out", "seed", "tune"],
+    "evaluate": ["out", "seed", "dtype", "evaluate"],
+    "tune": ["out", "seed", "dtype", "tune"],
 }
 
 
@@ -181,14 +192,14 @@ def asked(kind: str, tree: dict[str, Any]) -> tuple[str, Request]:
 def check_read(task: str, ask: Request) -> None:
     """Raises ConfigError for a setting that `task` would ignore: another task reads it.
 
-    A section counts if it was typed: a stage's YAML may hold those of all tasks.
+    A section counts if it was typed, for a stage's YAML may hold those of all tasks, and so does one of SOME.
     """
     typed = {re.split(r"[.=]", word.lstrip("+"))[0] for word in shlex.split(ask.command)}
     said = [f.name for f in fields(Given) if getattr(ask.run, f.name) != f.default]
-    for name in (*said, *(name for name in ask.own if name in typed)):
+    for name in (*said, *(name for name in (*ask.own, *SOME) if name in typed)):
         if name not in READS[task]:
             readers = " or ".join(other for other, names in READS.items() if name in names)
-            fix = "train.seed=N" if name == "seed" else f"remove {name}, or task={readers}"
+            fix = INSTEAD.get((task, name), f"remove {name}, or task={readers}")
             raise ConfigError(f"task={task} does not read {name}", fix=fix)
 
 

@@ -554,6 +554,11 @@ def test_what_a_killed_run_left_is_swept(cascade: Any) -> None:
         (["stage=mini_base", "prompt=x", "out=video.gif", "fps=60"], "gif cannot show 60"),
         (["stage=mini_base", "prompt=x", "samples=2", f"out={__file__}"], "2 clips"),
         (["stage=mini_base", "task=train", "seed=5"], "task=train does not read seed. Fix: train.seed="),
+        (["stage=mini_base", "task=train", "dtype=bfloat16"], "does not read dtype. Fix: train.precision=bf16"),
+        (["stage=mini_base", "task=distill", "micro_batch=2"], "micro_batch. Fix: train.micro_batch=N"),
+        (["stage=mini_base", "task=evaluate", "micro_batch=2"], "micro_batch. Fix: evaluate.batch=N"),
+        (["stage=mini_base", "task=evaluate", "memory=1GB"], "memory. Fix: remove memory, or task=sample"),
+        (["stage=mini_base", "task=tune", "memory=1GB"], "task=tune does not read memory"),
         (["stage=mini_base", "task=distill", "prompt=x"], "task=distill does not read prompt. Fix: .*task=sample"),
         (
             ["stage=mini_base", "prompt=x", "distill.steps=[2]"],
