@@ -60,8 +60,8 @@ class Request:
         """`out`, or a directory named by the hash of all settings."""
         if self.run.out is not None:
             return self.run.out
-        settings = [plain(part) for part in (self.cfg, self.run, self.text, self.data)]
-        return Path("runs") / f"{task}-{self.cfg.name}-{fingerprint([settings, self.own])[:12]}"
+        settings = [plain(part) for part in (self.cfg, self.run, self.text, self.data, self.on)]
+        return Path("runs") / f"{task}-{self.cfg.name}-{fingerprint([settings, self.own, self.memory])[:12]}"
 
 
 def request(kind: str, tree: dict[str, Any]) -> Request:

@@ -7,6 +7,7 @@ before the settings are known to be right.
 from __future__ import annotations
 
 import copy
+import errno
 import io
 import itertools
 import logging
@@ -286,7 +287,9 @@ def verdict(error: BaseException, debug: bool, name: str) -> int:
     if isinstance(error, MemoryError):
         error = MemoryLimitError(f"out of memory {error}".strip(), "micro_batch=1, or smaller shapes")
     elif isinstance(error, OSError) and error.errno is not None:
-        error = HostError(f"{error.filename or name}: {error.strerror}", "free the disk or choose another out=")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        fix = "free the disk or choose another out=" if full else "another file, or the right to read or write this one"
+        error = HostError(f"{error.filename or name}: {error.strerror}", fix)
     elif isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error)):
         error = MemoryLimitError(str(error).splitlines()[0], "micro_batch=1, or smaller shapes")
     return report(error, debug) if isinstance(error, CascadeError) else 0

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from cascade import __version__, media, store
+from cascade import media, store
 from cascade.chain import Chain, Device
 from cascade.config import fingerprint, plain
 from cascade.errors import ConfigError, InputError
 from cascade.given import given
-from cascade.pipeline import Runner, finish
+from cascade.pipeline import Runner, check_outputs, finish
 from cascade.planning.memory import Memory, within
 from cascade.request import Given, Job, bars, jobs_of, take
 from cascade.text import text_source
@@ -38,7 +38,7 @@ class Generate(Given):
             raise ConfigError(why, fix="start=STAGE or mask=FILE")
 
 
-def check_places(out: Path, jobs: Sequence[Job], chain: Chain) -> None:
+def check_places(out: Path, jobs: Sequence[Job], chain: Chain, formats: Sequence[str]) -> None:
     """Raises HostError where the videos of `jobs` cannot be written, InputError where something else would be lost."""
     store.check_place(out)
     for job in (job for job in jobs if job.directory.exists()):
@@ -47,6 +47,7 @@ def check_places(out: Path, jobs: Sequence[Job], chain: Chain) -> None:
             store.check_ours(job.directory / "stages" / stage.name, "stage")
         if (kind := store.kind_of(job.directory)) is not None:
             raise InputError(f"cannot write {job.directory}: it holds {kind!r}", fix="choose another out=")
+        check_outputs(job, formats)
 
 
 def verb(tree: dict[str, Any]) -> Callable[[], None]:
@@ -64,7 +65,7 @@ def verb(tree: dict[str, Any]) -> Callable[[], None]:
     chain.runs_on(on)
     chain = within(chain, on, memory, None if first is None else first.shape)
     jobs = jobs_of(texts, run.samples, out)
-    check_places(out, jobs, chain)
+    check_places(out, jobs, chain, run.format)
 
     def work() -> None:
         with store.lock(out), bars() as progress:
@@ -73,7 +74,7 @@ def verb(tree: dict[str, Any]) -> Callable[[], None]:
                 store.sweep(job.directory / "stages")
             runner = Runner(chain, text_source(chain.text), on, run.seed, run.negative, progress)
             videos = runner.run(jobs, first)
-            meta = {"seed": run.seed, "negative_prompt": run.negative_prompt, "cascade": __version__}
+            meta = {"seed": run.seed, "negative_prompt": run.negative_prompt}
             meta["stages"] = [stage.name for stage in chain.stages]
             for job in jobs:
                 finish(job, videos[job.directory], run.format, run.fps, meta)

@@ -6,6 +6,8 @@ A picture at either end, a clip that goes on, a clip with a hole: each is a `Vid
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,10 +52,10 @@ def given(run: Given, cfg: StageConfig, rule: Rule) -> Video | None:
 
 def read_input(path: Path, size: tuple[int, int], colours: int) -> Video:
     """The user's own clip, lossless or any video file, at the height and width that a stage takes."""
-    _there(path, "input")
-    if path.suffix == CLIP:
-        return read_clip(path.read_bytes(), f"input {path}", colours).resize(*size)
-    return media.read_video(path, size=size)
+    with _reading(path, "input"):
+        if path.suffix == CLIP:
+            return read_clip(path.read_bytes(), f"input {path}", colours).resize(*size)
+        return media.read_video(path, size=size)
 
 
 def known_first(image: Tensor, cfg: StageConfig) -> Video:
@@ -103,8 +105,8 @@ def with_hole(run: Given, cfg: StageConfig) -> Video:
     assert run.input is not None and run.mask is not None
     size = cfg.shape.height, cfg.shape.width
     frames = clip(run.input, "input", cfg.fps, size)
-    _there(run.mask, "mask")
-    hole = covered(media.decode(run.mask, fps=cfg.fps).frames, *size)
+    with _reading(run.mask, "mask"):
+        hole = covered(media.decode(run.mask, fps=cfg.fps).frames, *size)
     count = frames.shape[1]
     if len(hole) not in (1, count):
         raise InputError(
@@ -119,16 +121,16 @@ def with_hole(run: Given, cfg: StageConfig) -> Video:
 
 def picture(path: Path, setting: str, size: tuple[int, int]) -> Tensor:
     """An image as one frame (3, 1, H, W) of that size."""
-    _there(path, setting)
-    return media.fit(media.read_image(path)[None], *size).transpose(0, 1)
+    with _reading(path, setting):
+        return media.fit(media.read_image(path)[None], *size).transpose(0, 1)
 
 
 def clip(path: Path, setting: str, fps: float, size: tuple[int, int]) -> Tensor:
     """A video, lossless or any video file, as frames (3, F, H, W) at that rate and size."""
-    _there(path, setting)
-    if path.suffix != CLIP:
-        return media.read_video(path, fps=fps, size=size).frames[0]
-    video = read_clip(path.read_bytes(), f"{setting} {path}", COLOURS)
+    with _reading(path, setting):
+        if path.suffix != CLIP:
+            return media.read_video(path, fps=fps, size=size).frames[0]
+        video = read_clip(path.read_bytes(), f"{setting} {path}", COLOURS)
     times: Sequence[float] = [frame / video.fps for frame in range(video.shape.frames)]
     nearest = [frame for _, frame in media.resampled(zip(times, range(len(times)), strict=True), fps)]
     return media.fit(video.frames[0][:, nearest].transpose(0, 1), *size).transpose(0, 1)
@@ -143,6 +145,14 @@ def covered(mask: Tensor, height: int, width: int) -> Tensor:
     return out[:, top : top + height, left : left + width] > 0
 
 
-def _there(path: Path, setting: str) -> None:
-    if not path.is_file():
-        raise InputError(f"{setting} {path}: {'not a' if path.exists() else 'no such'} file", fix=f"{setting}=FILE")
+@contextmanager
+def _reading(path: Path, setting: str) -> Iterator[None]:
+    """Raises InputError, which names the setting, where there is no file, or none that can be read."""
+    try:
+        if not path.is_file():
+            raise InputError(f"{setting} {path}: {'not a' if path.exists() else 'no such'} file", fix=f"{setting}=FILE")
+        yield
+    except media.Unreadable as error:
+        raise InputError(f"{setting} {path}: {error.reason}", fix=error.fix) from error
+    except OSError as error:
+        raise InputError(f"{setting} {path}: {error.strerror}", fix=f"{setting}=FILE that can be read") from error

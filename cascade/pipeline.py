@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cascade import attention, media, store
+from cascade import __version__, attention, media, store
 from cascade.chain import Chain, Device
 from cascade.config import fingerprint, plain
 from cascade.errors import CascadeError, InputError
@@ -37,6 +37,8 @@ from cascade.text import Text, TextSource, text_source
 from cascade.video import Video
 
 VIDEO = "video.safetensors"
+SHEET = "sheet.png"
+MARK = "cascade"  # the version that made it, in the manifest of a run
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of a clip
 SLACK = 0.01  # beyond [-1, 1], for what rounds
 log = logging.getLogger("cascade")
@@ -282,13 +284,24 @@ def digest(video: Video | None) -> str:
     return hashlib.sha256(video_bytes(video) + known).hexdigest()
 
 
+def check_outputs(job: Job, formats: Sequence[str]) -> None:
+    """Raises InputError where `finish` would replace what no run has made."""
+    names = [*(f"video.{suffix}" for suffix in formats), SHEET]
+    store.check_plain([job.directory / name for name in names], job.directory / store.MANIFEST, MARK)
+
+
 def finish(job: Job, video: Video, formats: Sequence[str], fps: float | None, meta: dict[str, Any]) -> None:
-    """video.mp4 (gif, webm), sheet.png and manifest.json of a job from its last stage's clip."""
+    """video.mp4 (gif, webm), sheet.png and manifest.json of a job from its last stage's clip.
+
+    The manifest is first, and names what earlier runs made too, so that a file of ours is always known as such.
+    """
     rate = fps or video.fps
     outputs = {f"video.{suffix}": media.encoded(video.frames[0], rate, f".{suffix}") for suffix in formats}
-    outputs["sheet.png"] = media.sheet(video.frames, [job.prompt])
+    outputs[SHEET] = media.sheet(video.frames, [job.prompt])
+    file = job.directory / store.MANIFEST
+    hashes = {name: key for name, key in store.named(file, MARK).items() if (job.directory / name).is_file()}
+    hashes |= {name: hashlib.sha256(data).hexdigest() for name, data in outputs.items()}
+    tree = {"prompt": job.prompt, "copy": job.copy, "fps": rate, "shape": str(video.shape), "files": hashes, **meta}
+    store.write_file(file, store.canonical(tree | {MARK: __version__}))
     for name, data in outputs.items():
         store.write_file(job.directory / name, data)
-    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in outputs.items()}
-    tree = {"prompt": job.prompt, "copy": job.copy, "fps": rate, "shape": str(video.shape), "files": hashes, **meta}
-    store.write_file(job.directory / "manifest.json", store.canonical(tree))

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -201,9 +201,11 @@ def command(task: Task, out: Path, config_dir: Path | None = None) -> list[str]:
 
 
 def record(task: Task, out: Path) -> dict[str, Any]:
-    """What a step that is done was made of, and what it made: its words, and manifests of weights by their hash."""
+    """What a step that is done was made of, and what it made: its words, and manifests by their hash."""
     parts = {f"@{name}{part}" for word in task.words for name, part in REFERENCE.findall(word)} | {f"@{task.name}"}
     manifests = {part: Path(resolve(part, out)) / store.MANIFEST for part in sorted(parts)}
+    if task.step.task in JUDGING:
+        manifests |= {path.relative_to(out).as_posix(): path for path in (out / task.name).glob(f"*{store.MANIFEST}")}
     hashes = {
         part: fingerprint(path.read_text("utf-8", "replace")) for part, path in manifests.items() if path.is_file()
     }
@@ -216,7 +218,7 @@ def is_done(task: Task, out: Path) -> bool:
     Raises InputError for a mark that is damaged.
     """
     mark, made = out / f"{task.name}.done", out / task.name
-    if not mark.is_file() or store.from_json(mark.read_bytes(), mark) != record(task, out):
+    if not mark.is_file() or store.from_json(mark.read_bytes(), mark) != record(task, out) or not made.is_dir():
         return False
     return not any(store.problems(path) for path in (*made.glob("weights"), *made.glob("*/weights")))
 
@@ -328,10 +330,11 @@ def verb(tree: dict[str, Any]) -> Callable[[], None]:
     recipe = parse(tree, Recipe)
     profile = recipe.profile if recipe.profile != "auto" else ("gpu" if torch.cuda.is_available() else "cpu")
     tasks, out = tasks_of(recipe, profile), recipe.out
+    known = tasks_of(replace(recipe, only=None), profile)
     for part, reference in recipe.ships.items():
         for name, _ in REFERENCE.findall(reference):
-            if name not in recipe.steps:
-                raise ConfigError(f"recipe: {part} ships {reference}, which is no step", fix=f"a step {name}")
+            if name not in known:
+                raise ConfigError(f"recipe: {part} ships {reference}, which is no step", fix=suggest(name, known, "@"))
 
     def work() -> None:
         with store.lock(out):

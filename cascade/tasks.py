@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from cascade.given import given
 from cascade.loading import check_trained, known, launched, load_stage, save_stage
 from cascade.pipeline import Runner, digest, video_bytes
 from cascade.planning.memory import Memory, within
-from cascade.request import Given, bars, jobs_of
+from cascade.request import Given, Job, bars, jobs_of
 from cascade.settings import Rule, StageConfig, TrainConfig
 from cascade.stage import Stage
 from cascade.text import named, text_source
@@ -43,6 +43,8 @@ def sample(ask: Request) -> None:
         raise ConfigError(f"out={out}: is not the name of a video file", fix=f"out=NAME{LOSSLESS}, .mp4, .webm or .gif")
     if len(jobs) > 1 and out.is_file():
         raise ConfigError(f"out={out}: is a file, but {len(jobs)} clips are asked for", fix="out=DIR")
+    for job in jobs:
+        store.check_file(job.directory.with_suffix(suffix))
     first = given(ask.run, ask.cfg, ask.rule)
     size = None if first is None else first.shape
     chain = Chain([ask.cfg], [ask.rule], ask.text)
@@ -51,19 +53,31 @@ def sample(ask: Request) -> None:
         media.check_rate(suffix, chain.fps(first))
     chain.runs_on(ask.on)
     chain = within(chain, ask.on, Memory(memory=ask.memory, command=ask.command), size)
-    told, weights = known(chain.stages[0])
-    stage = launched(load_stage(chain.stages[0], ask.rule, torch.device("cpu"))[0], ask.on)
-    with bars() as progress:
-        runner = Runner(chain, text_source(ask.text), ask.on, ask.run.seed, ask.run.negative)
-        for number, job in enumerate(jobs):
+    make(Runner(chain, text_source(ask.text), ask.on, ask.run.seed, ask.run.negative), jobs, first, suffix)
+    print(out)
 
-            def tick(step: int, done: int = number * stage.cfg.sampler.steps) -> None:
-                progress(stage.cfg.name, done + step, len(jobs) * stage.cfg.sampler.steps)
+
+def make(runner: Runner, jobs: Sequence[Job], first: Video | None, suffix: str) -> None:
+    """The clips of `jobs` as files, but for those that are there, whole and of the same key."""
+    (cfg,), (rule,) = runner.chain.stages, runner.chain.rules
+    told, weights = known(cfg)
+    todo = []
+    for job in jobs:
+        path, key = job.directory.with_suffix(suffix), runner.key(told, weights, job, digest(first))
+        if not path.is_file() or store.problems(path, "stage") or store.manifest(path)["meta"].get("key") != key:
+            todo.append((job, path, key))
+    if not todo:
+        return
+    stage = launched(load_stage(cfg, rule, torch.device("cpu"))[0], runner.on)
+    steps = cfg.sampler.steps
+    with bars() as progress:
+        for number, (job, path, key) in enumerate(todo):
+
+            def tick(step: int, done: int = number * steps) -> None:
+                progress(cfg.name, done + step, len(todo) * steps)
 
             (video,) = runner.sample(stage, [job], [first], tick)
-            key = runner.key(told, weights, job, digest(first))
-            write(job.directory.with_suffix(suffix), video, {"key": key, "prompt": job.prompt})
-    print(out)
+            write(path, video, {"key": key, "prompt": job.prompt})
 
 
 def write(path: Path, video: Video, meta: dict[str, Any]) -> None:
@@ -129,12 +143,23 @@ def tune(ask: Request) -> None:
 
 
 TASKS = {"sample": sample, "train": train, "distill": distill, "evaluate": evaluate, "tune": tune}
-READS = {  # of `Given` and of the sections that belong to one task
-    "sample": [f.name for f in fields(Given)],
+SOME = ("dtype", "micro_batch", "memory")  # of Device and Memory what not every task reads
+INSTEAD = {  # of what a task does not read
+    ("train", "seed"): "train.seed=N",
+    ("distill", "seed"): "train.seed=N",
+    ("train", "dtype"): "train.precision=bf16",
+    ("distill", "dtype"): "train.precision=bf16",
+    ("train", "micro_batch"): "train.micro_batch=N",
+    ("distill", "micro_batch"): "train.micro_batch=N",
+    ("evaluate", "micro_batch"): "evaluate.batch=N",
+    ("tune", "micro_batch"): "tune.batch=N",
+}
+READS = {  # of `Given`, of SOME, and of the sections that belong to one task
+    "sample": [*(f.name for f in fields(Given)), *SOME],
     "train": ["out"],
     "distill": ["out", "distill"],
-    "evaluate": ["out", "seed", "evaluate"],
-    "tune": ["out", "seed", "tune"],
+    "evaluate": ["out", "seed", "dtype", "evaluate"],
+    "tune": ["out", "seed", "dtype", "tune"],
 }
 
 
@@ -167,14 +192,14 @@ def asked(kind: str, tree: dict[str, Any]) -> tuple[str, Request]:
 def check_read(task: str, ask: Request) -> None:
     """Raises ConfigError for a setting that `task` would ignore: another task reads it.
 
-    A section counts if it was typed: a stage's YAML may hold those of all tasks.
+    A section counts if it was typed, for a stage's YAML may hold those of all tasks, and so does one of SOME.
     """
     typed = {re.split(r"[.=]", word.lstrip("+"))[0] for word in shlex.split(ask.command)}
     said = [f.name for f in fields(Given) if getattr(ask.run, f.name) != f.default]
-    for name in (*said, *(name for name in ask.own if name in typed)):
+    for name in (*said, *(name for name in (*ask.own, *SOME) if name in typed)):
         if name not in READS[task]:
             readers = " or ".join(other for other, names in READS.items() if name in names)
-            fix = "train.seed=N" if name == "seed" else f"remove {name}, or task={readers}"
+            fix = INSTEAD.get((task, name), f"remove {name}, or task={readers}")
             raise ConfigError(f"task={task} does not read {name}", fix=fix)
 
 

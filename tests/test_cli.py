@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -277,6 +279,14 @@ def test_every_stage_trains_distils_evaluates_and_samples_alone(stage: Any, name
     assert Path("out.mp4").stat().st_size > 0 and Path("out.manifest.json").is_file()
 
 
+@pytest.mark.parametrize("word", ["device=cpu", "dtype=bfloat16", "attention=reference", "memory=1GB"])
+def test_a_task_is_named_by_where_and_how_precisely_it_runs(mini: Path, word: str) -> None:
+    words = ["stage=mini_base", "prompt=x"]
+    trees = [cli.settings("stage", [*words, *more, "--config-dir", str(mini)])[0] for more in ([], [word])]
+    names = {ask.out(name) for name, ask in (tasks.asked("base", tree) for tree in trees)}
+    assert len(names) == 2
+
+
 def test_a_command_is_told_as_it_was_typed_without_its_out() -> None:
     words = ["n=2", "out=x/y", "metrics=[fvd]", "label.gap=with"]
     (tree,) = cli.settings("evaluate", words, "cascade evaluate")
@@ -431,6 +441,76 @@ def test_what_lies_in_out_is_kept_and_named_before_anything_is_made(
     assert tree_bytes(Path()) == before
 
 
+@pytest.mark.parametrize("name", ["video.mp4", "sheet.png", "manifest.json", "video.gif"])
+def test_a_file_that_is_not_ours_is_never_replaced(
+    cascade: Any, stage: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["prompt=x", "out=own", *(["format=[gif]"] if name.endswith("gif") else [])]
+    Path("own").mkdir()
+    Path("own", name).write_text('{"name": "my app", "files": {"video.mp4": 1}}')
+    for clip in ("clip.mp4", "clip.safetensors"):
+        Path(clip).write_text("years of work")
+    before = tree_bytes(Path())
+    monkeypatch.setattr(Stage, "sample", lambda *_, **__: pytest.fail("made for nothing"))
+    with pytest.raises(InputError, match=f"own/{name}: it exists and Cascade did not make it"):
+        cascade("generate", *words)
+    for clip in ("clip.mp4", "clip.safetensors"):
+        with pytest.raises(InputError, match=f"{clip}: it exists"):
+            stage("base", "prompt=x", f"out={clip}")
+    assert tree_bytes(Path()) == before
+
+
+def test_a_stage_alone_goes_on_where_it_stopped(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    load, sample, made = tasks.load_stage, Stage.sample, []
+    monkeypatch.setattr(Stage, "sample", lambda *args, **more: made.append("clip") or sample(*args, **more))
+    monkeypatch.setattr(tasks, "load_stage", lambda *args: made.append("load") or load(*args))
+    words = ["prompt=x", "samples=3", "out=clips"]
+
+    def run(*more: str) -> list[str]:
+        made.clear()
+        stage("base", *words, *more)
+        return list(made)
+
+    assert run() == ["load", "clip", "clip", "clip"] and run() == []
+    before = tree_bytes(Path("clips"))
+    Path("clips/0001.safetensors").write_bytes(b"damaged")
+    Path("clips/0002.manifest.json").unlink()
+    Path("clips/0002.safetensors").unlink()
+    assert run() == ["load", "clip", "clip"] and tree_bytes(Path("clips")) == before
+    assert run("seed=1") == ["load", "clip", "clip", "clip"] and tree_bytes(Path("clips")) != before
+    words[1:] = ["out=clip.mp4"]
+    assert run() == ["load", "clip"] and run() == []
+
+
+def test_what_earlier_runs_made_is_replaced_also_after_a_kill(
+    cascade: Any, stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for prompt, suffix in (("x", "mp4"), ("x", "gif"), ("y", "mp4")):
+        cascade("generate", f"prompt={prompt}", f"format=[{suffix}]", "out=run")
+    assert {"video.mp4", "video.gif"} < json.loads(Path("run/manifest.json").read_text())["files"].keys()
+    for prompt in "xy":
+        stage("base", f"prompt={prompt}", "out=clip.mp4")
+    with pytest.raises(InputError, match=r"clip\.manifest\.json there is of another file"):
+        stage("base", "prompt=x", "out=clip.safetensors")
+    write = store.write_file
+    for stop in (0, 1, 2):  # of the files that a run, or a stage alone, writes in the end
+
+        def killed(path: Path, data: bytes, *, left: list[int]) -> Path:
+            if not left:
+                raise KeyboardInterrupt
+            left.pop()
+            return write(path, data)
+
+        for module, make in (
+            (store, lambda out: cascade("generate", "prompt=x", f"out={out}")),
+            (store.writing, lambda out: stage("base", "prompt=x", f"out={out}.mp4")),
+        ):
+            with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+                patch.setattr(module, "write_file", partial(killed, left=[0] * stop))
+                make(f"new{stop}")
+            make(f"new{stop}")
+
+
 def test_a_task_finds_out_first_that_it_may_not_write(stage: Any, mini: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("file").write_text("in the way")
     for folder in ("trained/weights", "student/02/weights"):
@@ -474,6 +554,11 @@ def test_what_a_killed_run_left_is_swept(cascade: Any) -> None:
         (["stage=mini_base", "prompt=x", "out=video.gif", "fps=60"], "gif cannot show 60"),
         (["stage=mini_base", "prompt=x", "samples=2", f"out={__file__}"], "2 clips"),
         (["stage=mini_base", "task=train", "seed=5"], "task=train does not read seed. Fix: train.seed="),
+        (["stage=mini_base", "task=train", "dtype=bfloat16"], "does not read dtype. Fix: train.precision=bf16"),
+        (["stage=mini_base", "task=distill", "micro_batch=2"], "micro_batch. Fix: train.micro_batch=N"),
+        (["stage=mini_base", "task=evaluate", "micro_batch=2"], "micro_batch. Fix: evaluate.batch=N"),
+        (["stage=mini_base", "task=evaluate", "memory=1GB"], "memory. Fix: remove memory, or task=sample"),
+        (["stage=mini_base", "task=tune", "memory=1GB"], "task=tune does not read memory"),
         (["stage=mini_base", "task=distill", "prompt=x"], "task=distill does not read prompt. Fix: .*task=sample"),
         (
             ["stage=mini_base", "prompt=x", "distill.steps=[2]"],

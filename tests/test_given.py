@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -133,6 +136,31 @@ def test_what_cannot_be_given_is_refused(
     with pytest.raises(CascadeError) as error:
         asked(stage_config("base", windows=EXTEND), **words)
     assert error.value.code == code and named in error.value.message and error.value.fix, error.value
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("setting", ["image", "last", "extend", "input", "mask"])
+def test_a_file_that_cannot_be_read_is_named_with_its_setting(
+    here: Path, setting: str, number: int, stage_config: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Permissions do not say so for root, hence a failing call."""
+    Path("lost.safetensors").write_bytes(b"x")
+    files = ["lost.safetensors"] if setting in ("extend", "input") else []
+    Path("lost.mp4").write_bytes(b"x")
+    real = io.open
+
+    def failing(file: Any, *words: Any, **more: Any) -> Any:
+        if "lost" in str(file):
+            raise OSError(number, os.strerror(number), str(file))
+        return real(file, *words, **more)
+
+    monkeypatch.setattr(io, "open", failing)
+    for file in (*files, "lost.mp4"):
+        words = {"input": "clip.mp4", "mask": "hole.png"} if setting in ("input", "mask") else {}
+        with pytest.raises(InputError) as error:
+            asked(stage_config("base", windows=EXTEND), **(words | {setting: file}))
+        assert f"{setting} {file}: " in error.value.message and os.strerror(number) in error.value.message
+        assert "disk" not in error.value.fix
 
 
 GOOD = torch.zeros(3, 4, 8, 8)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cascade import checkpoint, recipe
+from cascade import checkpoint, recipe, store
 from cascade.compose import compose
 from cascade.config import parse
 from cascade.errors import CascadeError, ConfigError, InputError
@@ -149,7 +149,8 @@ def tasks(*names: str) -> dict[str, Task]:
 
 
 def test_a_step_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script(monkeypatch, "import sys; open(sys.argv[2] + '/ran', 'a').write(sys.argv[1])")
+    script(monkeypatch, MAKES)
+    (tmp_path / "as").write_text("1")
     said: list[str] = []
     Run(tasks("a", "b"), tmp_path, 1, said.append)()
     Run(tasks("a", "b", "c"), tmp_path, 1, said.append)()
@@ -157,6 +158,7 @@ def test_a_step_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_other_words_are_another_step(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
     (tmp_path / "a.done").write_text(json.dumps({"words": ["x=1"], "weights": {}}))
     assert is_done(Task("a", Step(stage="x"), ("x=1",), 0.0), tmp_path)
     assert not is_done(Task("a", Step(stage="x"), ("x=2",), 0.0), tmp_path)
@@ -192,6 +194,32 @@ def test_a_step_is_done_again_when_what_it_was_made_of_changed(tmp_path: Path, m
         (tmp_path / "a/weights" / name).write_bytes(data)
         Run(mine, tmp_path, 1, lambda _: None)()
         assert (tmp_path / "ran").read_text() == "ab"
+
+
+JUDGES = """
+import sys
+from pathlib import Path
+from cascade import store
+out = Path(sys.argv[2])
+store.commit_into(out / sys.argv[1], {"report.json": b"{}"}, kind="report", meta={"ran": (out / "ran").exists()})
+open(out / "ran", "a").write(sys.argv[1])
+"""
+
+
+def test_a_judged_step_is_done_while_what_it_said_is_there_and_unchanged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(monkeypatch, JUDGES)
+    mine = {"a": Task("a", Step(stage="x", task="evaluate"), (), 0.0)}
+    for lost, ran in (((), "a"), ((), "a"), (("manifest.json",), "aa"), (("manifest.json", "report.json"), "aaa")):
+        for name in lost:
+            (tmp_path / "a" / name).unlink()
+        if len(lost) == 2:
+            (tmp_path / "a").rmdir()
+        Run(mine, tmp_path, 1, lambda _: None)()
+        assert (tmp_path / "ran").read_text() == ran
+    store.commit_into(tmp_path / "a", {"report.json": b"[]"}, kind="report")
+    assert not is_done(mine["a"], tmp_path)
 
 
 WAITS = """
@@ -230,6 +258,19 @@ def test_a_failure_keeps_its_code_and_what_was_done(jobs: int, tmp_path: Path, m
     else:
         assert "step b failed, see" in str(caught.value) and f"delete {tmp_path / 'b'}" in str(caught.value)
     assert sorted(path.name for path in tmp_path.glob("*.done")) == ["a.done"]
+
+
+def test_what_ships_is_one_of_the_steps_that_run(tmp_path: Path) -> None:
+    steps = {"a": {"fit": "judge", "each": [8, 4], "set": ["{}"]}, "b": {"fit": "text"}}
+
+    def tree(reference: str) -> dict[str, Any]:
+        return {"steps": steps, "ships": {"base": reference}, "out": str(tmp_path), "only": ["b"]}
+
+    for reference in ("@a-8", "@b"):
+        recipe.verb(tree(reference))
+    for reference in ("@a", "@a-2", "@c"):
+        with pytest.raises(ConfigError, match=f"base ships {reference}, which is no step"):
+            recipe.verb(tree(reference))
 
 
 def test_what_ships_is_half_as_large_and_says_the_same(tmp_path: Path) -> None:

@@ -193,6 +193,19 @@ def test_settings_that_a_page_shows_are_there(make: Make, report: Any, path: str
         report(runs="bad")
 
 
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [("results.md", "# Results\n\nof my own"), ("results.json", '{"format": 1}'), ("results.json", "years of work")],
+)
+def test_a_page_that_is_not_ours_is_kept(make: Make, report: Any, name: str, data: str) -> None:
+    make("a", 1.5)
+    Path("out").mkdir()
+    Path("out", name).write_text(data)
+    with pytest.raises(InputError, match=f"out/{name}: no report wrote it"):
+        report()
+    assert [path.read_text() for path in Path("out").iterdir()] == [data]
+
+
 def test_a_directory_without_evaluations_is_refused(report: Any, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a directory"):
         report()

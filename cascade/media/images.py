@@ -26,11 +26,17 @@ def read_image(path: Path) -> Tensor:
 
 
 def image_kind(path: Path) -> str:
-    """.png, .jpg or .webp by the first bytes of the file, else nothing. Pillow would also run scripts (eps)."""
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        head = file.read(12)
+    """.png, .jpg or .webp by the first bytes of the file, else nothing. Pillow would also run scripts (eps).
+
+    Raises Unreadable for a file that cannot be read.
+    """
+    try:
+        if not path.is_file():
+            return ""
+        with path.open("rb") as file:
+            head = file.read(12)
+    except OSError as error:
+        raise Unreadable(path, f"unreadable ({error.strerror})") from error
     if head[:4] == b"RIFF" and head[8:] == b"WEBP":
         return ".webp"
     return next((kind for magic, kind in _IMAGES.items() if head.startswith(magic)), "")

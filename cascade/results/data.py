@@ -142,6 +142,14 @@ class _Results:
     series: list[_Series]
 
 
+def is_results(data: bytes) -> bool:
+    """Whether a file is a results.json, of whatever format."""
+    try:
+        return {"format", "series"} <= store.from_json(data, Path("results.json")).keys()
+    except InputError:
+        return False
+
+
 def read_back(path: Path) -> list[Evaluation]:
     """The evaluations that a results.json is of, without their clips. InputError if it is none or of another format."""
     try:

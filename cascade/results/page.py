@@ -15,10 +15,9 @@ PLAIN: Exam = ("plain", 0.0, "all", False)  # the kind of questions that curves 
 CHAIN = "chain"
 GAP = "gap"  # the label of evaluations with and without training for the gap between a cascade's stages
 ARROWS = {"higher": "↑", "lower": "↓"}
-INTRODUCTION = """\
-# Results
-
-Written by `cascade report` from the evaluations whose commands stand at the end. Every number with all that it depends
+HEAD = "# Results\n\nWritten by `cascade report`"  # which tells a page of ours
+INTRODUCTION = f"""\
+{HEAD} from the evaluations whose commands stand at the end. Every number with all that it depends
 on is in [results.json](results.json). "±" is the standard deviation over seeds; one seed has none. "a / b" are
 compositions of attributes that training has seen, and others. Steps are the sampler's, calls the network evaluations of
 a clip (steps x guidance branches). Seconds are sampling alone, a clip, without loading. A Fréchet distance (FVD) is

@@ -6,6 +6,7 @@ they lie and in whatever order they were made.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import Any
 from cascade import store
 from cascade.config import locate, parse
 from cascade.errors import ConfigError, InputError
-from cascade.results.data import read_back, results
+from cascade.results.data import is_results, read_back, results
 from cascade.results.gates import Gate, outcome
-from cascade.results.page import Layout, asked, by_exam, page, pictures, quality_table
+from cascade.results.page import HEAD, Layout, asked, by_exam, page, pictures, quality_table
 from cascade.results.plots import Column
 from cascade.results.series import Series, collect, pool
 
@@ -46,6 +47,7 @@ def verb(tree: dict[str, Any]) -> Callable[[], None]:
         raise ConfigError("runs is missing", fix="runs=DIR, where evaluations lie, or kept=docs/results.json")
     if cards is not None and not locate(cards).is_dir():
         raise InputError(f"cards {cards}: is not a directory", fix="cards=checkpoints/tiny")
+    check_pages(out)
 
     def work() -> None:
         kept = [] if cfg.kept is None else read_back(cfg.kept)
@@ -58,6 +60,15 @@ def verb(tree: dict[str, Any]) -> Callable[[], None]:
         print(out / MARKDOWN)
 
     return work
+
+
+def check_pages(out: Path) -> None:
+    """Raises InputError where `write` would replace a results.md or results.json that no report wrote."""
+    ours: dict[str, Callable[[bytes], bool]] = {MARKDOWN: lambda data: data.startswith(HEAD.encode()), DATA: is_results}
+    for name, is_ours in ours.items():
+        path = out / name
+        if os.path.lexists(path) and not (path.is_file() and is_ours(path.read_bytes())):
+            raise InputError(f"cannot write {path}: no report wrote it", fix="choose another out= or move it away")
 
 
 def write(series: Sequence[Series], cfg: ReportConfig, out: Path) -> None:

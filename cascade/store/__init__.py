@@ -21,7 +21,19 @@ from cascade.store.reading import (
     read,
 )
 from cascade.store.tensors import bytes_to_tensors, metadata, refuse_pickle, tensors_to_bytes
-from cascade.store.writing import Fill, Pairs, check_into, check_ours, commit, commit_file, commit_into, prune
+from cascade.store.writing import (
+    Fill,
+    Pairs,
+    check_file,
+    check_into,
+    check_ours,
+    check_plain,
+    commit,
+    commit_file,
+    commit_into,
+    named,
+    prune,
+)
 
 __all__ = [
     "MANIFEST",
@@ -32,9 +44,11 @@ __all__ = [
     "Pairs",
     "bytes_to_tensors",
     "canonical",
+    "check_file",
     "check_into",
     "check_ours",
     "check_place",
+    "check_plain",
     "commit",
     "commit_file",
     "commit_into",
@@ -48,6 +62,7 @@ __all__ = [
     "manifest_path",
     "member",
     "metadata",
+    "named",
     "problems",
     "prune",
     "read",

@@ -86,14 +86,15 @@ def commit_into(
 def commit_file(path: Path, data: bytes, *, kind: str, meta: Mapping[str, Any] | None = None) -> Path:
     """The artefact of one file: `path` and beside it `<stem>.manifest.json`.
 
-    Two names cannot change at once: killed between them, an overwritten pair does not verify until it is made again.
+    Two names cannot change at once: killed between them, the pair does not verify until it is made again. The manifest
+    is first, so that what lies there is always known as ours. Whoever is told `path` by a user asks `check_file`.
     """
     beside = manifest_path(path)
     described = manifest_bytes(kind, {legal(path.name): _entry(data)}, meta or {})
     if _same(beside, described) and _same(path, data):
         return path
-    write_file(path, data)
     write_file(beside, described)
+    write_file(path, data)
     return path
 
 
@@ -192,6 +193,34 @@ def check_into(directory: Path, kind: str) -> None:
     """Raises InputError where `commit_into` would replace the manifest of anything else."""
     if os.path.lexists(directory / MANIFEST):
         _listed(directory, kind, None)
+
+
+def check_file(path: Path) -> None:
+    """Raises InputError where `commit_file` would replace a file that is not ours, or the manifest of another one."""
+    beside = path.with_suffix(f".{MANIFEST}")
+    check_plain([path], beside, "format_version")
+    if os.path.lexists(beside) and path.name not in named(beside, "format_version"):
+        raise InputError(f"cannot write {path}: {beside.name} there is of another file", fix=ELSEWHERE)
+
+
+def check_plain(paths: Iterable[Path], beside: Path, mark: str) -> None:
+    """Raises InputError for what is there of `paths` and not in the manifest `beside` them, or if that is not ours."""
+    listed = named(beside, mark)
+    foreign = [path for path in paths if os.path.lexists(path) and (path.name not in listed or path.is_dir())]
+    if os.path.lexists(beside) and not listed:
+        foreign = [beside]
+    if foreign:
+        raise InputError(f"cannot write {foreign[0]}: it exists and Cascade did not make it", fix=ELSEWHERE)
+
+
+def named(file: Path, mark: str) -> dict[str, Any]:
+    """The `files` that a manifest lists; nothing if it is damaged, or not ours, which its key `mark` says."""
+    try:
+        tree = json.loads(contents(file.parent, file.name))
+    except (InputError, ValueError, RecursionError):
+        return {}
+    files = tree.get("files") if isinstance(tree, dict) and mark in tree else None
+    return files if isinstance(files, dict) else {}
 
 
 def _listed(folder: Path, kind: str, names: Collection[str] | None) -> Collection[str] | None:
