@@ -328,3 +328,12 @@ def test_no_weights_at_all_is_said_and_random_ones_are_in_no_directory() -> None
         checkpoint.locate(None, "tsr", 4)
     with pytest.raises(ConfigError, match=r"tsr\.weights is random.*can only sample\. Fix: tsr\.weights=DIRECTORY"):
         checkpoint.locate(checkpoint.RANDOM, "tsr", 4)
+
+
+@pytest.mark.parametrize("length", [384, 640, 896, 1152, 1408])
+def test_a_header_as_long_as_a_pickle_begins_is_no_pickle(length: int) -> None:
+    """Little-endian, such a length is the byte 0x80 and a protocol's number."""
+    short = store.tensors_to_bytes({"a": torch.ones(2)}, ("note", ""))
+    data = store.tensors_to_bytes({"a": torch.ones(2)}, ("note", "x" * (length - int.from_bytes(short[:8], "little"))))
+    assert int.from_bytes(data[:8], "little") == length and data[:1] == b"\x80"
+    assert torch.equal(store.bytes_to_tensors(data)["a"], torch.ones(2))

@@ -50,7 +50,12 @@ def metadata(data: bytes) -> dict[str, str]:
 
 
 def refuse_pickle(data: bytes, where: str) -> None:
-    """Raises InputError if `data` begins as a zip (torch.save), a pickle or a tar: those formats can run code."""
+    """Raises InputError if `data` begins as a zip (torch.save), a pickle or a tar: those formats can run code.
+
+    A safetensors file begins with the length of its header, which may read as a pickle's first bytes (384, 640, ...).
+    """
+    if data[4:9] == bytes(4) + b"{":
+        return
     zipped = data[:4] in (b"PK\x03\x04", b"PK\x05\x06")
     pickled = data[:1] == b"\x80" and data[1:2] in (b"\x01", b"\x02", b"\x03", b"\x04", b"\x05")
     if zipped or pickled or data[257:262] == b"ustar":
