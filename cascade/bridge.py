@@ -61,7 +61,7 @@ class LoadedText(T5Text):
 
     def __init__(self, cfg: TextConfig, tokenizer: CascadeTokenizer, model: T5EncoderModel) -> None:
         self.cfg, self.tokenizer, self.model = cfg, tokenizer.sp_model, model
-        self.width = int(model.config.d_model)
+        self.length, self.width, self.negative = cfg.max_tokens, int(model.config.d_model), cfg.negative
         self.fingerprint = ""  # nothing is kept that it could be the name of
         self._told = set()
 

@@ -19,9 +19,7 @@ class Method(Enum):
 
     PROGRESSIVE = "progressive"  # halving, Salimans & Ho 2022
     CONSISTENCY = "consistency"  # multistep consistency distillation, Heek et al. 2024
-    REWARD = (
-        "reward"  # no fewer steps, but better ones, by a judge of what they make or by the truth, Clark et al. 2024
-    )
+    REWARD = "reward"  # no fewer steps, but better ones, by a judge of what they make or the truth, Clark et al. 2024
 
 
 @dataclass(kw_only=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from cascade import store
 from cascade.errors import ConfigError, InputError, NumericError
 from cascade.text import encoders
-from cascade.text.embedded import Text, padded
+from cascade.text.embedded import Reader
 from cascade.text.prompts import TextConfig, as_read
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("cascade")
 
 
-class CLIPText:
+class CLIPText(Reader):
     """The encoder with its byte-pair tokenizer, from a folder with config.json, weights and the tokenizer's files.
 
     Which token pads differs between the tokenizers of published models and, where padding is attended, changes every
@@ -33,12 +33,14 @@ class CLIPText:
 
     def __init__(self, cfg: TextConfig, device: str = "cpu") -> None:
         self.cfg, self.device = cfg, device
+        self.length, self.negative = cfg.max_tokens, cfg.negative
         self.folder = encoders.find_encoder(cfg.encoder)
         verified = store.read(self.folder).files if (self.folder / store.MANIFEST).is_file() else {}
         self.tokenizer = _tokenizer(self.folder)
         dtype = getattr(torch, cfg.precision.value)
         names: set[str] = set()
         self.model = encoders.built(self.folder, verified, _make, partial(_weights, names), dtype, device)
+        self.width = int(self.model.config.hidden_size)
         self.projects = "text_projection.weight" in names  # into the space of pictures; left out of `model`
         self.fingerprint = encoders.fingerprint(self.folder, verified, cfg.reading)
         places = int(self.model.config.max_position_embeddings)
@@ -49,21 +51,6 @@ class CLIPText:
                 f"text encoder {self.folder}: knows {places} positions, max_tokens is {cfg.max_tokens}",
                 fix=f"text.max_tokens={places}",
             )
-
-    @property
-    def width(self) -> int:
-        return int(self.model.config.hidden_size)
-
-    def encode(self, prompts: Sequence[str]) -> Text:
-        """Embeds `prompts` one at a time, so that a prompt does not depend on its batch; padded to `max_tokens`."""
-        return padded([self._tokens(prompt) for prompt in prompts], self.cfg.max_tokens, self.width, self.nothing)
-
-    @cached_property
-    def nothing(self) -> Text | None:
-        """What no text is to a stage; None: zeros."""
-        if self.cfg.negative is None:
-            return None
-        return padded([self._tokens(self.cfg.negative)], self.cfg.max_tokens, self.width)
 
     def ids(self, prompt: str) -> list[int]:
         """Token ids from the start mark to the end mark, without padding; warns about what is cut off."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -97,3 +99,27 @@ def padded(rows: Sequence[Tensor], length: int, width: int, nothing: Text | None
         out.mask[b, : len(row)] = True
     out.nothing = nothing
     return out
+
+
+class Reader(ABC):
+    """Embeds prompts one at a time, so that a prompt does not depend on its batch.
+
+    Texts are (B, length, width); `negative` is the prompt that is no text to a stage, None: zeros are.
+    """
+
+    length: int
+    width: int
+    negative: str | None
+
+    @abstractmethod
+    def _tokens(self, prompt: str) -> Tensor:
+        """One prompt (n, D)."""
+
+    def encode(self, prompts: Sequence[str]) -> Text:
+        """`prompts`, padded with zeros to `length`."""
+        return padded([self._tokens(prompt) for prompt in prompts], self.length, self.width, self.nothing)
+
+    @cached_property
+    def nothing(self) -> Text | None:
+        """What no text is to a stage; None: zeros."""
+        return None if self.negative is None else padded([self._tokens(self.negative)], self.length, self.width)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -13,7 +11,7 @@ from cascade import store
 from cascade.errors import ConfigError
 from cascade.text import encoders
 from cascade.text.clip import CLIPText
-from cascade.text.embedded import Text, padded
+from cascade.text.embedded import Reader
 from cascade.text.encoders import CONFIG, find_encoder, local_file
 from cascade.text.prior import RANDOM, PriorConfig
 from cascade.text.prompts import Encoder, TextConfig, TextSource, check_negative
@@ -57,28 +55,17 @@ def named(cfg: TextConfig, source: TextSource) -> list[str]:
     return [source.fingerprint, *([] if cfg.negative is None else [cfg.negative])]
 
 
-class PriorText:
+class PriorText(Reader):
     """Prompts as one token each, the embedding of a picture that a prior makes of what `encoder` reads."""
 
     def __init__(self, encoder: Encoder, cfg: PriorConfig, device: str = "cpu") -> None:
         self.cfg, self.encoder = encoder.cfg, encoder
+        self.length, self.negative = 1, encoder.cfg.negative
         self.prior = cfg.open(encoder.cfg.max_tokens, device)
+        self.width = self.prior.cfg.width
         self.fingerprint = hashlib.sha256(f"{encoder.fingerprint} {self.prior.hash}".encode()).hexdigest()
 
-    @property
-    def width(self) -> int:
-        return self.prior.cfg.width
-
-    def encode(self, prompts: Sequence[str]) -> Text:
-        """(B, 1, width), each prompt by itself."""
-        return padded([self._picture(prompt) for prompt in prompts], 1, self.width, self.nothing)
-
-    @cached_property
-    def nothing(self) -> Text | None:
-        """What no text is to a stage; None: zeros."""
-        return None if self.cfg.negative is None else padded([self._picture(self.cfg.negative)], 1, self.width)
-
-    def _picture(self, prompt: str) -> Tensor:
+    def _tokens(self, prompt: str) -> Tensor:
         read = self.encoder.encode([prompt])
         return self.prior(read.tokens, read.mask, check_negative(prompt))
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -12,13 +11,13 @@ from torch import Tensor
 
 from cascade import store
 from cascade.errors import ConfigError, InputError
-from cascade.text.embedded import Text, padded
+from cascade.text.embedded import Reader
 from cascade.text.prompts import Encoder, check_negative
 
 INDEX = "index.json"
 
 
-class EmbeddingStore:
+class EmbeddingStore(Reader):
     """A directory with one small file per prompt, written once and read by every stage without T5 in the process.
 
     `index.json` says which encoder wrote it, `<key>.safetensors` holds the real tokens (n, D) of one prompt in float32.
@@ -36,8 +35,8 @@ class EmbeddingStore:
         if {key: type(value) for key, value in index.items()} != {"encoder": str, "width": int, "max_tokens": int}:
             raise InputError(f"text store {path}: is damaged, or not ours", fix=f"another folder: {self.command}")
         self.fingerprint: str = index["encoder"]
-        self.width: int = index["width"]
-        self.max_tokens: int = index["max_tokens"]
+        self.width = int(index["width"])
+        self.length = self.max_tokens = int(index["max_tokens"])
 
     @classmethod
     def create(cls, folder: Path, encoder: Encoder) -> EmbeddingStore:
@@ -52,18 +51,6 @@ class EmbeddingStore:
         if (opened.fingerprint, opened.max_tokens) != (encoder.fingerprint, encoder.cfg.max_tokens):
             raise ConfigError(f"text store {folder}: is of another encoder or max_tokens", fix="choose another out=")
         return opened
-
-    def encode(self, prompts: Sequence[str]) -> Text:
-        """Reads `prompts`, padded with zeros to `max_tokens`; equal to what the encoder gave, bit for bit."""
-        rows = [self._read(check_negative(prompt)) for prompt in prompts]
-        return padded(rows, self.max_tokens, self.width, self.nothing)
-
-    @cached_property
-    def nothing(self) -> Text | None:
-        """What no text is to a stage; None: zeros."""
-        if self.negative is None:
-            return None
-        return padded([self._read(check_negative(self.negative))], self.max_tokens, self.width)
 
     def put(self, prompts: Iterable[str], encoder: Encoder) -> int:
         """Writes the prompts that are not there yet, each file whole or not at all; returns how many."""
@@ -82,7 +69,9 @@ class EmbeddingStore:
         key = f"{self.fingerprint}|{self.max_tokens}|{prompt}"
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.safetensors"
 
-    def _read(self, prompt: str) -> Tensor:
+    def _tokens(self, prompt: str) -> Tensor:
+        """What the encoder gave, bit for bit."""
+        prompt = check_negative(prompt)
         path = self.path(prompt)
         if not path.is_file():
             raise InputError(f"text store {self.folder}: has no embedding of {prompt!r}", fix=self.command)

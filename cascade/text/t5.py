@@ -14,7 +14,7 @@ from torch import Tensor
 from cascade import store
 from cascade.errors import InputError, NumericError
 from cascade.text import encoders
-from cascade.text.embedded import Text, padded
+from cascade.text.embedded import Reader, Text
 from cascade.text.encoders import CONFIG, TOKENIZER, find_encoder
 from cascade.text.prompts import TextConfig, as_read
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("cascade")
 
 
-class T5Text:
+class T5Text(Reader):
     """A frozen T5 encoder (Raffel et al. 2020) with its SentencePiece tokenizer.
 
     The network loads when it is first asked: it may be large, and prompts whose videos are there ask nothing. Raises
@@ -33,6 +33,7 @@ class T5Text:
 
     def __init__(self, cfg: TextConfig, device: str = "cpu") -> None:
         self.cfg, self.device = cfg, device
+        self.length, self.negative = cfg.max_tokens, cfg.negative
         self.folder = find_encoder(cfg.encoder)
         verified = store.read(self.folder).files if (self.folder / store.MANIFEST).is_file() else {}
         file = encoders.near(self.folder, TOKENIZER)
@@ -55,21 +56,6 @@ class T5Text:
                 fix="take both files from one model",
             )
         return model
-
-    def encode(self, prompts: Sequence[str]) -> Text:
-        """Embeds `prompts`, padded with zeros to `max_tokens`.
-
-        One prompt at a time and, but for `pad`, without padding: kernels sum in another order for another shape, so a
-        prompt in a padded batch would differ in its last bits from the same prompt alone.
-        """
-        return padded([self._tokens(prompt) for prompt in prompts], self.cfg.max_tokens, self.width, self.nothing)
-
-    @cached_property
-    def nothing(self) -> Text | None:
-        """What no text is to a stage; None: zeros."""
-        if self.cfg.negative is None:
-            return None
-        return padded([self._tokens(self.cfg.negative)], self.cfg.max_tokens, self.width)
 
     def pieces(self, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Piece ids (N, L) int32 of many prompts, padding where their mask (N, L) is False; nothing is warned about."""
@@ -101,6 +87,8 @@ class T5Text:
         return max(0, int(self.tokenizer.pad_id()))
 
     def _tokens(self, prompt: str) -> Tensor:
+        """But for `pad` without padding: kernels sum in another order for another shape, so a prompt in a padded batch
+        would differ in its last bits from the same prompt alone."""
         pieces = self.ids(prompt)
         real, told = len(pieces), {}
         if self.cfg.pad:
