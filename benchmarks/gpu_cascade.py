@@ -27,6 +27,7 @@ from cascade.config import parse, plugin
 from cascade.kernels import norm
 from cascade.loading import untrained
 from cascade.nets.compiled import Compile, compiled
+from cascade.nets.layers import halved
 from cascade.noise import Noise, sample_id
 from cascade.planning.count import META, Fused, Host, held, on_meta, takes
 from cascade.settings import Rule, StageConfig
@@ -179,7 +180,7 @@ class Size:
 
     frames: int
     flops: int  # of one evaluation
-    peak_bytes: int  # of `Stage.sample` on CUDA, weights in float32 under autocast, by cascade.planning.count
+    peak_bytes: int  # of `Stage.sample` on CUDA in bfloat16, by cascade.planning.count
     ms: float  # of one evaluation
 
 
@@ -227,9 +228,10 @@ def twin(stage: Stage) -> Stage:
 
 
 def ways(shipped: Stage, tokens: int, device: torch.device, launches: Sequence[str]) -> dict[str, Callable[[], Tensor]]:
-    """An evaluation by each of the ways to run it; none is tried here. Weights are in bfloat16 but for `shipped`."""
+    """An evaluation by each of the ways to run it; none is tried here. Weights of products are in bfloat16, as
+    `loading.load_stage` has them, but for those of `shipped`."""
     half = twin(shipped)
-    half.net.to(torch.bfloat16)
+    halved(half.net, torch.bfloat16)
 
     def way(stage: Stage, kernels: str = "ours", name: str | None = None) -> Callable[[], Tensor]:
         return within(evaluation(stage, tokens, device), device, kernels, name)
@@ -344,16 +346,16 @@ def squares(device: torch.device, side: int) -> Callable[[], Tensor]:
     return lambda: a @ b
 
 
-def build(cfg: StageConfig, rule: Rule, device: torch.device) -> Stage:
+def build(cfg: StageConfig, rule: Rule, device: torch.device, dtype: torch.dtype = torch.float32) -> Stage:
     """The stage with random weights, nowhere zero, drawn on the device."""
     with device:
-        return untrained(cfg, rule, device)[0]
+        return untrained(cfg, rule, device, dtype)[0]
 
 
 def sampled(stage: Stage, tokens: int, device: torch.device) -> dict[str, float]:
     """Seconds of a whole sampling run and the allocator's peak with the weights in it.
 
-    As the chain makes it: the video before and the noise come from the CPU, weights are float32 under autocast.
+    As the chain makes it: the video before and the noise come from the CPU.
     """
     cfg, size = stage.cfg, takes(stage.cfg, stage.rule)
     low = None

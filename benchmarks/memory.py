@@ -103,7 +103,7 @@ def sample(cfg: Any, rule: Any, case: Case) -> None:
     from cascade.video import Video
 
     on = Device(device=case.device, dtype=case.dtype)
-    stage, _ = untrained(cfg, rule, on.torch)
+    stage, _ = untrained(cfg, rule, on.torch, on.computes(cfg))
     text = Text(torch.randn(1, 48, cfg.net.text), torch.ones(1, 48, dtype=torch.bool))
     try:
         rule.output(None, cfg)
@@ -111,7 +111,7 @@ def sample(cfg: Any, rule: Any, case: Case) -> None:
     except ConfigError:
         takes = rule.takes(cfg)
         low = Video(torch.rand(1, 3, takes.frames, takes.height, takes.width), cfg.fps / rule.rate(cfg))
-    with torch.no_grad(), precision(on):
+    with torch.no_grad(), precision(on, cfg):
         stage.sample(low, text, None, Noise(0, cfg.name, (sample_id("a"),)))
 
 

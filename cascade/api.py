@@ -28,11 +28,10 @@ from cascade.chain import Chain, Device, chain_settings
 from cascade.config import package_root
 from cascade.errors import ConfigError
 from cascade.frames import OUTPUTS, Frames, to_frames
-from cascade.loading import Load, load_stage, told_weight
+from cascade.loading import Load, Loaded, load_stage, told_weight
 from cascade.pipeline import Runner
 from cascade.request import Job, bars
 from cascade.settings import Rule, StageConfig
-from cascade.stage import Stage
 from cascade.text import TextSource, text_source
 from cascade.video import Video
 
@@ -56,20 +55,23 @@ class Parts:
     text: Callable[[], TextSource]
     load: Load
     offload: bool = False  # stages wait on the CPU for their turn
-    _stages: dict[tuple[str, str], tuple[Stage, str]] = field(default_factory=dict)
+    _stages: dict[tuple[str, str, torch.dtype], Loaded] = field(default_factory=dict)
 
     @cached_property
     def source(self) -> TextSource:
         return self.text()
 
-    def stage(self, cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
-        """A `pipeline.Load` that reads a stage's weights once; its settings become `cfg`. Raises ConfigError."""
+    def stage(self, cfg: StageConfig, rule: Rule, device: torch.device, dtype: torch.dtype = torch.float32) -> Loaded:
+        """A `loading.Load` that reads a stage's weights once; its settings become `cfg`. Raises ConfigError."""
         weights = cfg.weights or ""
         if weights not in ("", checkpoint.RANDOM):
             weights = str(checkpoint.locate(weights, cfg.name, cfg.sampler.steps))
-        if (cfg.name, weights) not in self._stages:
-            self._stages[cfg.name, weights] = self.load(cfg, rule, device)
-        stage, digest = self._stages[cfg.name, weights]
+        key = cfg.name, weights, dtype
+        if key not in self._stages:
+            for same in [one for one in self._stages if one[:2] == key[:2]]:
+                del self._stages[same]  # a stage is in memory in one precision
+            self._stages[key] = self.load(cfg, rule, device, dtype)
+        stage, digest = self._stages[key]
         stage.cfg = told_weight(cfg, stage.cfg.w_range)
         for other, _ in self._stages.values() if self.offload else ():
             if other is not stage:
@@ -120,8 +122,8 @@ class Cascade:
     def save_pretrained(self, save_directory: str | Path) -> None:
         """Writes the chain as a folder that `from_pretrained` and diffusers load, whole or not at all."""
 
-        def here(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
-            return self.parts.stage(cfg, rule, self.device)
+        def here(cfg: StageConfig, rule: Rule, device: torch.device, dtype: torch.dtype = torch.float32) -> Loaded:
+            return self.parts.stage(cfg, rule, self.device, dtype)
 
         export.write(self.chain, Path(save_directory), here)
 

@@ -24,7 +24,7 @@ from cascade.chain import Chain, Device
 from cascade.codec import Autoencoder
 from cascade.config import parse, plugin
 from cascade.foreign import aligned
-from cascade.loading import told_weight
+from cascade.loading import Loaded, told_weight
 from cascade.settings import Rule, StageConfig
 from cascade.stage import Stage
 from cascade.text import Precision, T5Text, TextConfig, encoders
@@ -89,7 +89,7 @@ class CascadePipeline(DiffusionPipeline):  # type: ignore[misc]
         on = Device(device=str(self.device), dtype=str(self.dtype).removeprefix("torch."))
         return Cascade(Chain.build(names, trees, encoder), Parts(lambda: source, self._stage), on)
 
-    def _stage(self, cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
+    def _stage(self, cfg: StageConfig, rule: Rule, device: torch.device, dtype: torch.dtype) -> Loaded:
         cfg = told_weight(cfg, cfg.w_range)
         net = aligned(getattr(self, cfg.name).net).to(memory_format=torch.channels_last)
         stage = Stage(cfg, rule, net)

@@ -41,6 +41,11 @@ class Device:
         if not re.fullmatch("auto|cpu|cuda(:[0-9]+)?", self.device):
             raise HostError(f"device is {self.device!r}, expected cpu, cuda or cuda:N", fix="device=auto")
 
+    def computes(self, cfg: StageConfig) -> torch.dtype:
+        """What the stage's products are computed in."""
+        found: torch.dtype = getattr(torch, cfg.dtype or self.dtype)
+        return found
+
     @property
     def type(self) -> str:
         """cpu or cuda, also where there is none."""

@@ -127,7 +127,7 @@ def _files(chain: Chain, load: Load, besides: store.Pairs) -> store.Pairs:
     yield from besides
     yield f"{TOKENS}/tokenizer_config.json", store.canonical({"tokenizer_class": TOKENIZER_CLASS})
     for cfg, rule in zip(chain.stages, chain.rules, strict=True):
-        stage, _ = load(cfg, rule, torch.device("cpu"))
+        stage, _ = load(cfg, rule, torch.device("cpu"), torch.float32)
         coder = replace(cfg.codec, weights=coders.get(cfg.codec.weights or ""))
         settings = plain(replace(stage.cfg, weights=None, train=None, codec=coder))
         for name, data in checkpoint.portable(stage.net.state_dict(), settings, UNET).items():

@@ -16,12 +16,13 @@ from cascade.config import fingerprint, plain
 from cascade.diffusion import Schedule
 from cascade.errors import ConfigError
 from cascade.nets.compiled import compiled
-from cascade.nets.layers import channels_last
+from cascade.nets.layers import channels_last, halved
 from cascade.nets.unet_config import completed
 from cascade.settings import Rule, StageConfig
 from cascade.stage import Stage
 
-Load = Callable[[StageConfig, Rule, torch.device], tuple[Stage, str]]  # a stage on the device, hash of its weights
+Loaded = tuple[Stage, str]  # a stage and the hash of its weights
+Load = Callable[[StageConfig, Rule, torch.device, torch.dtype], Loaded]  # on that device, to sample in that dtype
 
 
 def known(cfg: StageConfig) -> tuple[StageConfig, list[str]]:
@@ -33,11 +34,11 @@ def known(cfg: StageConfig) -> tuple[StageConfig, list[str]]:
     return told_weight(cfg, saved.get("w_range")), [name, cfg.codec.hash()]
 
 
-def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
-    """The stage with its verified weights, ready to sample, and the weights' hash."""
+def load_stage(cfg: StageConfig, rule: Rule, device: torch.device, dtype: torch.dtype = torch.float32) -> Loaded:
+    """The stage with its verified weights, ready to sample under autocast to `dtype`, and the weights' hash."""
     cfg.codec.folder()
     if cfg.weights == checkpoint.RANDOM:
-        return untrained(cfg, rule, device)
+        return untrained(cfg, rule, device, dtype)
     directory = checkpoint.locate(cfg.weights, cfg.name, cfg.sampler.steps)
     weights = checkpoint.load(directory)
     check_trained(cfg, weights.config, f"{cfg.name} in {directory}")
@@ -45,7 +46,7 @@ def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stag
     with torch.device("meta"):
         stage = Stage(cfg, rule)
     checkpoint.apply(stage.net, weights.state, f"{cfg.name}: {directory}")
-    return _ready(stage, device), weights.hash
+    return _ready(stage, device, dtype), weights.hash
 
 
 def check_trained(cfg: StageConfig, saved: Mapping[str, Any], what: str) -> None:
@@ -88,7 +89,7 @@ def launched(stage: Stage, on: Device) -> Stage:
     return stage
 
 
-def untrained(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
+def untrained(cfg: StageConfig, rule: Rule, device: torch.device, dtype: torch.dtype = torch.float32) -> Loaded:
     """A stage whose weights are drawn at random (`weights=random`), the same ones for equal settings of its network.
 
     What starts at zero is drawn too: a branch that adds nothing would hide its faults and its cost.
@@ -100,16 +101,17 @@ def untrained(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage
         for parameter in stage.net.parameters():
             if not parameter.detach().any():
                 torch.nn.init.uniform_(parameter, -0.035, 0.035)  # standard deviation 0.02
-    return _ready(stage, device), name
+    return _ready(stage, device, dtype), name
 
 
 def _random(cfg: StageConfig) -> str:
     return f"random {fingerprint(plain(cfg.net))}"
 
 
-def _ready(stage: Stage, device: torch.device) -> Stage:
+def _ready(stage: Stage, device: torch.device, dtype: torch.dtype) -> Stage:
     stage.net.to(torch.float32).eval().requires_grad_(False)
     channels_last(stage.net)
+    halved(stage.net, dtype)  # before weights that are offloaded are noted
     return stage.to(device)
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from cascade.chain import Chain, Device
 from cascade.config import fingerprint, plain
 from cascade.errors import CascadeError, InputError
 from cascade.kernels import say_once
-from cascade.loading import Load, known, launched, load_stage
+from cascade.loading import Load, Loaded, known, launched, load_stage
 from cascade.noise import Noise
 from cascade.request import Job
 from cascade.settings import StageConfig
@@ -133,11 +133,11 @@ class Runner:
         }
         stages = list(zip(self.chain.stages, self.chain.rules, strict=True))
         place = torch.device("cpu") if self.disk else self.on.torch
-        ahead: dict[int, Future[tuple[Stage, str]]] = {}
+        ahead: dict[int, Future[Loaded]] = {}
         with ThreadPoolExecutor(1) as thread:
 
-            def load(i: int) -> Future[tuple[Stage, str]]:
-                return thread.submit(self.load, *stages[i], place)
+            def load(i: int) -> Future[Loaded]:
+                return thread.submit(self.load, *stages[i], place, self.on.computes(stages[i][0]))
 
             for i, (cfg, _) in enumerate(stages):
                 todo = self.missing(cfg, jobs, inputs)
@@ -235,7 +235,7 @@ class Runner:
         after = None if self.after is None else partial(self.after, stage.cfg.name, jobs)
         start = time.perf_counter()
         try:
-            with attention.use(self.on.attention), precision(replace(self.on, dtype=stage.cfg.dtype or self.on.dtype)):
+            with attention.use(self.on.attention), precision(self.on, stage.cfg):
                 video = stage.sample(low, text, negative, noise, tick, after=after)
         except CascadeError as error:
             raise type(error)(f"{stage.cfg.name}: {error.message}", error.fix) from error
@@ -244,12 +244,13 @@ class Runner:
 
 
 @contextmanager
-def precision(on: Device) -> Iterator[None]:
-    """Products in the dtype of `on`, by autocast."""
-    if on.dtype == "float32":
+def precision(on: Device, cfg: StageConfig) -> Iterator[None]:
+    """Products in the dtype that `on` has the stage compute in, by autocast."""
+    dtype = on.computes(cfg)
+    if dtype is torch.float32:
         yield
         return
-    with torch.autocast(on.torch.type, getattr(torch, on.dtype)):
+    with torch.autocast(on.torch.type, dtype):
         yield
 
 

@@ -68,7 +68,8 @@ def make(runner: Runner, jobs: Sequence[Job], first: Video | None, suffix: str) 
             todo.append((job, path, key))
     if not todo:
         return
-    stage = launched(load_stage(cfg, rule, torch.device("cpu"))[0], runner.on)
+    loaded, _ = load_stage(cfg, rule, torch.device("cpu"), runner.on.computes(cfg))
+    stage = launched(loaded, runner.on)
     steps = cfg.sampler.steps
     with bars() as progress:
         for number, (job, path, key) in enumerate(todo):

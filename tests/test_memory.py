@@ -18,8 +18,10 @@ from cascade.chain import Chain, Device
 from cascade.cli import command, run_main
 from cascade.config import plugin
 from cascade.errors import ConfigError, MemoryLimitError
+from cascade.loading import untrained
 from cascade.nets.unet_config import LevelSpec, Mixer
 from cascade.noise import Noise, sample_id
+from cascade.pipeline import precision
 from cascade.planning.count import Host, held
 from cascade.planning.memory import Memory, fitting, largest, short, size, within
 from cascade.sampling.sampler import Sampler
@@ -142,12 +144,13 @@ def test_whatever_is_chosen_fits(share: float, on: Device, wide: Make, net_confi
 
 
 def test_weights_move_before_digits_are_lost(wide: Make, net_config: Make) -> None:
-    """Of a stage that is mostly weights; on the CPU there is nowhere to move them to."""
+    """Of a stage that is mostly weights; on the CPU there is nowhere to move them to, and half precision is slow."""
     cfg = wide("base", net=net_config(levels=[LevelSpec(channels=128, blocks=3)], frame_position=True))
     cfg = replace(cfg, shape=Shape(frames=2, height=8, width=8), train=None)
     limit = (32 << 20) + (need(cfg) * 6) // 10
     assert fitted(cfg, limit, CUDA)[0] == replace(cfg, offload=True)
-    for on, typed in ((CUDA, "base.offload=false"), (CPU, "")):
+    assert fitted(cfg, limit, CUDA, "base.offload=false")[0] == replace(cfg, dtype="bfloat16")
+    for on, typed in ((CUDA, "base.offload=false dtype=float32"), (CPU, "")):
         with pytest.raises(MemoryLimitError):
             fitted(cfg, limit if on is CUDA else (need(cfg) * 6) // 10, on, typed)
 
@@ -244,6 +247,25 @@ def test_weights_that_visit_change_nothing_and_are_not_held(make_stage: Make, en
     assert torch.equal(*videos)
     weights = [sum(p.nbytes for p in part.parameters()) for part in (visit.net, *visit.net.up[0])]
     assert need(stay.cfg) - need(visit.cfg) == weights[0] - max(weights[1:])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_weights_in_half_precision_are_held_once(
+    dtype: str, offload: bool, make_stage: Make, encode: Make, net_config: Make
+) -> None:
+    """Equal bit for bit to casting them at every call, and half of them is what the plan counts."""
+    net = net_config(levels=[LevelSpec(channels=64, blocks=2, mixer=Mixer.BOTH, text_attention=True)])
+    cfg, rule, cpu = make_stage("ssr", net=net).cfg, plugin("ssr"), torch.device("cpu")
+    on, videos = Device(device="cpu", dtype=dtype), []
+    for kept in (torch.float32, on.computes(cfg)):
+        stage, _ = untrained(replace(cfg, offload=offload), rule, cpu, kept)  # type: ignore[arg-type]
+        low = Video(torch.linspace(-1, 1, 4 * 3 * 16).view(1, 3, 4, 4, 4), 8.0)
+        with torch.no_grad(), precision(on, cfg):
+            videos.append(stage.sample(low, encode(["a red circle"]), None, Noise(0, "ssr", (sample_id("a"),))).frames)
+    assert torch.equal(*videos)
+    params = sum(parameter.numel() for parameter in stage.net.parameters())
+    assert need(cfg) - need(replace(cfg, dtype=dtype)) > 1.9 * params
 
 
 def test_weights_stay_where_a_gradient_passes(wide: Make, net_config: Make) -> None:

@@ -12,8 +12,11 @@ import torch
 from cascade import cli, foreign, media, pipeline
 from cascade.chain import Chain, chain_settings
 from cascade.compose import compose
-from cascade.settings import Rule, StageConfig
+from cascade.cond import Cond
+from cascade.loading import untrained
+from cascade.settings import StageConfig
 from cascade.stage import Stage
+from cascade.text import Text
 
 LATENTS = {"show1": ["sr2"], "modelscope": ["base"], "zeroscope": ["base", "xl"], "lavie": ["base", "interp", "vsr"]}
 SIZES = {  # about an eighth of the height and width
@@ -88,9 +91,9 @@ def test_a_codec_is_loaded_before_the_next_stage_is_built(
     events: list[str] = []
     build, load = pipeline.load_stage, foreign.load
 
-    def built(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
+    def built(cfg: StageConfig, *args: Any) -> tuple[Stage, str]:
         events.append(cfg.name)
-        return build(cfg, rule, device)
+        return build(cfg, *args)
 
     def loaded(*where: Any) -> Any:
         events.append("codec")
@@ -101,3 +104,19 @@ def test_a_codec_is_loaded_before_the_next_stage_is_built(
     words = overrides("zeroscope", autoencoders)
     cli.command(["generate", *words, "prompt=a dog runs", f"out={tmp_path / 'out'}"])
     assert events == ["base", "codec", "xl", "codec"]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_weights_are_cast_once_to_what_autocast_makes_of_them_at_each_call(name: str, autoencoders: Path) -> None:
+    chain, half = Chain.read(chain_settings(name, overrides(name, autoencoders)[1:])), torch.bfloat16
+    for cfg, rule in zip(chain.stages, chain.rules, strict=True):
+        full, cast = (untrained(cfg, rule, torch.device("cpu"), dtype)[0].net for dtype in (torch.float32, half))
+        size = (3, *cfg.codec.inside(cfg.shape)[1:])
+        text = Text(torch.rand(1, 8, cfg.net.text), torch.ones(1, 8, dtype=torch.bool))
+        z, concat = (torch.rand(1, channels, *size) for channels in (cfg.net.channels, cfg.incoming(cfg.shape)[0]))
+        t, fps = torch.full((1,), 0.5), torch.full((1,), cfg.fps)
+        with torch.no_grad(), torch.autocast("cpu", half):
+            made = [net(z, t, Cond(concat, concat[:, :1, :, :1, :1], t, fps, text)) for net in (full, cast)]
+        assert torch.equal(*made)
+        weights, kept = (sum(parameter.nbytes for parameter in net.parameters()) for net in (full, cast))
+        assert kept < 0.6 * weights

@@ -97,15 +97,16 @@ def stage_task(ask: Request) -> None:
     names = list(cfg.metrics or ask.rule.METRICS)
     out = ask.out("evaluate")
     store.check_into(out, REPORT)
-    stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
+    dtype = ask.on.computes(ask.cfg)
+    stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch, dtype)
     config = read_weights(ask.cfg).config
     encoder = text_source(ask.text)
     work = kept(ask, out, stage.cfg, cfg, [weights, *named(ask.text, encoder), about(names)])
-    with store.lock(out), bars() as progress, attention.use(ask.on.attention), precision(ask.on):
+    with store.lock(out), bars() as progress, attention.use(ask.on.attention), precision(ask.on, ask.cfg):
         source = open_source(ask.data, ask.cfg.shape, ask.cfg.fps, out / "clips")
         report = judge_stage(
             stage, source, encoder.encode, cfg,
-            weights=weights, config=config, dtype=ask.on.dtype, work=work, progress=progress,
+            weights=weights, config=config, dtype=str(dtype).removeprefix("torch."), work=work, progress=progress,
         )  # fmt: skip
         report.command = ask.command
         write(report, out)

@@ -108,7 +108,8 @@ def stage_task(ask: Request) -> None:
         edited(read_yaml(target), ask.cfg.name, 0.0, str(target))  # refused before anything is made
     questions, out = cfg.exam(ask.run.seed, ask.rule), ask.out("tune")
     store.check_into(out, KIND)
-    stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch)
+    dtype = ask.on.computes(ask.cfg)
+    stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch, dtype)
     config, encoder = read_weights(ask.cfg).config, text_source(ask.text)
     before, keys = imitation(cfg.before, ask.cfg, ask.rule, ask.on.torch, "tune.before", ask.text, ask.config_dir)
     others = [weights, *named(ask.text, encoder), about(questions.metrics or [])]
@@ -117,7 +118,7 @@ def stage_task(ask: Request) -> None:
     def work(of: Input, variant: StageConfig) -> Path | None:
         return kept(ask, out, variant, questions, [*others, made_by if of is Input.BEFORE else []])
 
-    with store.lock(out), bars() as progress, attention.use(ask.on.attention), precision(ask.on):
+    with store.lock(out), bars() as progress, attention.use(ask.on.attention), precision(ask.on, ask.cfg):
         source = open_source(ask.data, ask.cfg.shape, ask.cfg.fps, out / "clips")
         comes = None
         if before is not None:
@@ -127,7 +128,7 @@ def stage_task(ask: Request) -> None:
         choice = choose(found.compared, cfg.by.better, cfg.within)
         told = {stage.cfg.name: described(stage.cfg, weights, config)}
         tree: dict[str, Any] = {
-            "subject": subject("stage", told, questions, stage.device, ask.on.dtype),
+            "subject": subject("stage", told, questions, stage.device, str(dtype).removeprefix("torch.")),
             "settings": {name: value for name, value in plain(cfg).items() if name != "write"},
             "seed": ask.run.seed,
             "before": keys,

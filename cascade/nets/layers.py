@@ -56,6 +56,21 @@ def channels_last(net: nn.Module) -> None:
             parameter.data = parameter.data.contiguous(memory_format=formats[parameter.ndim])
 
 
+def halved(net: nn.Module, dtype: torch.dtype) -> None:
+    """Casts the weights of linear maps and convolutions to what autocast casts them to at each call.
+
+    Under autocast to that dtype every result stays equal bit for bit. What autocast leaves alone keeps its digits.
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d | nn.Conv3d):
+            module.to(dtype)
+
+
+def unhalved(weight: Tensor) -> torch.dtype:
+    """The dtype of a network whose layer has that weight, `halved` or not."""
+    return torch.promote_types(weight.dtype, torch.float32)
+
+
 def sinusoid(position: Tensor, width: int, longest: float, closed: bool = True) -> Tensor:
     """(N,) -> (N, width): cosines and sines with wavelengths 2 pi to 2 pi `longest` (Vaswani et al. 2017).
 

@@ -28,6 +28,7 @@ from cascade.nets.layers import (
     TemporalConv,
     TextAttention,
     sinusoid,
+    unhalved,
     zero,
 )
 from cascade.nets.unet_config import LevelSpec, Mixer, UNetConfig
@@ -211,7 +212,7 @@ class Embedding(nn.Module):
         def waves(value: Tensor) -> Tensor:
             return sinusoid(value.float(), e, 1e4)
 
-        dtype = self.time.weight.dtype
+        dtype = unhalved(self.time.weight)
         out = self.time(waves(1000 * t).to(dtype)) + self.level(waves(1000 * cond.level).to(dtype))
         out = out + self.fps(waves(10 * cond.fps).to(dtype))
         if self.text is not None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from cascade.attention import attend
 from cascade.cond import Cond
 from cascade.errors import ConfigError
-from cascade.nets.layers import Norm, channels_last, sinusoid
+from cascade.nets.layers import Norm, channels_last, sinusoid, unhalved
 from cascade.nets.unet import recomputed
 from cascade.nets.unet3d_around import FramesThenSpace, Shift
 from cascade.nets.unet3d_attention import AddedKV, Rotary, SpatialTransformer, TemporalTransformer
@@ -85,7 +85,7 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, timestep: Tensor) -> Tensor:
         """(B,) -> (B, E)."""
-        waves = sinusoid(timestep, self.waves, 1e4, closed=False).to(self.linear_1.weight.dtype)
+        waves = sinusoid(timestep, self.waves, 1e4, closed=False).to(unhalved(self.linear_1.weight))
         out: Tensor = self.linear_2(self.activation(self.linear_1(waves)))
         return out
 
@@ -194,7 +194,7 @@ class UNet3D(nn.Module):
         All N tokens are attended, padding too: none of these networks was trained with a mask.
         """
         batch, _, frames = x.shape[:3]
-        told = self._told(batch, frames, timestep, text.to(self.conv_in.weight.dtype), level)
+        told = self._told(batch, frames, timestep, text.to(unhalved(self.conv_in.weight)), level)
         h = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
         h = self.conv_in(h)
         if self.transformer_in is not None:

@@ -28,6 +28,7 @@ from cascade.codec import COLOURS, Codec
 from cascade.cond import Cond
 from cascade.errors import ConfigError, InputError
 from cascade.kernels import norm
+from cascade.nets.layers import halved
 from cascade.settings import Rule, StageConfig
 from cascade.stage import Stage
 from cascade.text import Text, TextConfig
@@ -87,6 +88,8 @@ def held(cfg: StageConfig, rule: Rule, tokens: int, host: Host, low: Shape | Non
     fewer = min(cfg.sampler.steps, STEPS)
     stage = on_meta(replace(cfg, sampler=replace(cfg.sampler, steps=fewer)), rule, told(cfg))
     stage.coder = Shapes(cfg.codec)
+    dtype = getattr(torch, cfg.dtype or host.dtype)
+    halved(stage.net, dtype)
     count = Count()
     if not cfg.offload:
         for parameter in stage.net.parameters():
@@ -94,7 +97,6 @@ def held(cfg: StageConfig, rule: Rule, tokens: int, host: Host, low: Shape | Non
     if not cfg.sampler.reconstruction:  # whose gradient passes through the network
         stage.call = Once(stage.net, count)
 
-    dtype = getattr(torch, cfg.dtype or host.dtype)
     with torch.no_grad(), norm.assumed(dtype if host.device == "cuda" else None), count, Fused(dtype):
         text = _text(host.clips, tokens, cfg.net.text)
         stage.sample(_incoming(cfg, rule, host.clips, low), text, None, Sizes())
@@ -222,7 +224,7 @@ class Fused(TorchFunctionMode):
     norm, no products, which the meta device would take apart: half of the time of a plan.
 
     Fused kernels never hold all scores at once. `dtype` is autocast's, which meta tensors do not know:
-    products and convolutions get operands of it, for as long as they last (only in training it keeps those of weights).
+    products and convolutions get operands of it, for as long as they last.
     """
 
     CAST = (F.linear, F.conv2d, F.scaled_dot_product_attention)
