@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,6 +43,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of a c
 SLACK = 0.01  # beyond [-1, 1], for what rounds
 log = logging.getLogger("cascade")
 Progress = Callable[[str, int, int], None]  # stage name, steps done, steps in all
+Clip = Video | Path | None  # in memory, or the artefact that holds it
 
 
 def stage_key(
@@ -99,6 +100,23 @@ def read_clip(data: bytes, where: str, colours: int | None = None) -> Video:
     return Video(frames[None], fps)
 
 
+class Clips(Mapping[Path, Video]):
+    """Clips by the directories of their jobs; one that is an artefact is read each time it is asked for."""
+
+    def __init__(self, clips: Mapping[Path, Clip]) -> None:
+        self._clips = {path: clip for path, clip in clips.items() if clip is not None}
+
+    def __getitem__(self, path: Path) -> Video:
+        clip = self._clips[path]
+        return stage_clip(clip) if isinstance(clip, Path) else clip
+
+    def __iter__(self) -> Iterator[Path]:
+        return iter(self._clips)
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+
 @dataclass
 class Runner:
     """Makes the videos of many jobs, stage by stage, each stage loaded once.
@@ -121,14 +139,15 @@ class Runner:
     _sources: dict[str, TextSource] = field(default_factory=dict)  # encoders that only some stages read
     _texts: dict[tuple[str, str | None, str], Text] = field(default_factory=dict)
 
-    def run(self, jobs: Sequence[Job], given: Video | Sequence[Video | None] | None) -> dict[Path, Video]:
+    def run(self, jobs: Sequence[Job], given: Video | Sequence[Video | None] | None) -> Clips:
         """Every stage of every job, as artefacts under job.directory/stages; returns the last stage's videos.
 
         `given` is what the first stage gets: the same clip for all jobs, or one for each. With `disk` the next stage's
-        weights load while one runs; without, whoever gives `load` keeps them.
+        weights load while one runs, and of many jobs only the clips that are worked on are in memory; without, whoever
+        gives `load` keeps the weights.
         """
         clips = given if isinstance(given, Sequence) else [given] * len(jobs)
-        inputs: dict[Path, tuple[Video | None, str]] = {
+        inputs: dict[Path, tuple[Clip, str]] = {
             job.directory: (clip, digest(clip)) for job, clip in zip(jobs, clips, strict=True)
         }
         stages = list(zip(self.chain.stages, self.chain.rules, strict=True))
@@ -152,10 +171,10 @@ class Runner:
                     ahead[i + 1] = load(i + 1)
                 self.make(stage, todo, inputs, preview=i == 0)
                 del stage, loading
-        return {path: video for path, (video, _) in inputs.items() if video is not None}
+        return Clips({path: clip for path, (clip, _) in inputs.items()})
 
     def missing(
-        self, cfg: StageConfig, jobs: Sequence[Job], inputs: dict[Path, tuple[Video | None, str]]
+        self, cfg: StageConfig, jobs: Sequence[Job], inputs: dict[Path, tuple[Clip, str]]
     ) -> list[tuple[Job, str]]:
         """The jobs whose clip of this stage has to be made, with its key; what is there replaces its input."""
         if not self.disk:
@@ -175,7 +194,7 @@ class Runner:
         self,
         stage: Stage,
         todo: Sequence[tuple[Job, str]],
-        inputs: dict[Path, tuple[Video | None, str]],
+        inputs: dict[Path, tuple[Clip, str]],
         preview: bool,
     ) -> None:
         """The stage's clips of `todo` from their inputs, which they replace."""
@@ -188,11 +207,12 @@ class Runner:
             def tick(step: int, base: int = part * steps, size: int = len(group)) -> None:
                 show(name, base + step * size, total)
 
-            lows = [inputs[job.directory][0] for job, _ in group]
-            videos = self.sample(stage, [job for job, _ in group], lows, tick)
+            lows = Clips({job.directory: inputs[job.directory][0] for job, _ in group})
+            videos = self.sample(stage, [job for job, _ in group], [lows.get(job.directory) for job, _ in group], tick)
             for (job, key), video in zip(group, videos, strict=True):
                 folder = job.directory / "stages" / name
-                inputs[job.directory] = video, commit_stage(folder, video, key, preview) if self.disk else ""
+                done = (folder, commit_stage(folder, video, key, preview)) if self.disk else (video, "")
+                inputs[job.directory] = done
 
     def key(self, cfg: StageConfig, weights: Sequence[str], job: Job, source: str) -> str:
         text, negative = self.source_of(cfg).fingerprint, self.negative
@@ -254,15 +274,20 @@ def precision(on: Device, cfg: StageConfig) -> Iterator[None]:
         yield
 
 
-def finished(folder: Path, key: str) -> tuple[Video, str] | None:
-    """The clip in `folder` and its hash, if it is the one of `key` and whole."""
+def stage_clip(folder: Path) -> Video:
+    """The clip of a stage's artefact. InputError if it is damaged."""
+    return read_clip(store.member(folder, VIDEO, "stage"), str(folder / VIDEO))
+
+
+def finished(folder: Path, key: str) -> tuple[Path, str] | None:
+    """`folder` and the hash of its clip, if it is the one of `key` and whole."""
     try:
         if not folder.is_dir() or store.manifest(folder, "stage")["meta"].get("key") != key:
             return None
         data = store.read(folder, "stage").files[VIDEO]
     except InputError:
         return None
-    return read_clip(data, str(folder / VIDEO)), hashlib.sha256(data).hexdigest()
+    return folder, hashlib.sha256(data).hexdigest()
 
 
 def commit_stage(folder: Path, video: Video, key: str, preview: bool) -> str:

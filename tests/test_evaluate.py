@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import weakref
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from cascade.evaluation.marks import picture, table, write
 from cascade.metrics import lpips
 from cascade.noise import Noise
 from cascade.pipeline import Runner
-from cascade.request import Given, Job
+from cascade.request import Given, Job, jobs_of
 from cascade.sampling.sampler import Sampler
 from cascade.stage import Stage
 from cascade.text import Text, TextConfig, text_source
@@ -405,6 +406,27 @@ def test_a_chain_is_judged_stage_by_stage_and_makes_nothing_twice(
     again = judge_chain(runner, WORLD, EvaluateConfig(n=4, batch=3), out)
     assert store.canonical(again.tree()) == store.canonical(report.tree())
     judge_chain(runner, WORLD, EvaluateConfig(n=2, batch=3), out)
+
+
+def test_of_many_clips_those_that_are_worked_on_are_in_memory(
+    runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    alive, plain_sample = [], Runner.sample
+
+    def sample(self: Runner, *args: Any) -> list[Video]:
+        alive.append(sum(frames() is not None for frames in made))
+        videos = plain_sample(self, *args)
+        made.extend(weakref.ref(video.frames) for video in videos)
+        return videos
+
+    monkeypatch.setattr(Runner, "sample", sample)
+    jobs = jobs_of(["a red circle"], 5, tmp_path / "out")
+    found = runner.run(jobs, None)
+    assert len(alive) == 10 and max(alive) <= 1
+    held = replace(runner, disk=False).run(jobs, None)
+    assert [*found] == [*held] == [job.directory for job in jobs]
+    assert all(torch.equal(found[path].frames, held[path].frames) and found[path].fps == 8 for path in found)
 
 
 @pytest.mark.parametrize("metrics", [[], ["known"]])

@@ -72,6 +72,17 @@ def test_ssim_is_one_for_equal_clips_and_falls_with_noise() -> None:
     assert one == pytest.approx(1, abs=1e-5) and 1 > high > low > -1
 
 
+def test_ssim_of_plain_pictures_is_the_papers_of_pixels_from_0_on() -> None:
+    """Wang et al. 2004, eq. 13, with L = 1: without deviations only the means are left."""
+    black, gray = torch.full((1, 3, 2, 16, 16), -1.0), torch.zeros(1, 3, 2, 16, 16)
+    c = 0.01**2
+    for truth, x in ((black, 0.0), (gray, 0.5)):
+        y = x + 0.02
+        expected = (2 * x * y + c) / (x * x + y * y + c)
+        assert float(fidelity.ssim(truth + 0.04, truth)) == pytest.approx(expected, abs=1e-4)
+    assert "[0, 1]" in fidelity.about()["ssim"]
+
+
 def test_only_the_frames_that_were_not_given_are_judged() -> None:
     truth = films(2, "given")
     low, rate = truth[:, :, ::2], 2

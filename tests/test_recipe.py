@@ -54,6 +54,18 @@ def test_a_step_takes_over_what_it_does_not_say() -> None:
     assert [tasks[name].minutes for name in "abc"] == [5, 7, 7]
 
 
+def test_the_readme_says_what_the_recipe_takes() -> None:
+    tree = compose("train", ["recipe=tiny"])
+    own: Recipe = parse({name: tree[name] for name in ("steps", "every", "ships")}, Recipe)
+    cpu, gpu = (tasks_of(own, profile).values() for profile in ("cpu", "gpu"))
+    hours = [sum(task.minutes for task in tasks) / 60 for tasks in (cpu, gpu)]
+    there = sum(task.minutes for task in gpu if task.step.gpu)
+    said = (
+        f"{hours[0]:.0f} hours on two CPU cores, {hours[1]:.1f} on a machine with one H200, {there:.0f} minutes of them"
+    )
+    assert said in (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+
 def test_what_a_step_says_itself_overrules_a_profile_of_another(tmp_path: Path) -> None:
     steps = {"a": {"stage": "s", "cpu": ["n=1", "m=2"]}, "b": {"like": "a", "set": ["n=3"]}}
     assert tasks_of(parse({"steps": steps}, Recipe), "cpu")["b"].words == ("n=3", "m=2")

@@ -49,7 +49,7 @@ def make(tmp_path: Path) -> Make:
         label: dict[str, str] | None = None, facts: dict[str, Any] | None = None,
         numbers: dict[tuple[str, str], float] | None = None,
         stages: tuple[str, ...] = ("base",), seconds: float | None = None, root: str = "runs",
-        kept: bool = True, **settings: Any,
+        kept: bool = True, about: dict[str, Any] | None = None, **settings: Any,
     ) -> Path:  # fmt: skip
         sampler = {"steps": steps, "rule": "ddim", "guidance": 2.0}
         stage = {
@@ -69,7 +69,7 @@ def make(tmp_path: Path) -> Make:
         ]
         tree = {
             "subject": subject, "settings": plain(cfg), "rows": [plain(row) for row in rows],
-            "skipped": {}, "about": {}, "clips": [{"prompt": f"clip {seed} {i}"} for i in range(2)],
+            "skipped": {}, "about": about or {}, "clips": [{"prompt": f"clip {seed} {i}"} for i in range(2)],
             "command": f"cascade evaluate seed={seed} n={n}",
         }  # fmt: skip
         clip = media.png(torch.full((3, 2 * 16, 8 * 16), value / 10))
@@ -305,6 +305,31 @@ def test_what_is_no_results_is_one_error_line(make: Make, report: Any, tmp_path:
 
 
 # gates ---------------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_of_another_measure_are_neither_pooled_nor_compared_but_replaced(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a measure says of itself tells two of one name apart: features of other weights, other pixels."""
+    monkeypatch.chdir(tmp_path)
+    one, other = ({"fvd": {"features": name}} for name in ("one", "other"))
+    make("first", 1.0, seed=0, about=one)
+    make("second", 3.0, seed=1, about=other)
+    make("teacher", 2.0, seed=0, steps=64, about=one)
+    series = pool(collect(Path("runs")))
+    assert [(s.seeds, s.first.about) for s in sorted(series, key=lambda s: s.seeds) if s.steps == [8]] == [
+        ([0], one),
+        ([1], other),
+    ]
+    students = {str(s.first.about): [s] for s in series if s.steps == [8]}
+    teacher = [s for s in series if s.steps == [64]]
+    wanted = gate(steps=8, reference={"steps": 64})
+    assert outcome(wanted, students[str(one)] + teacher).value == 0.5
+    make("again", 1.5, seed=0, about=other, root="new")
+    (now,) = [s for s in pool(collect(Path("new"), collect(Path("runs")))) if s.steps == [8]]
+    assert (now.seeds, [run.rows[0].value for run in now.runs]) == ([0, 1], [1.5, 3.0])
+    alone = pool(collect(Path("new")))
+    assert outcome(wanted, alone + teacher).why == "reference not measured"
 
 
 def test_a_gate_that_was_not_measured_says_so(make: Make, report: Any) -> None:

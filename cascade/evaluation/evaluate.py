@@ -36,7 +36,7 @@ from cascade.evaluation.exam import (
 )
 from cascade.evaluation.marks import REPORT, Report, clips_of, described, rows_of, sheet_of, strips_of, table, write
 from cascade.loading import load_stage
-from cascade.pipeline import VIDEO, Progress, Runner, precision, read_clip
+from cascade.pipeline import Progress, Runner, precision, stage_clip
 from cascade.request import Out, bars, jobs_of, take
 from cascade.settings import Rule, StageConfig
 from cascade.stage import Stage
@@ -176,7 +176,7 @@ def answers_in(
     skipped: dict[str, str] = {}
     for first in range(0, cfg.n, cfg.batch):
         group, files = questions[first : first + cfg.batch], clips[first : first + cfg.batch]
-        frames = torch.cat([read_clip(store.read(f, "stage").files[VIDEO], str(f)).frames for f in files])
+        frames = torch.cat([stage_clip(f).frames for f in files])
         truth = exam.films(group, stage.shape, stage.fps)
         case = Case(frames, truth, rule.rate(stage), specs=known_specs(group), borders=borders(stage, rule))
         skipped = {name: why for name in names if (why := lacking(name, case))}

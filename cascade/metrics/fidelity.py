@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from cascade.video import resize, spread
 
 RANGE = 2.0  # of pixels in [-1, 1]
+SIGMA = 1.5  # pixels, of the Gaussian in which SSIM takes means and deviations
 CEILING = 100.0  # dB; equal clips have no finite PSNR
 
 
@@ -23,11 +25,14 @@ def psnr(frames: Tensor, truth: Tensor) -> Tensor:
 
 
 def ssim(frames: Tensor, truth: Tensor) -> Tensor:
-    """Structural similarity of each clip, the mean over its frames (Wang et al. 2004, Gaussian of sigma 1.5): (B,)."""
+    """Structural similarity of each clip, the mean over its frames and colours (Wang et al. 2004): (B,).
+
+    Of pixels in [0, 1]: it compares means by their ratio, so it depends on where 0 is.
+    """
     from torchmetrics.functional.image import structural_similarity_index_measure
 
-    flat, true = (x.transpose(1, 2).flatten(0, 1) for x in (frames, truth))
-    values = structural_similarity_index_measure(flat, true, data_range=RANGE, reduction="none")
+    flat, true = ((x.transpose(1, 2).flatten(0, 1) + 1) / RANGE for x in (frames, truth))
+    values = structural_similarity_index_measure(flat, true, sigma=SIGMA, data_range=1.0, reduction="none")
     assert isinstance(values, Tensor)
     return values.view(len(frames), -1).mean(1)
 
@@ -85,3 +90,8 @@ def gains(values: dict[str, Tensor]) -> dict[str, float]:
         out[f"gain_{rival}"] = out["psnr"] - out[name]
         out[f"nearer_than_{rival}"] = float((values["psnr"] > values[name]).double().mean())
     return out
+
+
+def about() -> dict[str, Any]:
+    """What the numbers depend on beside the clips."""
+    return {"ssim": f"pixels in [0, 1], each colour alone, Gaussian of sigma {SIGMA}"}

@@ -94,7 +94,8 @@ class Outcome:
 def outcome(gate: Gate, series: Sequence[Series]) -> Outcome:
     """The gate against what was measured. Of several fitting evaluations the one of the most clips decides.
 
-    A reference is of as many clips and the same seeds: Fréchet distances of unequal n do not compare.
+    A reference is of as many clips, the same seeds and the same measure: Fréchet distances of unequal n, or in the
+    features of different networks, do not compare.
     """
     mine = largest(s for s in series if gate.fits(s) and gate.number(s) is not None)
     if len(mine) != 1:
@@ -107,6 +108,9 @@ def outcome(gate: Gate, series: Sequence[Series]) -> Outcome:
     pick = gate.other()
     pairs = [(s, found) for s in series if pick.fits(s) and (found := pick.number(s)) is not None]
     pairs = [(s, found) for s, found in pairs if found.n == number.n and tuple(s.seeds) == seeds]
+    if pick.metric == gate.metric:
+        own = mine[0].first.about.get(gate.metric)
+        pairs = [(s, found) for s, found in pairs if s.first.about.get(gate.metric) == own]
     if len(pairs) != 1:
         return Outcome(gate, why=several([s for s, _ in pairs]) if pairs else f"reference {NOT_MEASURED}")
     return compared(gate, number, pairs[0][1], seeds)

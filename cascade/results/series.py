@@ -1,4 +1,8 @@
-"""Evaluations read back and pooled: those that differ in nothing but the seed are one series."""
+"""Evaluations read back and pooled: those that differ in nothing but the seed are one series.
+
+What the measures say of themselves (`about`: whose features, which pixels) is no part of what was asked, so that an
+evaluation by today's measures takes the place of an earlier one; but numbers of different measures are never pooled.
+"""
 
 from __future__ import annotations
 
@@ -276,12 +280,13 @@ class Series:
 
 def pool(evaluations: Iterable[Evaluation]) -> list[Series]:
     """Series in the order of a table: what, stage, kind of questions, method, steps falling, most clips first."""
-    ordered = sorted(evaluations, key=lambda e: (e.key, e.settings.seed))
-    series = [Series(list(runs)) for _, runs in groupby(ordered, key=lambda e: e.key)]
+    ordered = sorted(evaluations, key=lambda e: (e.key, fingerprint(e.about), e.settings.seed))
+    series = [Series(list(runs)) for _, runs in groupby(ordered, key=lambda e: (e.key, fingerprint(e.about)))]
     return sorted(
         series,
         key=lambda s: (
-            s.what, s.stages, s.exam, s.name, [-n for n in s.steps], -s.settings.n * len(s.runs), s.first.key
+            s.what, s.stages, s.exam, s.name, [-n for n in s.steps], -s.settings.n * len(s.runs), s.first.key,
+            fingerprint(s.first.about),
         ),
     )  # fmt: skip
 
