@@ -26,6 +26,7 @@ from cascade.settings import Rule, StageConfig, TrainConfig
 from cascade.stage import Stage
 from cascade.text import named, text_source
 from cascade.training.examples import pool_of
+from cascade.training.imitation import gap_makers, makers
 from cascade.training.preview import Preview
 from cascade.training.train import first_process, fit, here
 from cascade.video import Video
@@ -204,17 +205,19 @@ def check_read(task: str, ask: Request) -> None:
 
 
 def check(task: str, ask: Request) -> None:
-    """Raises ConfigError for settings that `task` alone reads."""
-    from cascade.distillation.rounds import DistillConfig, rounds
+    """Raises ConfigError for settings that `task` alone reads, as far as they can be judged without any weights."""
+    from cascade.distillation.distill import settings_of
     from cascade.evaluation import exam, sweep
 
     own = ask.own.get(task, {})
-    if task == "train":
-        ask.training  # noqa: B018
-    elif task == "distill":
-        rounds(parse(own, DistillConfig, task), ask.training, guided=True)
+    if task == "distill":
+        settings_of(ask)
     elif task == "evaluate":
         for name in parse(own, exam.EvaluateConfig, task).metrics or ask.rule.METRICS:
             exam.measure(name)
     elif task == "tune":
-        sweep.check(ask.cfg, ask.rule, parse(own, sweep.TuneConfig, task))
+        swept = parse(own, sweep.TuneConfig, task)
+        sweep.check(ask.cfg, ask.rule, swept)
+        makers(swept.before, ask.cfg, ask.rule, "tune.before", ask.text, ask.config_dir)
+    if task in ("train", "distill"):
+        gap_makers(ask.training, ask.cfg, ask.rule, ask.text, ask.config_dir)

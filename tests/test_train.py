@@ -36,7 +36,7 @@ from cascade.stage import Batch, Stage
 from cascade.tasks import new_stage
 from cascade.text import T5Text, Text, TextConfig
 from cascade.training.examples import Examples, Pooled, batches, crop, pool_of, pooled
-from cascade.training.imitation import imitation
+from cascade.training.imitation import gap_makers, imitation, makers
 from cascade.training.state import Signals, State
 from cascade.training.train import fit, learning_rate, settings
 from cascade.video import Shape, Video
@@ -695,12 +695,9 @@ def shipped(name: str, **changes: Any) -> tuple[StageConfig, Any]:
         ),
     ],
 )  # fmt: skip
-def test_what_does_not_come_before_is_refused_and_nothing_loads(
-    name: str, changes: Any, before: Any, why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cascade.training.imitation.load_stage", None)
+def test_what_does_not_come_before_is_refused_and_nothing_loads(name: str, changes: Any, before: Any, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
-        imitation(parse(before, Before), *shipped(name, **changes), torch.device("cpu"), "train.gap", TextConfig())
+        makers(parse(before, Before), *shipped(name, **changes), "train.gap", TextConfig())
 
 
 CPU = torch.device("cpu")
@@ -719,16 +716,15 @@ CPU = torch.device("cpu")
     ],
 )
 def test_a_stage_before_that_reads_other_text_is_refused_and_nothing_loads(
-    name: str, before: Any, why: str | None, monkeypatch: pytest.MonkeyPatch
+    name: str, before: Any, why: str | None
 ) -> None:
-    monkeypatch.setattr("cascade.training.imitation.load_stage", lambda *_: (None, "key"))
     after, rule = shipped(name)
     assert after.reads is not None
     if why is None:
-        assert len(imitation(parse(before, Before), after, rule, CPU, "train.gap", after.reads)[1]) == 1
+        assert len(makers(parse(before, Before), after, rule, "train.gap", after.reads)) == 1
         return
     with pytest.raises(ConfigError, match=why):
-        imitation(parse(before, Before), after, rule, CPU, "train.gap", after.reads)
+        makers(parse(before, Before), after, rule, "train.gap", after.reads)
 
 
 def test_a_stage_before_with_an_encoder_of_its_own_is_refused(tmp_path: Path) -> None:
@@ -739,10 +735,10 @@ def test_a_stage_before_with_an_encoder_of_its_own_is_refused(tmp_path: Path) ->
     for tokens, refused in ((32, False), (48, True)):
         text = TextConfig(max_tokens=tokens, store="elsewhere")
         with pytest.raises(ConfigError, match="max_tokens is 32") if refused else nullcontext():
-            imitation(before, *shipped("tiny/ssr1"), CPU, "train.gap", text, tmp_path)
+            makers(before, *shipped("tiny/ssr1"), "train.gap", text, tmp_path)
     own = shipped("tiny/ssr1", reads=TextConfig(max_tokens=32))
     with pytest.raises(ConfigError, match="max_tokens is 48, that of the text it would be given 32"):
-        imitation(parse({"stage": "tiny/tsr"}, Before), *own, CPU, "train.gap", TextConfig(max_tokens=32))
+        makers(parse({"stage": "tiny/tsr"}, Before), *own, "train.gap", TextConfig(max_tokens=32))
 
 
 def test_a_stage_before_may_be_of_the_users_own_folder(tmp_path: Path) -> None:
@@ -753,7 +749,7 @@ def test_a_stage_before_may_be_of_the_users_own_folder(tmp_path: Path) -> None:
     (tree,) = cli.settings("stage", words)
     ask = request("ssr", {key: value for key, value in tree.items() if key != "task"})
     assert ask.config_dir == tmp_path and ask.training.gap is not None
-    made, keys = imitation(ask.training.gap, ask.cfg, ask.rule, CPU, "train.gap", ask.text, ask.config_dir)
+    made, keys = imitation(gap_makers(ask.training, ask.cfg, ask.rule, ask.text, ask.config_dir), CPU)
     assert made is not None and made.stage.cfg.name == "tsr" and len(keys) == 1
 
 

@@ -27,7 +27,17 @@ from cascade.data.source import Source, open_source
 from cascade.diffusion import Prediction
 from cascade.distillation.lesson import Lesson
 from cascade.distillation.reward import Rewarded
-from cascade.distillation.rounds import DistillConfig, Method, Round, check_sampler, check_student, recipe, rounds, told
+from cascade.distillation.rounds import (
+    DistillConfig,
+    Method,
+    Round,
+    check_reward,
+    check_sampler,
+    check_student,
+    recipe,
+    rounds,
+    told,
+)
 from cascade.errors import ConfigError, NumericError
 from cascade.loading import load_stage, save_stage
 from cascade.sampling.sampler import Rule
@@ -214,11 +224,10 @@ def save(
     )
 
 
-def stage_task(ask: Request) -> None:
-    """Distils the stage (`task=distill`); prints where the last student's weights are."""
+def settings_of(ask: Request) -> DistillConfig:
+    """What is asked for. ConfigError for all that is wrong with it as far as it shows without the teacher's weights."""
     cfg = parse(ask.own.get("distill", {}), DistillConfig, "distill")
-    train, weights = ask.training, ask.cfg.weights if cfg.teacher is None else cfg.teacher
-    rounds(cfg, train, guided=True)  # says what is wrong with the settings before anything is read
+    rounds(cfg, ask.training, guided=True)
     if cfg.method is Method.REWARD and cfg.judge is None and not cfg.truth:
         raise ConfigError(
             f"{ask.cfg.name}: distill.judge is missing",
@@ -229,16 +238,27 @@ def stage_task(ask: Request) -> None:
             f"{ask.cfg.name}: a judge knows the procedural world alone, not data.clips",
             fix="distill.method=consistency, or distill.judge=null distill.truth=1 for a stage that is given a video",
         )
-    if weights is None:
+    if ask.cfg.weights is None and cfg.teacher is None:
         raise ConfigError(f"{ask.cfg.name} has no weights to learn from", fix="distill.teacher=DIRECTORY")
     if ask.cfg.diffusion.prediction is Prediction.EPS:
         raise ConfigError(
             f"{ask.cfg.name}: predicts eps, which at t = 1, where a student begins, says nothing of the video",
             fix="train the teacher with diffusion.prediction=v",
         )
+    check_sampler(ask.cfg)
+    if cfg.method is Method.REWARD:
+        check_reward(ask.cfg, ask.rule, cfg)
+    else:
+        told(replace(ask.cfg, w_range=None), cfg)
+    return cfg
+
+
+def stage_task(ask: Request) -> None:
+    """Distils the stage (`task=distill`); prints where the last student's weights are."""
+    cfg = settings_of(ask)  # says what is wrong with the settings before anything is read
+    train, weights = ask.training, ask.cfg.weights if cfg.teacher is None else cfg.teacher
     begun = cfg.steps[0] if cfg.method is Method.REWARD else 2 * cfg.steps[0]  # steps of what it begins with
     directory = checkpoint.locate(weights, ask.cfg.name, begun)
-    check_sampler(ask.cfg)
     teacher, key = load_stage(replace(ask.cfg, weights=str(directory)), ask.rule, here(ask.on.torch))
     made_for = checkpoint.load(directory).config.get("steps")
     if made_for is not None and cfg.method is Method.CONSISTENCY:
@@ -253,7 +273,7 @@ def stage_task(ask: Request) -> None:
             fix=f"distill.steps=[{fitting}]" if fitting else "distill.teacher=DIRECTORY of more steps",
         )
     if cfg.method is Method.REWARD:
-        check_student(teacher.cfg, teacher.rule, cfg)
+        check_student(teacher.cfg)
     else:
         told(teacher.cfg, cfg)
     out, encoder = ask.out("distill"), text_source(ask.text)

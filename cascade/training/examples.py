@@ -21,7 +21,7 @@ from cascade.noise import generator
 from cascade.settings import TrainConfig
 from cascade.stage import Batch, Stage
 from cascade.text import T5Text, Text, TextSource
-from cascade.training.imitation import Imitate, imitation
+from cascade.training.imitation import Imitate, gap_makers, imitation
 from cascade.video import Shape, Video
 
 if TYPE_CHECKING:
@@ -148,9 +148,7 @@ def pool_of(
         return None, []
     if not isinstance(source, World) or not isinstance(encoder, T5Text):
         raise ConfigError("train.pool is for the procedural world, its captions read by T5", fix="train.pool=0")
-    before, keys = imitation(cfg.gap, stage.cfg, stage.rule, stage.device, "train.gap", encoder.cfg, config_dir)
-    if before is not None:
-        before.check(stage.rule.takes(replace(stage.cfg, shape=cfg.crop or stage.cfg.shape, train=None)))
+    before, keys = imitation(gap_makers(cfg, stage.cfg, stage.rule, encoder.cfg, config_dir), stage.device)
     return cache(partial(pooled, stage, source, encoder, cfg, before)), keys
 
 
