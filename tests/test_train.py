@@ -668,6 +668,25 @@ def test_the_gap_brings_what_the_stage_before_makes(make_stage: Make, reader: T5
         assert bool((gray == 1).all()) == (share == 1)
 
 
+def test_the_gap_makes_the_clips_that_it_uses_alone(make_stage: Make, reader: T5Text) -> None:
+    made: list[int] = []
+
+    def before(low: Video, text: Text, rng: torch.Generator) -> Video:
+        assert len(low.frames) == len(text)
+        made.append(len(text))
+        return Video(text.tokens.sum((1, 2)).sin().view(-1, 1, 1, 1, 1).expand_as(low.frames), low.fps)
+
+    settings = {"batch": 16, "drop_text": 0.0, "gap": Gap(stage="tiny/tsr", share=0.3)}
+    pool = replace(drawn(make_stage, reader, "ssr", **settings), before=before)
+    for step in range(4):
+        batch = pool.step(step)
+        told = batch.cond.text.tokens.sum((1, 2)).sin().view(-1, 1, 1, 1, 1)
+        own = (batch.cond.concat - told).flatten(1).abs().amax(1) < 1e-3
+        assert torch.equal(own, batch.cond.concat.flatten(1).std(1) < 1e-4) and int(own.sum()) <= made[step]
+        assert made[step] < 16
+    assert 0 < sum(made) < 0.6 * 64
+
+
 def shipped(name: str, **changes: Any) -> tuple[StageConfig, Any]:
     tree, rule = compose("stage", [f"stage={name}"]), plugin(compose("stage", [f"stage={name}"])["kind"])
     known = {f.name for f in fields(rule.Config)}

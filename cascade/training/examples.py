@@ -102,24 +102,27 @@ class Pooled:
         text = self.text(index)
         kept = text.drop(torch.rand(count, generator=noise, device=device) >= cfg.drop_text)
         # The stages before make clips, of which no single frame has an input of its own.
-        x, cond = self.stage.example(video, kept, noise, None if still else self.imitation(text, noise))
+        x, cond = self.stage.example(video, kept, noise, None if still else self.imitation(text, noise, rng))
         eps = torch.randn(x.shape, generator=noise, device=device)
         u = torch.rand(count, generator=noise, device=device)
         # Evenly spread times: a uniform law with less variance than independent draws.
         t = (torch.rand((), generator=noise, device=device) + torch.arange(count, device=device) / count) % 1
         return Batch(x, eps, cfg.time(t), u, cond)
 
-    def imitation(self, text: Text, rng: torch.Generator) -> Callable[[Video], Video] | None:
-        """Makes a share of the clips that come in as the stages before do."""
+    def imitation(self, text: Text, noise: torch.Generator, rng: torch.Generator) -> Callable[[Video], Video] | None:
+        """Makes a share of the clips that come in, drawn from `rng` on the CPU, as the stages before do."""
         gap, before = self.cfg.gap, self.before
         if gap is None or before is None:
             return None
+        chosen = (torch.rand(len(text), generator=rng) < gap.share).nonzero()[:, 0].to(noise.device)
 
         def mixed(low: Video) -> Video:
-            with torch.autocast(rng.device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16"):
-                made = before(low, text, rng).to(rng.device)
-            chosen = torch.rand(len(low.frames), generator=rng, device=rng.device) < gap.share
-            return Video(torch.where(chosen.view(-1, 1, 1, 1, 1), made.frames, low.frames), low.fps, low.known)
+            if not len(chosen):
+                return low
+            part = Video(low.frames[chosen], low.fps, None if low.known is None else low.known[chosen])
+            with torch.autocast(noise.device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16"):
+                made = before(part, text[chosen], noise).to(noise.device)
+            return Video(low.frames.index_copy(0, chosen, made.frames), low.fps, low.known)
 
         return mixed
 
