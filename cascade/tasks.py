@@ -111,7 +111,7 @@ def new_stage(cfg: StageConfig, rule: Rule, train: TrainConfig) -> tuple[Stage, 
     """The stage with the weights of `train.init` and their hash, or with new ones drawn from `train.seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(train.seed)
-        stage = Stage(cfg, rule)
+        stage = Stage(replace(cfg, offload=False), rule)  # for sampling alone: no gradient may pass
     if train.init is None:
         return stage, None
     weights = checkpoint.load(locate(train.init))

@@ -504,6 +504,13 @@ def test_a_loss_of_ones_own_trains(train: Make) -> None:
     assert len(values) == 30 and values[0] == 1 and values[-1] < 0.3
 
 
+def test_weights_in_training_stay_where_it_works(make_stage: Make) -> None:
+    cfg = replace(make_stage("base").cfg, offload=True)
+    stage, _ = new_stage(cfg, plugin("base"), TrainConfig(steps=1, batch=1, lr=0))
+    stage.to(torch.device("cpu"))
+    assert not any(module._forward_pre_hooks for module in stage.net.modules())
+
+
 def test_training_starts_from_given_weights_strictly(make_stage: Make, tmp_path: Path) -> None:
     stage = make_stage("tsr", 0.3, net=deep_net())
     loading.save_stage(tmp_path / "weights", stage.cfg, stage.net.state_dict(), "")

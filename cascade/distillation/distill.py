@@ -259,7 +259,8 @@ def stage_task(ask: Request) -> None:
     train, weights = ask.training, ask.cfg.weights if cfg.teacher is None else cfg.teacher
     begun = cfg.steps[0] if cfg.method is Method.REWARD else 2 * cfg.steps[0]  # steps of what it begins with
     directory = checkpoint.locate(weights, ask.cfg.name, begun)
-    teacher, key = load_stage(replace(ask.cfg, weights=str(directory)), ask.rule, here(ask.on.torch))
+    own = replace(ask.cfg, weights=str(directory), offload=False)  # for sampling alone: no gradient may pass
+    teacher, key = load_stage(own, ask.rule, here(ask.on.torch))
     made_for = checkpoint.load(directory).config.get("steps")
     if made_for is not None and cfg.method is Method.CONSISTENCY:
         raise ConfigError(
