@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
@@ -220,6 +221,14 @@ def test_processes_share_every_micro_batch(make_stage: Make, encode: Make, clips
 
 
 # the loop ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_training_of_large_batches_begins_at_once(make_stage: Make, encode: Make, clips: Any) -> None:
+    cfg = TrainConfig(steps=2 * 10**6, batch=2, lr=0)
+    tracemalloc.start()
+    loader = batches(Examples(make_stage("base"), clips, encode, cfg), cfg, 0, one_process())
+    assert len(next(loader)) == 2 and tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
 
 
 def test_the_learning_rate_warms_up_and_decays_to_nothing() -> None:

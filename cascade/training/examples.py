@@ -190,10 +190,10 @@ def batches(examples: Examples, cfg: TrainConfig, start: int, accelerator: Accel
     """This process's share of every micro-batch from step `start` on."""
     share, micro = shares(cfg, accelerator)
     rank = accelerator.process_index
-    plan = [
+    plan = (  # never as a list: a long training of large batches has 500 million examples
         list(range(first + rank * share, first + (rank + 1) * share))
         for first in range(start * cfg.batch, cfg.steps * cfg.batch, micro)
-    ]
+    )
     return iter(
         torch.utils.data.DataLoader(
             examples,
