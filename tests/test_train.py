@@ -231,6 +231,21 @@ def test_a_long_training_of_large_batches_begins_at_once(make_stage: Make, encod
     tracemalloc.stop()
 
 
+def test_no_more_captions_are_kept_than_there_is_room_for(
+    make_stage: Make, encode: Make, clips: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = [f"circle {i % 7}" for i in range(50)]
+    size = encode(said[:1]).tokens.nbytes
+    monkeypatch.setattr("cascade.training.examples.REMEMBERED", 3 * size)
+    examples = Examples(make_stage("base"), clips, encode, TrainConfig(steps=1, batch=1, lr=0))
+    for caption in said:
+        assert torch.equal(examples.text(caption).tokens, encode([caption]).tokens)
+        assert len(examples.kept) <= 3 and examples.room == (3 - len(examples.kept)) * size
+    monkeypatch.setattr("cascade.training.examples.REMEMBERED", 0)
+    examples = Examples(make_stage("base"), clips, encode, TrainConfig(steps=1, batch=1, lr=0))
+    assert len(examples.text("a")) == len(examples.text("b")) == len(examples.kept) == 1
+
+
 def test_the_learning_rate_warms_up_and_decays_to_nothing() -> None:
     cfg = TrainConfig(steps=10, batch=1, lr=0.5, warmup=4)
     assert [learning_rate(cfg, step) for step in (0, 1, 3, 4)] == [0.125, 0.25, 0.5, 0.5]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
+REMEMBERED = 512 << 20  # bytes of embedded captions that a process keeps: 21,000 of ours, 128 of the longest of T5-XXL
+
+
 class Examples(torch.utils.data.Dataset[Batch]):
     """Training examples of `stage`, example `index` being the same whenever and wherever it is asked for.
 
@@ -38,10 +41,19 @@ class Examples(torch.utils.data.Dataset[Batch]):
     def __init__(self, stage: Stage, source: Source, encode: Callable[[list[str]], Text], cfg: TrainConfig) -> None:
         self.stage = Stage(stage.cfg, stage.rule, net=nn.Identity())
         self.source, self.cfg = source, cfg
-        self.encode = lru_cache(maxsize=20_000)(lambda caption: encode([caption]))
+        self.encode, self.kept, self.room = encode, dict[str, Text](), REMEMBERED
 
     def __len__(self) -> int:
         return self.cfg.steps * self.cfg.batch
+
+    def text(self, caption: str) -> Text:
+        """`caption`, embedded. Those of before are kept as far as there is room, the oldest go first."""
+        if caption not in self.kept:
+            self.kept[caption] = self.encode([caption])
+            self.room -= self.kept[caption].tokens.nbytes
+            while self.room < 0 and len(self.kept) > 1:
+                self.room += self.kept.pop(next(iter(self.kept))).tokens.nbytes
+        return self.kept[caption]
 
     def __getitem__(self, index: int) -> Batch:
         cfg, shape = self.cfg, self.stage.cfg.shape
@@ -66,7 +78,7 @@ class Examples(torch.utils.data.Dataset[Batch]):
             rate = self.stage.rule.rate(self.stage.cfg)
             tries = [crop(video, size, rate, rng) for _ in range(cfg.crop_tries)]
             video = max(tries, key=lambda part: float(part.frames.std()))
-        text = self.encode(caption).drop(torch.rand(1, generator=rng) >= cfg.drop_text)
+        text = self.text(caption).drop(torch.rand(1, generator=rng) >= cfg.drop_text)
         x, cond = self.stage.example(video, text, rng)
         eps = torch.randn(x.shape, generator=rng)
         return Batch(x, eps, t, torch.rand(1, generator=rng), cond)
