@@ -15,7 +15,7 @@ from cascade import attention, checkpoint, media, store
 from cascade.ask import Request, request
 from cascade.chain import Chain
 from cascade.config import locate, parse, plain, suggest
-from cascade.data.source import open_source
+from cascade.data.source import contents, open_source
 from cascade.errors import CascadeError, ConfigError
 from cascade.given import given
 from cascade.loading import check_trained, known, launched, load_stage, save_stage
@@ -99,7 +99,7 @@ def train(ask: Request) -> None:
     encoder = text_source(ask.text)
     preview = Preview(stage, source, encoder.encode, cfg)
     pool, before = pool_of(stage, source, encoder, cfg, ask.config_dir)
-    inputs = [plain(ask.data), *named(ask.text, encoder), *before]
+    inputs = [plain(ask.data), *contents(source), *named(ask.text, encoder), *before]
     with attention.use(ask.on.attention):
         average = fit(stage, source, encoder.encode, cfg, out, preview=preview, inputs=inputs, pool=pool)
     if first_process():

@@ -22,10 +22,11 @@ import torch
 from conftest import deep_net, encode_text
 from torch import Tensor, nn
 
-from cascade import checkpoint, cli, loading, store
+from cascade import checkpoint, cli, loading, store, tasks
 from cascade.ask import request
 from cascade.compose import compose
 from cascade.config import package_root, parse, plugin
+from cascade.data.clips import Clips, Item
 from cascade.data.shapes import ShapesConfig
 from cascade.data.source import World
 from cascade.diffusion import Diffusion, Prediction
@@ -533,6 +534,21 @@ def test_weights_in_training_stay_where_it_works(make_stage: Make) -> None:
     stage, _ = new_stage(cfg, plugin("base"), TrainConfig(steps=1, batch=1, lr=0))
     stage.to(torch.device("cpu"))
     assert not any(module._forward_pre_hooks for module in stage.net.modules())
+
+
+def test_a_training_is_named_by_the_clips_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would go on, or be over, after files or captions had changed under the same path."""
+    words = ["stage=tiny/base", "task=train", f"data.clips.path={tmp_path}", f"out={tmp_path / 'out'}", "device=cpu"]
+    _, ask = tasks.asked("base", cli.settings("stage", words)[0])
+    inputs: list[str] = []
+    monkeypatch.setattr(tasks, "fit", lambda *_, **own: inputs.append(repr(own["inputs"])))
+    monkeypatch.setattr(tasks, "save_stage", lambda *_: None)
+    for captions, hashed in ((("a",), "1"), (("a",), "1"), (("a", "b"), "1"), (("a",), "2")):
+        item = Item("a.mp4", captions, tmp_path / hashed, 8)
+        found = Clips(ask.data.clips, ask.cfg.shape, 4.0, [item], [])  # type: ignore[arg-type]
+        monkeypatch.setattr(tasks, "open_source", lambda *_, found=found: found)
+        tasks.train(ask)
+    assert inputs[0] == inputs[1] and len(set(inputs)) == 3
 
 
 def test_training_starts_from_given_weights_strictly(make_stage: Make, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from cascade import attention, checkpoint, judge, store
 from cascade.ask import Request
 from cascade.config import fingerprint, locate, parse, plain
-from cascade.data.source import Source, open_source
+from cascade.data.source import Source, contents, open_source
 from cascade.diffusion import Prediction
 from cascade.distillation.lesson import Lesson
 from cascade.distillation.reward import Rewarded
@@ -195,7 +195,7 @@ def finished(directory: Path, identity: str) -> bool:
     if not directory.is_dir() or store.problems(directory, checkpoint.KIND):
         return False
     if checkpoint.load(directory).config.get("identity") != identity:
-        raise ConfigError(f"{directory} was distilled with other settings", fix="out=ANOTHER_DIRECTORY")
+        raise ConfigError(f"{directory} was distilled with other settings or clips", fix="out=ANOTHER_DIRECTORY")
     return True
 
 
@@ -282,7 +282,7 @@ def stage_task(ask: Request) -> None:
     pool, before = pool_of(teacher, source, encoder, train, ask.config_dir)
     course = Course(
         source, encoder.encode, cfg, train, out, lambda student: Sheet(student, source, encoder.encode, train),
-        inputs=[plain(ask.data), *named(ask.text, encoder), *before], pool=pool,
+        inputs=[plain(ask.data), *contents(source), *named(ask.text, encoder), *before], pool=pool,
     )  # fmt: skip
     with attention.use(ask.on.attention):
         last = (rewarded if cfg.method is Method.REWARD else ladder)(teacher, key, course)
