@@ -41,7 +41,7 @@ from cascade.training.examples import Examples, Pooled, batches, crop, pool_of, 
 from cascade.training.imitation import gap_makers, imitation, makers
 from cascade.training.state import Signals, State
 from cascade.training.train import fit, learning_rate, settings
-from cascade.video import Shape, Video
+from cascade.video import Fill, Shape, Video
 
 TESTS = Path(__file__).resolve().parent
 Make = Callable[..., Any]
@@ -746,6 +746,7 @@ def shipped(name: str, **changes: Any) -> tuple[StageConfig, Any]:
         ("tiny/base", {}, {"stage": "tiny/tsr"}, r"train\.gap is set, but base starts from text.*Fix: train\.gap=null"),
         ("tiny/ssr1", {}, {"stage": "tiny/base"}, r"gap\.stage is tiny/base: ssr1: fps is 8, but 1 x base's 4"),
         ("tiny/ssr1", {}, {"stage": "tiny/tsrr"}, r"train\.gap: .*tiny/tsrr\.yaml.* Fix: train\.gap\.stage=tiny/tsr$"),
+        ("tiny/tsr", {"fill": Fill.BLANK, "known": 0.3}, {"stage": "tiny/base"}, r"tsr\.known is 0\.3: no stage"),
         ("tiny/ssr1", {"fps": 6.0}, {"stage": "tiny/tsr"}, r"fps is 6, but 1 x tsr's 8 is 8.*Fix: train\.gap\.stage="),
         (
             "tiny/ssr1", {"shape": Shape(frames=7, height=64, width=64), "train": None}, {"stage": "tiny/tsr"},

@@ -57,6 +57,10 @@ def makers(
         return []
     if from_text(after, after_rule):
         raise ConfigError(f"{where} is set, but {after.name} starts from text: no stage comes before", f"{where}=null")
+    if share := getattr(after, "known", 0):  # a whole clip comes in then, of which frames are known
+        raise ConfigError(
+            f"{where} is set, but {after.name}.known is {share:g}: no stage before makes those frames", f"{where}=null"
+        )
     try:
         tree = compose("stage", [f"stage={before.stage}"], config_dir)
     except ConfigError as error:
