@@ -15,7 +15,7 @@ from cascade import attention, checkpoint, media, store
 from cascade.ask import Request, request
 from cascade.chain import Chain
 from cascade.config import locate, parse, plain, suggest
-from cascade.data.source import open_source
+from cascade.data.source import contents, open_source
 from cascade.errors import CascadeError, ConfigError
 from cascade.given import given
 from cascade.loading import check_trained, known, launched, load_stage, save_stage
@@ -26,6 +26,7 @@ from cascade.settings import Rule, StageConfig, TrainConfig
 from cascade.stage import Stage
 from cascade.text import named, text_source
 from cascade.training.examples import pool_of
+from cascade.training.imitation import gap_makers, makers
 from cascade.training.preview import Preview
 from cascade.training.train import first_process, fit, here
 from cascade.video import Video
@@ -99,7 +100,7 @@ def train(ask: Request) -> None:
     encoder = text_source(ask.text)
     preview = Preview(stage, source, encoder.encode, cfg)
     pool, before = pool_of(stage, source, encoder, cfg, ask.config_dir)
-    inputs = [plain(ask.data), *named(ask.text, encoder), *before]
+    inputs = [plain(ask.data), *contents(source), *named(ask.text, encoder), *before]
     with attention.use(ask.on.attention):
         average = fit(stage, source, encoder.encode, cfg, out, preview=preview, inputs=inputs, pool=pool)
     if first_process():
@@ -111,7 +112,7 @@ def new_stage(cfg: StageConfig, rule: Rule, train: TrainConfig) -> tuple[Stage, 
     """The stage with the weights of `train.init` and their hash, or with new ones drawn from `train.seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(train.seed)
-        stage = Stage(cfg, rule)
+        stage = Stage(replace(cfg, offload=False), rule)  # for sampling alone: no gradient may pass
     if train.init is None:
         return stage, None
     weights = checkpoint.load(locate(train.init))
@@ -205,17 +206,19 @@ def check_read(task: str, ask: Request) -> None:
 
 
 def check(task: str, ask: Request) -> None:
-    """Raises ConfigError for settings that `task` alone reads."""
-    from cascade.distillation.rounds import DistillConfig, rounds
+    """Raises ConfigError for settings that `task` alone reads, as far as they can be judged without any weights."""
+    from cascade.distillation.distill import settings_of
     from cascade.evaluation import exam, sweep
 
     own = ask.own.get(task, {})
-    if task == "train":
-        ask.training  # noqa: B018
-    elif task == "distill":
-        rounds(parse(own, DistillConfig, task), ask.training, guided=True)
+    if task == "distill":
+        settings_of(ask)
     elif task == "evaluate":
         for name in parse(own, exam.EvaluateConfig, task).metrics or ask.rule.METRICS:
             exam.measure(name)
     elif task == "tune":
-        sweep.check(ask.cfg, ask.rule, parse(own, sweep.TuneConfig, task))
+        swept = parse(own, sweep.TuneConfig, task)
+        sweep.check(ask.cfg, ask.rule, swept)
+        makers(swept.before, ask.cfg, ask.rule, "tune.before", ask.text, ask.config_dir)
+    if task in ("train", "distill"):
+        gap_makers(ask.training, ask.cfg, ask.rule, ask.text, ask.config_dir)

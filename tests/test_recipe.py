@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -134,12 +135,20 @@ def test_a_folder_of_any_name_is_told_to_a_step(folder: str, tmp_path: Path) -> 
         ("tiny/base", "tune", "seed=1", "starts from text"),
         ("tiny/base", None, "distill.steps=[16]", "task=train does not read distill"),
         ("tiny/base", None, "prompt=a circle, moving", "task=train does not read prompt"),
+        ("tiny/ssr1", None, "train.pool=9 train.gap={stage: tiny/base, share: 1}", "train.gap.stage is tiny/base"),
+        ("tiny/ssr1", "distill", "train.pool=9 train.gap={stage: tiny/base, share: 1}", "train.gap.stage is tiny/base"),
+        ("tiny/ssr1", "tune", "tune.before={stage: tiny/base}", "tune.before.stage is tiny/base"),
+        ("tiny/base", "distill", "distill.method=reward distill.steps=[4] distill.judge=null", "judge is missing"),
+        ("tiny/base", "distill", "distill.method=reward distill.steps=[4] distill.truth=1", "truth=0"),
+        ("tiny/base", "distill", "sampler.strength=0.5", "sampler.strength"),
+        ("tiny/base", "distill", "sampler.guidance=9", "the student would know w from 0 to 4"),
     ],
 )
 def test_a_step_that_would_be_refused_stops_the_recipe_before_it_begins(
     stage: str, task: str | None, word: str, said: str, tmp_path: Path
 ) -> None:
-    steps = {"a": Task("a", Step(fit="text"), (), 0.0), "b": Task("b", Step(stage=stage, task=task), (word,), 0.0)}
+    words = tuple(re.split(r" (?=[a-z.]+=)", word))
+    steps = {"a": Task("a", Step(fit="text"), (), 0.0), "b": Task("b", Step(stage=stage, task=task), words, 0.0)}
     with pytest.raises(ConfigError, match=r"^recipe step b: ") as error:
         Run(steps, tmp_path, 1, lambda _: None)
     assert said in str(error.value) and not list(tmp_path.iterdir())

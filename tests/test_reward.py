@@ -21,7 +21,7 @@ from cascade.diffusion import Path as WayPath
 from cascade.distillation import distill, patches
 from cascade.distillation.distill import Course, rewarded
 from cascade.distillation.reward import Rewarded, softly
-from cascade.distillation.rounds import DistillConfig, Method, check_student
+from cascade.distillation.rounds import DistillConfig, Method, check_reward
 from cascade.errors import ConfigError, InputError
 from cascade.metrics import features
 from cascade.nets.unet_config import LevelSpec, UNetConfig
@@ -389,11 +389,11 @@ def test_what_cannot_be_judged_is_refused(tmp_path: Path) -> None:
         distill.stage_task(request(tmp_path, {**OWN, "judge": None}))
     latent = config(codec=Codec(kind=Kind.LATENT, weights="vae", channels=3, stride=8, scale=1.0))
     with pytest.raises(ConfigError, match="not latents"):
-        check_student(latent, base, PLAN)  # type: ignore[arg-type]
-    check_student(latent, base, replace(PLAN, judge=None))  # type: ignore[arg-type]
+        check_reward(latent, base, PLAN)  # type: ignore[arg-type]
+    check_reward(latent, base, replace(PLAN, judge=None))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="leaves open what is to be seen"):
-        check_student(config(), base, replace(PLAN, truth=1.0))  # type: ignore[arg-type]
-    check_student(enlarging(), ssr, replace(PLAN, judge=None, truth=1.0))  # type: ignore[arg-type]
+        check_reward(config(), base, replace(PLAN, truth=1.0))  # type: ignore[arg-type]
+    check_reward(enlarging(), ssr, replace(PLAN, judge=None, truth=1.0))  # type: ignore[arg-type]
     for other, why in (
         (tmp_path / "teacher", "are no judge"),
         (package_root() / features.WEIGHTS, "measure, and must"),

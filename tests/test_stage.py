@@ -24,7 +24,7 @@ from cascade.sampling.sampler import Sampler
 from cascade.settings import Before
 from cascade.stage import AUGMENTATION, Batch, Stage
 from cascade.text import Text
-from cascade.training.imitation import Imitation, imitation
+from cascade.training.imitation import Imitation, check_clips, imitation, makers
 from cascade.video import Shape, Video
 from cascade.windows import Join, Windows
 
@@ -238,10 +238,11 @@ def test_a_part_is_degraded_in_proportion(make_stage: Make) -> None:
 
 
 def test_stages_before_that_cannot_make_the_clips_are_refused(make_stage: Make) -> None:
-    before = Imitation(make_stage("tsr"), 0.5)
-    before.check(Shape(frames=2, height=4, width=4))
+    stage = make_stage("tsr")
+    before = [(stage.cfg, stage.rule, 0.5)]
+    check_clips(before, Shape(frames=2, height=4, width=4))
     with pytest.raises(ConfigError, match="tsr cannot make 3x4x4"):
-        before.check(Shape(frames=3, height=4, width=4))
+        check_clips(before, Shape(frames=3, height=4, width=4))
 
 
 def test_guidance_needs_text(stage_config: Make, net_config: Make) -> None:
@@ -619,12 +620,12 @@ def test_a_stage_is_imitated_on_what_the_stage_before_makes(make_stage: Make, en
 def test_stages_before_are_loaded_and_named_one_after_the_other() -> None:
     cfg = Before(stage="tiny/tsr", steps=1, before=Before(stage="tiny/base", strength=0.3))
     chain = Chain.read(chain_settings("tiny"))
-    after = chain.stages[2], chain.rules[2], torch.device("cpu"), "train.gap", chain.text
-    made, keys = imitation(cfg, *after)
+    after, cpu = (chain.stages[2], chain.rules[2], "train.gap", chain.text), torch.device("cpu")
+    made, keys = imitation(makers(cfg, *after), cpu)
     assert made is not None and made.before is not None and made.before.before is None
     assert [each.stage.cfg.name for each in (made, made.before)] == ["tsr", "base"]
     assert (made.stage.cfg.sampler.steps, made.before.strength, len(set(keys))) == (1, 0.3, 2)
-    assert imitation(replace(cfg, before=None), *after)[1] == keys[:1]
+    assert imitation(makers(replace(cfg, before=None), *after), cpu)[1] == keys[:1]
 
 
 def test_on_the_straight_path_sampling_begins_with_what_comes_in(make_stage: Make, encode: Make) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
@@ -21,10 +22,11 @@ import torch
 from conftest import deep_net, encode_text
 from torch import Tensor, nn
 
-from cascade import checkpoint, cli, loading, store
+from cascade import checkpoint, cli, loading, store, tasks
 from cascade.ask import request
 from cascade.compose import compose
 from cascade.config import package_root, parse, plugin
+from cascade.data.clips import Clips, Item
 from cascade.data.shapes import ShapesConfig
 from cascade.data.source import World
 from cascade.diffusion import Diffusion, Prediction
@@ -36,10 +38,10 @@ from cascade.stage import Batch, Stage
 from cascade.tasks import new_stage
 from cascade.text import T5Text, Text, TextConfig
 from cascade.training.examples import Examples, Pooled, batches, crop, pool_of, pooled
-from cascade.training.imitation import imitation
+from cascade.training.imitation import gap_makers, imitation, makers
 from cascade.training.state import Signals, State
 from cascade.training.train import fit, learning_rate, settings
-from cascade.video import Shape, Video
+from cascade.video import Fill, Shape, Video
 
 TESTS = Path(__file__).resolve().parent
 Make = Callable[..., Any]
@@ -220,6 +222,29 @@ def test_processes_share_every_micro_batch(make_stage: Make, encode: Make, clips
 
 
 # the loop ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_long_training_of_large_batches_begins_at_once(make_stage: Make, encode: Make, clips: Any) -> None:
+    cfg = TrainConfig(steps=2 * 10**6, batch=2, lr=0)
+    tracemalloc.start()
+    loader = batches(Examples(make_stage("base"), clips, encode, cfg), cfg, 0, one_process())
+    assert len(next(loader)) == 2 and tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_no_more_captions_are_kept_than_there_is_room_for(
+    make_stage: Make, encode: Make, clips: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = [f"circle {i % 7}" for i in range(50)]
+    size = encode(said[:1]).tokens.nbytes
+    monkeypatch.setattr("cascade.training.examples.REMEMBERED", 3 * size)
+    examples = Examples(make_stage("base"), clips, encode, TrainConfig(steps=1, batch=1, lr=0))
+    for caption in said:
+        assert torch.equal(examples.text(caption).tokens, encode([caption]).tokens)
+        assert len(examples.kept) <= 3 and examples.room == (3 - len(examples.kept)) * size
+    monkeypatch.setattr("cascade.training.examples.REMEMBERED", 0)
+    examples = Examples(make_stage("base"), clips, encode, TrainConfig(steps=1, batch=1, lr=0))
+    assert len(examples.text("a")) == len(examples.text("b")) == len(examples.kept) == 1
 
 
 def test_the_learning_rate_warms_up_and_decays_to_nothing() -> None:
@@ -504,6 +529,28 @@ def test_a_loss_of_ones_own_trains(train: Make) -> None:
     assert len(values) == 30 and values[0] == 1 and values[-1] < 0.3
 
 
+def test_weights_in_training_stay_where_it_works(make_stage: Make) -> None:
+    cfg = replace(make_stage("base").cfg, offload=True)
+    stage, _ = new_stage(cfg, plugin("base"), TrainConfig(steps=1, batch=1, lr=0))
+    stage.to(torch.device("cpu"))
+    assert not any(module._forward_pre_hooks for module in stage.net.modules())
+
+
+def test_a_training_is_named_by_the_clips_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would go on, or be over, after files or captions had changed under the same path."""
+    words = ["stage=tiny/base", "task=train", f"data.clips.path={tmp_path}", f"out={tmp_path / 'out'}", "device=cpu"]
+    _, ask = tasks.asked("base", cli.settings("stage", words)[0])
+    inputs: list[str] = []
+    monkeypatch.setattr(tasks, "fit", lambda *_, **own: inputs.append(repr(own["inputs"])))
+    monkeypatch.setattr(tasks, "save_stage", lambda *_: None)
+    for captions, hashed in ((("a",), "1"), (("a",), "1"), (("a", "b"), "1"), (("a",), "2")):
+        item = Item("a.mp4", captions, tmp_path / hashed, 8)
+        found = Clips(ask.data.clips, ask.cfg.shape, 4.0, [item], [])  # type: ignore[arg-type]
+        monkeypatch.setattr(tasks, "open_source", lambda *_, found=found: found)
+        tasks.train(ask)
+    assert inputs[0] == inputs[1] and len(set(inputs)) == 3
+
+
 def test_training_starts_from_given_weights_strictly(make_stage: Make, tmp_path: Path) -> None:
     stage = make_stage("tsr", 0.3, net=deep_net())
     loading.save_stage(tmp_path / "weights", stage.cfg, stage.net.state_dict(), "")
@@ -668,6 +715,25 @@ def test_the_gap_brings_what_the_stage_before_makes(make_stage: Make, reader: T5
         assert bool((gray == 1).all()) == (share == 1)
 
 
+def test_the_gap_makes_the_clips_that_it_uses_alone(make_stage: Make, reader: T5Text) -> None:
+    made: list[int] = []
+
+    def before(low: Video, text: Text, rng: torch.Generator) -> Video:
+        assert len(low.frames) == len(text)
+        made.append(len(text))
+        return Video(text.tokens.sum((1, 2)).sin().view(-1, 1, 1, 1, 1).expand_as(low.frames), low.fps)
+
+    settings = {"batch": 16, "drop_text": 0.0, "gap": Gap(stage="tiny/tsr", share=0.3)}
+    pool = replace(drawn(make_stage, reader, "ssr", **settings), before=before)
+    for step in range(4):
+        batch = pool.step(step)
+        told = batch.cond.text.tokens.sum((1, 2)).sin().view(-1, 1, 1, 1, 1)
+        own = (batch.cond.concat - told).flatten(1).abs().amax(1) < 1e-3
+        assert torch.equal(own, batch.cond.concat.flatten(1).std(1) < 1e-4) and int(own.sum()) <= made[step]
+        assert made[step] < 16
+    assert 0 < sum(made) < 0.6 * 64
+
+
 def shipped(name: str, **changes: Any) -> tuple[StageConfig, Any]:
     tree, rule = compose("stage", [f"stage={name}"]), plugin(compose("stage", [f"stage={name}"])["kind"])
     known = {f.name for f in fields(rule.Config)}
@@ -680,6 +746,7 @@ def shipped(name: str, **changes: Any) -> tuple[StageConfig, Any]:
         ("tiny/base", {}, {"stage": "tiny/tsr"}, r"train\.gap is set, but base starts from text.*Fix: train\.gap=null"),
         ("tiny/ssr1", {}, {"stage": "tiny/base"}, r"gap\.stage is tiny/base: ssr1: fps is 8, but 1 x base's 4"),
         ("tiny/ssr1", {}, {"stage": "tiny/tsrr"}, r"train\.gap: .*tiny/tsrr\.yaml.* Fix: train\.gap\.stage=tiny/tsr$"),
+        ("tiny/tsr", {"fill": Fill.BLANK, "known": 0.3}, {"stage": "tiny/base"}, r"tsr\.known is 0\.3: no stage"),
         ("tiny/ssr1", {"fps": 6.0}, {"stage": "tiny/tsr"}, r"fps is 6, but 1 x tsr's 8 is 8.*Fix: train\.gap\.stage="),
         (
             "tiny/ssr1", {"shape": Shape(frames=7, height=64, width=64), "train": None}, {"stage": "tiny/tsr"},
@@ -695,12 +762,9 @@ def shipped(name: str, **changes: Any) -> tuple[StageConfig, Any]:
         ),
     ],
 )  # fmt: skip
-def test_what_does_not_come_before_is_refused_and_nothing_loads(
-    name: str, changes: Any, before: Any, why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("cascade.training.imitation.load_stage", None)
+def test_what_does_not_come_before_is_refused_and_nothing_loads(name: str, changes: Any, before: Any, why: str) -> None:
     with pytest.raises(ConfigError, match=why):
-        imitation(parse(before, Before), *shipped(name, **changes), torch.device("cpu"), "train.gap", TextConfig())
+        makers(parse(before, Before), *shipped(name, **changes), "train.gap", TextConfig())
 
 
 CPU = torch.device("cpu")
@@ -719,16 +783,15 @@ CPU = torch.device("cpu")
     ],
 )
 def test_a_stage_before_that_reads_other_text_is_refused_and_nothing_loads(
-    name: str, before: Any, why: str | None, monkeypatch: pytest.MonkeyPatch
+    name: str, before: Any, why: str | None
 ) -> None:
-    monkeypatch.setattr("cascade.training.imitation.load_stage", lambda *_: (None, "key"))
     after, rule = shipped(name)
     assert after.reads is not None
     if why is None:
-        assert len(imitation(parse(before, Before), after, rule, CPU, "train.gap", after.reads)[1]) == 1
+        assert len(makers(parse(before, Before), after, rule, "train.gap", after.reads)) == 1
         return
     with pytest.raises(ConfigError, match=why):
-        imitation(parse(before, Before), after, rule, CPU, "train.gap", after.reads)
+        makers(parse(before, Before), after, rule, "train.gap", after.reads)
 
 
 def test_a_stage_before_with_an_encoder_of_its_own_is_refused(tmp_path: Path) -> None:
@@ -739,10 +802,10 @@ def test_a_stage_before_with_an_encoder_of_its_own_is_refused(tmp_path: Path) ->
     for tokens, refused in ((32, False), (48, True)):
         text = TextConfig(max_tokens=tokens, store="elsewhere")
         with pytest.raises(ConfigError, match="max_tokens is 32") if refused else nullcontext():
-            imitation(before, *shipped("tiny/ssr1"), CPU, "train.gap", text, tmp_path)
+            makers(before, *shipped("tiny/ssr1"), "train.gap", text, tmp_path)
     own = shipped("tiny/ssr1", reads=TextConfig(max_tokens=32))
     with pytest.raises(ConfigError, match="max_tokens is 48, that of the text it would be given 32"):
-        imitation(parse({"stage": "tiny/tsr"}, Before), *own, CPU, "train.gap", TextConfig(max_tokens=32))
+        makers(parse({"stage": "tiny/tsr"}, Before), *own, "train.gap", TextConfig(max_tokens=32))
 
 
 def test_a_stage_before_may_be_of_the_users_own_folder(tmp_path: Path) -> None:
@@ -753,7 +816,7 @@ def test_a_stage_before_may_be_of_the_users_own_folder(tmp_path: Path) -> None:
     (tree,) = cli.settings("stage", words)
     ask = request("ssr", {key: value for key, value in tree.items() if key != "task"})
     assert ask.config_dir == tmp_path and ask.training.gap is not None
-    made, keys = imitation(ask.training.gap, ask.cfg, ask.rule, CPU, "train.gap", ask.text, ask.config_dir)
+    made, keys = imitation(gap_makers(ask.training, ask.cfg, ask.rule, ask.text, ask.config_dir), CPU)
     assert made is not None and made.stage.cfg.name == "tsr" and len(keys) == 1
 
 

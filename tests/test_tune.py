@@ -271,6 +271,7 @@ def ask(make_stage: Any, source: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     before = make_stage("tsr", std=0.1)
     stage = make_stage("ssr", std=0.1, augment_max=0.1)
     monkeypatch.setattr(tune, "text_source", lambda cfg: source)
+    monkeypatch.setattr(tune, "makers", lambda cfg, *_: cfg)
     monkeypatch.setattr(tune, "imitation", lambda cfg, *_: (Imitation(before, 0.5), [f"the hash of {cfg.stage}"]))
     card = {"kind": "ssr", "net": plain(stage.cfg.net), "diffusion": plain(stage.cfg.diffusion)}
     checkpoint.save(tmp_path / "weights", stage.net.state_dict(), card)

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from cascade.data.clips import ClipsConfig, ingest
+from cascade.config import fingerprint
+from cascade.data.clips import Clips, ClipsConfig, ingest
 from cascade.data.shapes import ShapesConfig, check_length, sample
 from cascade.noise import Key
 from cascade.video import Shape
@@ -51,3 +52,10 @@ def open_source(cfg: DataConfig, shape: Shape, fps: float, cache: Path) -> Sourc
         return World(cfg.shapes)
     check_length("clips.max_seconds", cfg.clips.max_seconds, shape.frames, fps)
     return ingest(cfg.clips, shape, fps, cache)
+
+
+def contents(source: Source) -> list[str]:
+    """What names the clips of a folder, which may change under the same settings; of the world nothing."""
+    if not isinstance(source, Clips):
+        return []
+    return [fingerprint([[item.clip.name, list(item.captions)] for item in source.items])]

@@ -23,11 +23,21 @@ from torch import Tensor, nn
 from cascade import attention, checkpoint, judge, store
 from cascade.ask import Request
 from cascade.config import fingerprint, locate, parse, plain
-from cascade.data.source import Source, open_source
+from cascade.data.source import Source, contents, open_source
 from cascade.diffusion import Prediction
 from cascade.distillation.lesson import Lesson
 from cascade.distillation.reward import Rewarded
-from cascade.distillation.rounds import DistillConfig, Method, Round, check_sampler, check_student, recipe, rounds, told
+from cascade.distillation.rounds import (
+    DistillConfig,
+    Method,
+    Round,
+    check_reward,
+    check_sampler,
+    check_student,
+    recipe,
+    rounds,
+    told,
+)
 from cascade.errors import ConfigError, NumericError
 from cascade.loading import load_stage, save_stage
 from cascade.sampling.sampler import Rule
@@ -185,7 +195,7 @@ def finished(directory: Path, identity: str) -> bool:
     if not directory.is_dir() or store.problems(directory, checkpoint.KIND):
         return False
     if checkpoint.load(directory).config.get("identity") != identity:
-        raise ConfigError(f"{directory} was distilled with other settings", fix="out=ANOTHER_DIRECTORY")
+        raise ConfigError(f"{directory} was distilled with other settings or clips", fix="out=ANOTHER_DIRECTORY")
     return True
 
 
@@ -214,11 +224,10 @@ def save(
     )
 
 
-def stage_task(ask: Request) -> None:
-    """Distils the stage (`task=distill`); prints where the last student's weights are."""
+def settings_of(ask: Request) -> DistillConfig:
+    """What is asked for. ConfigError for all that is wrong with it as far as it shows without the teacher's weights."""
     cfg = parse(ask.own.get("distill", {}), DistillConfig, "distill")
-    train, weights = ask.training, ask.cfg.weights if cfg.teacher is None else cfg.teacher
-    rounds(cfg, train, guided=True)  # says what is wrong with the settings before anything is read
+    rounds(cfg, ask.training, guided=True)
     if cfg.method is Method.REWARD and cfg.judge is None and not cfg.truth:
         raise ConfigError(
             f"{ask.cfg.name}: distill.judge is missing",
@@ -229,17 +238,29 @@ def stage_task(ask: Request) -> None:
             f"{ask.cfg.name}: a judge knows the procedural world alone, not data.clips",
             fix="distill.method=consistency, or distill.judge=null distill.truth=1 for a stage that is given a video",
         )
-    if weights is None:
+    if ask.cfg.weights is None and cfg.teacher is None:
         raise ConfigError(f"{ask.cfg.name} has no weights to learn from", fix="distill.teacher=DIRECTORY")
     if ask.cfg.diffusion.prediction is Prediction.EPS:
         raise ConfigError(
             f"{ask.cfg.name}: predicts eps, which at t = 1, where a student begins, says nothing of the video",
             fix="train the teacher with diffusion.prediction=v",
         )
+    check_sampler(ask.cfg)
+    if cfg.method is Method.REWARD:
+        check_reward(ask.cfg, ask.rule, cfg)
+    else:
+        told(replace(ask.cfg, w_range=None), cfg)
+    return cfg
+
+
+def stage_task(ask: Request) -> None:
+    """Distils the stage (`task=distill`); prints where the last student's weights are."""
+    cfg = settings_of(ask)  # says what is wrong with the settings before anything is read
+    train, weights = ask.training, ask.cfg.weights if cfg.teacher is None else cfg.teacher
     begun = cfg.steps[0] if cfg.method is Method.REWARD else 2 * cfg.steps[0]  # steps of what it begins with
     directory = checkpoint.locate(weights, ask.cfg.name, begun)
-    check_sampler(ask.cfg)
-    teacher, key = load_stage(replace(ask.cfg, weights=str(directory)), ask.rule, here(ask.on.torch))
+    own = replace(ask.cfg, weights=str(directory), offload=False)  # for sampling alone: no gradient may pass
+    teacher, key = load_stage(own, ask.rule, here(ask.on.torch))
     made_for = checkpoint.load(directory).config.get("steps")
     if made_for is not None and cfg.method is Method.CONSISTENCY:
         raise ConfigError(
@@ -253,7 +274,7 @@ def stage_task(ask: Request) -> None:
             fix=f"distill.steps=[{fitting}]" if fitting else "distill.teacher=DIRECTORY of more steps",
         )
     if cfg.method is Method.REWARD:
-        check_student(teacher.cfg, teacher.rule, cfg)
+        check_student(teacher.cfg)
     else:
         told(teacher.cfg, cfg)
     out, encoder = ask.out("distill"), text_source(ask.text)
@@ -261,7 +282,7 @@ def stage_task(ask: Request) -> None:
     pool, before = pool_of(teacher, source, encoder, train, ask.config_dir)
     course = Course(
         source, encoder.encode, cfg, train, out, lambda student: Sheet(student, source, encoder.encode, train),
-        inputs=[plain(ask.data), *named(ask.text, encoder), *before], pool=pool,
+        inputs=[plain(ask.data), *contents(source), *named(ask.text, encoder), *before], pool=pool,
     )  # fmt: skip
     with attention.use(ask.on.attention):
         last = (rewarded if cfg.method is Method.REWARD else ladder)(teacher, key, course)

@@ -168,8 +168,8 @@ def check_weights(stage: StageConfig, low: float, high: float) -> None:
             )
 
 
-def check_student(stage: StageConfig, rule: Rule, cfg: DistillConfig) -> None:
-    """Raises ConfigError for a student that neither a judge nor the truth can better."""
+def check_reward(stage: StageConfig, rule: Rule, cfg: DistillConfig) -> None:
+    """Raises ConfigError for a stage that neither a judge nor the truth can better."""
     if stage.codec.kind is Kind.LATENT and cfg.judge is not None:
         raise ConfigError(f"{stage.name}: a judge sees pixels, not latents", fix="distill.method=consistency")
     if cfg.truth and from_text(stage, rule):
@@ -177,6 +177,10 @@ def check_student(stage: StageConfig, rule: Rule, cfg: DistillConfig) -> None:
             f"{stage.name}: starts from text, which leaves open what is to be seen: the nearest to all clips is a blur",
             fix="distill.truth=0",
         )
+
+
+def check_student(stage: StageConfig) -> None:
+    """Raises ConfigError for weights that are no student's at the sampler's guidance."""
     if stage.w_range is not None:
         check_weights(stage, *stage.w_range)
     elif stage.sampler.guidance:

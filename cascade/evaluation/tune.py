@@ -27,7 +27,7 @@ from cascade.pipeline import precision
 from cascade.request import bars
 from cascade.settings import StageConfig
 from cascade.text import Text, named, text_source
-from cascade.training.imitation import Imitate, imitation
+from cascade.training.imitation import Imitate, imitation, makers
 from cascade.video import Video
 
 JSON, KIND = "tune.json", "tune"
@@ -111,7 +111,8 @@ def stage_task(ask: Request) -> None:
     dtype = ask.on.computes(ask.cfg)
     stage, weights = load_stage(ask.cfg, ask.rule, ask.on.torch, dtype)
     config, encoder = read_weights(ask.cfg).config, text_source(ask.text)
-    before, keys = imitation(cfg.before, ask.cfg, ask.rule, ask.on.torch, "tune.before", ask.text, ask.config_dir)
+    stages = makers(cfg.before, ask.cfg, ask.rule, "tune.before", ask.text, ask.config_dir)
+    before, keys = imitation(stages, ask.on.torch)
     others = [weights, *named(ask.text, encoder), about(questions.metrics or [])]
     made_by = [*keys, plain(cfg.before)] if cfg.before is not None else []
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache, partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,11 +21,14 @@ from cascade.noise import generator
 from cascade.settings import TrainConfig
 from cascade.stage import Batch, Stage
 from cascade.text import T5Text, Text, TextSource
-from cascade.training.imitation import Imitate, imitation
+from cascade.training.imitation import Imitate, gap_makers, imitation
 from cascade.video import Shape, Video
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+
+REMEMBERED = 512 << 20  # bytes of embedded captions that a process keeps: 21,000 of ours, 128 of the longest of T5-XXL
 
 
 class Examples(torch.utils.data.Dataset[Batch]):
@@ -38,10 +41,19 @@ class Examples(torch.utils.data.Dataset[Batch]):
     def __init__(self, stage: Stage, source: Source, encode: Callable[[list[str]], Text], cfg: TrainConfig) -> None:
         self.stage = Stage(stage.cfg, stage.rule, net=nn.Identity())
         self.source, self.cfg = source, cfg
-        self.encode = lru_cache(maxsize=20_000)(lambda caption: encode([caption]))
+        self.encode, self.kept, self.room = encode, dict[str, Text](), REMEMBERED
 
     def __len__(self) -> int:
         return self.cfg.steps * self.cfg.batch
+
+    def text(self, caption: str) -> Text:
+        """`caption`, embedded. Those of before are kept as far as there is room, the oldest go first."""
+        if caption not in self.kept:
+            self.kept[caption] = self.encode([caption])
+            self.room -= self.kept[caption].tokens.nbytes
+            while self.room < 0 and len(self.kept) > 1:
+                self.room += self.kept.pop(next(iter(self.kept))).tokens.nbytes
+        return self.kept[caption]
 
     def __getitem__(self, index: int) -> Batch:
         cfg, shape = self.cfg, self.stage.cfg.shape
@@ -66,7 +78,7 @@ class Examples(torch.utils.data.Dataset[Batch]):
             rate = self.stage.rule.rate(self.stage.cfg)
             tries = [crop(video, size, rate, rng) for _ in range(cfg.crop_tries)]
             video = max(tries, key=lambda part: float(part.frames.std()))
-        text = self.encode(caption).drop(torch.rand(1, generator=rng) >= cfg.drop_text)
+        text = self.text(caption).drop(torch.rand(1, generator=rng) >= cfg.drop_text)
         x, cond = self.stage.example(video, text, rng)
         eps = torch.randn(x.shape, generator=rng)
         return Batch(x, eps, t, torch.rand(1, generator=rng), cond)
@@ -102,24 +114,27 @@ class Pooled:
         text = self.text(index)
         kept = text.drop(torch.rand(count, generator=noise, device=device) >= cfg.drop_text)
         # The stages before make clips, of which no single frame has an input of its own.
-        x, cond = self.stage.example(video, kept, noise, None if still else self.imitation(text, noise))
+        x, cond = self.stage.example(video, kept, noise, None if still else self.imitation(text, noise, rng))
         eps = torch.randn(x.shape, generator=noise, device=device)
         u = torch.rand(count, generator=noise, device=device)
         # Evenly spread times: a uniform law with less variance than independent draws.
         t = (torch.rand((), generator=noise, device=device) + torch.arange(count, device=device) / count) % 1
         return Batch(x, eps, cfg.time(t), u, cond)
 
-    def imitation(self, text: Text, rng: torch.Generator) -> Callable[[Video], Video] | None:
-        """Makes a share of the clips that come in as the stages before do."""
+    def imitation(self, text: Text, noise: torch.Generator, rng: torch.Generator) -> Callable[[Video], Video] | None:
+        """Makes a share of the clips that come in, drawn from `rng` on the CPU, as the stages before do."""
         gap, before = self.cfg.gap, self.before
         if gap is None or before is None:
             return None
+        chosen = (torch.rand(len(text), generator=rng) < gap.share).nonzero()[:, 0].to(noise.device)
 
         def mixed(low: Video) -> Video:
-            with torch.autocast(rng.device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16"):
-                made = before(low, text, rng).to(rng.device)
-            chosen = torch.rand(len(low.frames), generator=rng, device=rng.device) < gap.share
-            return Video(torch.where(chosen.view(-1, 1, 1, 1, 1), made.frames, low.frames), low.fps, low.known)
+            if not len(chosen):
+                return low
+            part = Video(low.frames[chosen], low.fps, None if low.known is None else low.known[chosen])
+            with torch.autocast(noise.device.type, torch.bfloat16, enabled=self.cfg.precision == "bf16"):
+                made = before(part, text[chosen], noise).to(noise.device)
+            return Video(low.frames.index_copy(0, chosen, made.frames), low.fps, low.known)
 
         return mixed
 
@@ -148,9 +163,7 @@ def pool_of(
         return None, []
     if not isinstance(source, World) or not isinstance(encoder, T5Text):
         raise ConfigError("train.pool is for the procedural world, its captions read by T5", fix="train.pool=0")
-    before, keys = imitation(cfg.gap, stage.cfg, stage.rule, stage.device, "train.gap", encoder.cfg, config_dir)
-    if before is not None:
-        before.check(stage.rule.takes(replace(stage.cfg, shape=cfg.crop or stage.cfg.shape, train=None)))
+    before, keys = imitation(gap_makers(cfg, stage.cfg, stage.rule, encoder.cfg, config_dir), stage.device)
     return cache(partial(pooled, stage, source, encoder, cfg, before)), keys
 
 
@@ -189,10 +202,10 @@ def batches(examples: Examples, cfg: TrainConfig, start: int, accelerator: Accel
     """This process's share of every micro-batch from step `start` on."""
     share, micro = shares(cfg, accelerator)
     rank = accelerator.process_index
-    plan = [
+    plan = (  # never as a list: a long training of large batches has 500 million examples
         list(range(first + rank * share, first + (rank + 1) * share))
         for first in range(start * cfg.batch, cfg.steps * cfg.batch, micro)
-    ]
+    )
     return iter(
         torch.utils.data.DataLoader(
             examples,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import cast
@@ -14,7 +14,7 @@ from cascade.compose import compose
 from cascade.config import fingerprint, parse, plain, plugin
 from cascade.errors import ConfigError
 from cascade.loading import load_stage
-from cascade.settings import Before, Rule, StageConfig, from_text
+from cascade.settings import Before, Rule, StageConfig, TrainConfig, from_text
 from cascade.stage import Stage
 from cascade.text import Text, TextConfig
 from cascade.video import Shape, Video
@@ -36,38 +36,31 @@ class Imitation:
         comes = None if before is None else lambda low: before(low, text, rng)
         return self.stage.imitate(video, text, rng, self.strength, comes)
 
-    def check(self, shape: Shape) -> None:
-        """Raises ConfigError unless clips of `shape`, those that come in when training, can be made."""
-        try:
-            cfg = self.stage.sized(shape)
-            low = self.stage.rule.takes(cfg)
-        except ValueError as error:
-            raise ConfigError(
-                f"train.gap: {self.stage.cfg.name} cannot make {shape}: {error}", fix="train.crop=null, or a larger one"
-            ) from error
-        if self.before is not None:
-            self.before.check(low)
+
+Maker = tuple[StageConfig, Rule, float]  # a stage before, and its strength
 
 
-def imitation(
+def makers(
     before: Before | None,
     after: StageConfig,
     after_rule: Rule,
-    device: torch.device,
     where: str,
     text: TextConfig,
     config_dir: Path | None = None,
-) -> tuple[Imitation | None, list[str]]:
-    """The stages that make the input of `after`, and what names them: hashes of weights and samplers, the last first.
+) -> list[Maker]:
+    """The stages that make the input of `after`, the last first, checked against each other; nothing is loaded.
 
-    `where` is the setting that names them, `text` what `after` reads, which they are given too. All are checked against
-    each other before any is loaded. Raises ConfigError for one that does not come before the other or reads other text,
-    and what loading a stage raises.
+    `where` is the setting that names them, `text` what `after` reads, which they are given too. Raises ConfigError for
+    one that does not come before the other or reads other text.
     """
     if before is None:
-        return None, []
+        return []
     if from_text(after, after_rule):
         raise ConfigError(f"{where} is set, but {after.name} starts from text: no stage comes before", f"{where}=null")
+    if share := getattr(after, "known", 0):  # a whole clip comes in then, of which frames are known
+        raise ConfigError(
+            f"{where} is set, but {after.name}.known is {share:g}: no stage before makes those frames", f"{where}=null"
+        )
     try:
         tree = compose("stage", [f"stage={before.stage}"], config_dir)
     except ConfigError as error:
@@ -90,9 +83,38 @@ def imitation(
     if cfg.net.text:
         shared = text if after.reads is None else parse(tree["text"], TextConfig, "text")
         check_text(cfg.reads or shared, text, f"{where}.stage is {before.stage}", where)
-    first, keys = imitation(before.before, fitting, rule, device, f"{where}.before", text, config_dir)
-    stage, key = load_stage(cfg, rule, device)
-    return Imitation(stage, before.strength, first), [fingerprint([key, plain(cfg.sampler)]), *keys]
+    return [(cfg, rule, before.strength), *makers(before.before, fitting, rule, f"{where}.before", text, config_dir)]
+
+
+def gap_makers(
+    cfg: TrainConfig, stage: StageConfig, rule: Rule, text: TextConfig, config_dir: Path | None = None
+) -> list[Maker]:
+    """Those of `train.gap`; ConfigError too if they cannot make clips of the size that comes in when training."""
+    found = makers(cfg.gap, stage, rule, "train.gap", text, config_dir)
+    if found:
+        check_clips(found, rule.takes(replace(stage, shape=cfg.crop or stage.shape, train=None)))
+    return found
+
+
+def check_clips(stages: Sequence[Maker], shape: Shape) -> None:
+    """Raises ConfigError unless clips of `shape`, those that come in when training, can be made."""
+    for cfg, rule, _ in stages:
+        try:
+            low = rule.takes(replace(cfg, shape=shape, windows=Windows(), train=None))
+        except ValueError as error:
+            raise ConfigError(
+                f"train.gap: {cfg.name} cannot make {shape}: {error}", fix="train.crop=null, or a larger one"
+            ) from error
+        shape = low
+
+
+def imitation(stages: Sequence[Maker], device: torch.device) -> tuple[Imitation | None, list[str]]:
+    """`makers`, loaded, and what names them: hashes of weights and samplers, the last first."""
+    made, keys = None, list[str]()
+    for cfg, rule, strength in reversed(stages):
+        stage, key = load_stage(cfg, rule, device)
+        made, keys = Imitation(stage, strength, made), [fingerprint([key, plain(cfg.sampler)]), *keys]
+    return made, keys
 
 
 def check_text(reads: TextConfig, given: TextConfig, what: str, where: str) -> None:

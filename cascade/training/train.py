@@ -245,7 +245,7 @@ def resume(state: State, out: Path, identity: str) -> None:
         return
     artefact = store.read(newest, kind="training")
     if artefact.meta["identity"] != identity:
-        raise ConfigError(f"{out} holds a training with other settings", fix="out=ANOTHER_DIRECTORY")
+        raise ConfigError(f"{out} holds a training with other settings or clips", fix="out=ANOTHER_DIRECTORY")
     state.restore(artefact)
 
 
