@@ -66,9 +66,9 @@ def load_stage(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stag
 
 def check_trained(cfg: StageConfig, saved: Mapping[str, Any], what: str) -> None:
     """Raises InputError unless weights with the card `saved` are of the stage's kind, architecture and diffusion."""
-    trained = _trained(saved.get("diffusion", {}))
-    wanted = {"kind": cfg.kind, "net": plain(cfg.net), **{name: plain(cfg.diffusion)[name] for name in trained}}
-    found = {"kind": saved.get("kind"), "net": completed(saved.get("net", {})), **trained}
+    process = _process(saved.get("diffusion", {}))
+    wanted = {"kind": cfg.kind, "net": plain(cfg.net), **{name: plain(cfg.diffusion)[name] for name in process}}
+    found = {"kind": saved.get("kind"), "net": completed(saved.get("net", {})), **process}
     checkpoint.compatible(found, wanted, what)
 
 
@@ -86,7 +86,7 @@ def told_weight(cfg: StageConfig, w_range: list[float] | None) -> StageConfig:
     return cfg
 
 
-def _trained(diffusion: Mapping[str, Any]) -> dict[str, Any]:
+def _process(diffusion: Mapping[str, Any]) -> dict[str, Any]:
     """What a network cannot do without of the process that its card says it was trained on.
 
     `shift` is not of it: networks are told the noise level, whatever the schedule that leads there. A table is.
