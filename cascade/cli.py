@@ -35,13 +35,13 @@ cascade: cascaded text-to-video, stage by stage.
   cascade generate prompt="..." [chain=tiny] [seed=0] [out=DIR] [base.sampler.steps=16 ...]
   cascade generate prompts=FILE out=DIR           one prompt a line, every stage loaded once
   cascade generate image=FILE [last=FILE]         the first frame is given, or both ends
-  cascade generate extend=clip.mp4 [seconds=8]    your own video goes on
-  cascade generate input=clip.mp4 mask=FILE       your own video, made anew where the mask is white
+  cascade generate extend=clip.mp4 [seconds=8]    your own video, continued
+  cascade generate input=clip.mp4 mask=FILE       your own video, repainted where the mask is white
   cascade generate start=ssr1 input=clip.mp4      your own video through the rest of the chain
   cascade plan [chain=tiny] [format=json]         check a chain; sizes, parameters, work and memory of its stages
   cascade train [recipe=tiny] [jobs=1]            make the weights of a chain from nothing, every step resumable
   cascade evaluate [chain=tiny] [n=64]            judge a chain by what its videos show
-  cascade report runs=DIR [kept=FILE] [out=docs]  all evaluations below DIR, and those in a results.json, as one page
+  cascade report runs=DIR [kept=FILE] [out=docs]  one page of all evaluations below DIR, and of those in a results.json
   cascade assets [only=[i3d]] [out=DIR]           fetch the networks that FVD, FID and LPIPS of the papers need
   cascade import weights=show1 source=DIR out=DIR published weights: modelscope, show1, if_image, lavie, ...
   cascade embed prompts=FILE out=DIR              write text embeddings once, for text.store=DIR

@@ -65,12 +65,12 @@ def package_root() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
-def locate(path: str | Path, *, base: Path | None = None) -> Path:
-    """`path` as it is if absolute, else under `base` (the working directory) if it is there, else beside cascade/."""
+def locate(path: str | Path) -> Path:
+    """`path` as it is if absolute, else beside cascade/ if it is there alone, else in the working directory."""
     if not str(path):
         raise ConfigError("a path is empty", fix="name a file or a directory")
-    here = (base or Path.cwd()) / path
-    return here if here.exists() else package_root() / path
+    here, shipped = Path.cwd() / path, package_root() / path
+    return shipped if shipped.exists() and not here.exists() else here
 
 
 def kinds() -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cascade import checkpoint, foreign, store
+from cascade import checkpoint, foreign, loading, store
 from cascade.chain import Chain
 from cascade.config import locate, parse, plain
 from cascade.errors import ConfigError, InputError
@@ -173,7 +173,7 @@ def verb(tree: dict[str, Any]) -> Callable[[], None]:
     chain = Chain.read(tree, ["format", "out"])
     if ask.out is None:
         raise ConfigError("out is missing", fix="out=DIRECTORY")
-    chain.check_weights()
+    loading.check(chain)
     find_encoder(chain.text.encoder)
     check(chain, ask.out)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from cascade import media, store
+from cascade import loading, media, store
 from cascade.chain import Chain, Device
 from cascade.config import fingerprint, plain
 from cascade.errors import ConfigError, InputError
@@ -61,7 +61,7 @@ def verb(tree: dict[str, Any]) -> Callable[[], None]:
     first = given(run, chain.stages[0], chain.rules[0])
     for suffix in run.format:
         media.check_rate(f".{suffix}", chain.fps(first) if run.fps is None else run.fps)
-    chain.check_weights()
+    loading.check(chain)
     chain.runs_on(on)
     chain = within(chain, on, memory, None if first is None else first.shape)
     jobs = jobs_of(texts, run.samples, out)

@@ -88,9 +88,10 @@ def with_ends(run: Given, cfg: StageConfig) -> Video | None:
     if run.seconds is not None:
         total = round(run.seconds * cfg.fps)
     if total <= there:
+        length = "seconds is not set" if run.seconds is None else f"seconds is {run.seconds:g}"
         raise ConfigError(
-            f"seconds is {run.seconds:g}, which is {total} frames of {cfg.name}, and {there} are given",
-            fix=f"seconds={max(there + new, cfg.shape.frames) / cfg.fps:g}",
+            f"{length}, which is {total} frames of {cfg.name}, and {there} are given",
+            fix=f"seconds={max(there + max(new, 1), cfg.shape.frames) / cfg.fps:g}",
         )
     video = Video.unknown(1, 3, replace(cfg.shape, frames=total), cfg.fps)
     assert video.known is not None

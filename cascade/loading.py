@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cascade import checkpoint
-from cascade.chain import Device
+from cascade.chain import Chain, Device
 from cascade.config import fingerprint, plain
 from cascade.diffusion import Schedule
 from cascade.errors import ConfigError
@@ -28,10 +28,26 @@ Load = Callable[[StageConfig, Rule, torch.device, torch.dtype], Loaded]  # on th
 def known(cfg: StageConfig) -> tuple[StageConfig, list[str]]:
     """What decides the results of `load_stage`, before it reads any weights: the settings with what stands beside the
     weights, and the hashes of weights and codec."""
+    told, name = trained(cfg)
+    return told, [name, cfg.codec.hash()]
+
+
+def trained(cfg: StageConfig) -> tuple[StageConfig, str]:
+    """The settings with what stands beside the weights, and what names those, unread. InputError for another stage's,
+    ConfigError for guidance that they were not distilled for."""
     if cfg.weights == checkpoint.RANDOM:
-        return cfg, [_random(cfg), cfg.codec.hash()]
-    saved, name = checkpoint.about(checkpoint.locate(cfg.weights, cfg.name, cfg.sampler.steps))
-    return told_weight(cfg, saved.get("w_range")), [name, cfg.codec.hash()]
+        return cfg, _random(cfg)
+    directory = checkpoint.locate(cfg.weights, cfg.name, cfg.sampler.steps)
+    saved, name = checkpoint.about(directory)
+    check_trained(cfg, saved, f"{cfg.name} in {directory}")
+    return told_weight(cfg, saved.get("w_range")), name
+
+
+def check(chain: Chain) -> None:
+    """Raises ConfigError or InputError for the first stage whose weights are not there or do not fit; none are read."""
+    chain.check_weights()
+    for cfg in chain.stages:
+        trained(cfg)
 
 
 def load_stage(cfg: StageConfig, rule: Rule, device: torch.device, dtype: torch.dtype = torch.float32) -> Loaded:
@@ -51,9 +67,9 @@ def load_stage(cfg: StageConfig, rule: Rule, device: torch.device, dtype: torch.
 
 def check_trained(cfg: StageConfig, saved: Mapping[str, Any], what: str) -> None:
     """Raises InputError unless weights with the card `saved` are of the stage's kind, architecture and diffusion."""
-    trained = _trained(saved.get("diffusion", {}))
-    wanted = {"kind": cfg.kind, "net": plain(cfg.net), **{name: plain(cfg.diffusion)[name] for name in trained}}
-    found = {"kind": saved.get("kind"), "net": completed(saved.get("net", {})), **trained}
+    process = _process(saved.get("diffusion", {}))
+    wanted = {"kind": cfg.kind, "net": plain(cfg.net), **{name: plain(cfg.diffusion)[name] for name in process}}
+    found = {"kind": saved.get("kind"), "net": completed(saved.get("net", {})), **process}
     checkpoint.compatible(found, wanted, what)
 
 
@@ -71,7 +87,7 @@ def told_weight(cfg: StageConfig, w_range: list[float] | None) -> StageConfig:
     return cfg
 
 
-def _trained(diffusion: Mapping[str, Any]) -> dict[str, Any]:
+def _process(diffusion: Mapping[str, Any]) -> dict[str, Any]:
     """What a network cannot do without of the process that its card says it was trained on.
 
     `shift` is not of it: networks are told the noise level, whatever the schedule that leads there. A table is.

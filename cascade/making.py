@@ -105,16 +105,16 @@ def once(stage: Stage, low: Video | None, run: Run) -> Video:
         sampler = replace(sampler, strength=strength, steps=max(1, round(sampler.steps * strength)))
     cond = told(stage, low, run.text, shape, run.noise)
     dropped = cond.without_text() if run.negative is None else cond.with_text(run.negative.to(stage.device))
-    guided = steps(stage, cond, dropped, sampler)
+    x_hat = predictor(stage, cond, dropped, sampler)
     drawn_on = towards(stage, low, shape) if low is not None else lambda denoise: denoise
 
     def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
-        return drawn_on(lambda z, t: guided(z, t, step))(z, t)
+        return drawn_on(lambda z, t: x_hat(z, t, step))(z, t)
 
     hooks: list[Hook] = []
     keeps = stage.keeps and low is not None
     if low is not None and keeps:
-        known, mask = (part.to(stage.device) for part in given(stage, low, shape))
+        known, mask = (part.to(stage.device) for part in kept(stage, low, shape))
         hooks.append(keep_known(stage.encode(known), cfg.codec.mask(mask)))
 
     def draw(shape: Sequence[int], step: int, purpose: str) -> Tensor:
@@ -149,7 +149,7 @@ def begun(stage: Stage, low: Video | None, shape: Shape, run: Run) -> Tensor | N
     return None
 
 
-def steps(stage: Stage, cond: Cond, dropped: Cond, sampler: Sampler) -> StepDenoise:
+def predictor(stage: Stage, cond: Cond, dropped: Cond, sampler: Sampler) -> StepDenoise:
     """x_hat of every step of a run, guided away from `dropped`. No weight may change in between: what the network
     makes of the prompts is made once."""
     cond, dropped = cond.remembering(), dropped.remembering()
@@ -166,8 +166,8 @@ def steps(stage: Stage, cond: Cond, dropped: Cond, sampler: Sampler) -> StepDeno
         else:
             x, without = stage.denoise(torch.cat([z, z]), torch.cat([t, t]), both).chunk(2)
         c = z.shape[1]
-        guided = (1 + w) * x[:, :c] - w * without[:, :c]
-        return torch.cat([guided, x[:, c:]], 1) if sampler.learned else guided  # the variance is that of the text
+        away = (1 + w) * x[:, :c] - w * without[:, :c]
+        return torch.cat([away, x[:, c:]], 1) if sampler.learned else away  # the variance is that of the text
 
     return denoise
 
@@ -189,7 +189,7 @@ def towards(stage: Stage, low: Video, shape: Shape) -> Callable[[Denoise], Denoi
         target = low.frames.to(stage.device)
         return lambda denoise: reconstruction(cfg.diffusion, denoise, observe, target, weight)
     if weight:
-        known, mask = given(stage, low, shape)
+        known, mask = kept(stage, low, shape)
         untold = mask * (1 - stage.rule.condition(low, cfg, shape)[1]) if cfg.told else mask
         if bool(untold.any()):
             known, mask = stage.encode(known.to(stage.device)), cfg.codec.mask(untold.to(stage.device))
@@ -197,6 +197,6 @@ def towards(stage: Stage, low: Video, shape: Shape) -> Callable[[Denoise], Denoi
     return lambda denoise: denoise
 
 
-def given(stage: Stage, low: Video, shape: Shape) -> tuple[Tensor, Tensor]:
+def kept(stage: Stage, low: Video, shape: Shape) -> tuple[Tensor, Tensor]:
     """What comes out as it comes in, and its mask: parts of frames too, of which the network may not be told."""
     return (low.frames, low.mask) if low.known is not None else stage.rule.condition(low, stage.cfg, shape)

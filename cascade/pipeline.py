@@ -121,9 +121,8 @@ class Clips(Mapping[Path, Video]):
 class Runner:
     """Makes the videos of many jobs, stage by stage, each stage loaded once.
 
-    `negative` is what guidance moves away from in place of no text. Without `disk` nothing is written and nothing that
-    was is looked for. `after` is told the stage, the jobs and what
-    `sampler.After` is, at every step.
+    `negative` is what guidance moves away from in place of no text. Without `disk` nothing is written, and no earlier
+    result is looked for. `after` is told at every step the stage, the jobs and what `sampler.After` is told.
     """
 
     chain: Chain

@@ -184,7 +184,9 @@ def asked(kind: str, tree: dict[str, Any]) -> tuple[str, Request]:
     """The task and its settings, typed; ConfigError for what is wrong with them before anything is read."""
     name = tree.pop("task", "sample")
     if not isinstance(name, str) or name not in TASKS:
-        raise ConfigError(f"task is {name!r}, expected one of {', '.join(TASKS)}", fix=suggest(str(name), TASKS))
+        raise ConfigError(
+            f"task is {name!r}, expected one of {', '.join(TASKS)}", fix=suggest(str(name), TASKS, "task=")
+        )
     ask = request(kind, tree)
     check_read(name, ask)
     check(name, ask)

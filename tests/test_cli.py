@@ -593,10 +593,11 @@ def test_damaged_weights_are_refused_before_anything_runs(mini: Path, tmp_path: 
     assert error.value.code == 3
 
 
-def test_weights_of_another_stage_are_refused(cascade: Any, mini: Path) -> None:
-    with pytest.raises(CascadeError) as error:
-        cascade("generate", "prompt=x", f"tsr.weights={mini / 'weights' / 'base'}")
-    assert error.value.code == 3
+def test_weights_of_another_stage_are_refused_before_anything_runs(cascade: Any, mini: Path, tmp_path: Path) -> None:
+    for verb in (["generate", "prompt=x"], ["export", "out=exported"]):
+        with pytest.raises(InputError, match="kind is 'base' in the weights, 'tsr' in the configuration"):
+            cascade(*verb, f"tsr.weights={mini / 'weights' / 'base'}")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

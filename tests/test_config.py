@@ -427,7 +427,7 @@ def test_locate_prefers_what_is_here(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "mine").mkdir()
     assert locate("mine") == tmp_path / "mine"
     assert locate("cascade") == package_root() / "cascade"
-    assert locate("mine", base=tmp_path / "mine") == package_root() / "mine"
+    assert locate("cascade.py") == tmp_path / "cascade.py"  # an error names what was meant
     assert locate(str(tmp_path / "mine")) == tmp_path / "mine"
     with pytest.raises(ConfigError, match="empty"):
         locate("")

@@ -216,6 +216,10 @@ def test_too_few_seconds_name_as_many_as_are_enough(here: Path, stage_config: Ma
         with pytest.raises(ConfigError, match="are given") as error:
             asked(cfg, seconds=0.001, **words)
         asked(cfg, seconds=float(error.value.fix.removeprefix("seconds=")), **words)
+    ends, cfg = {"extend": "clip.mp4", "last": "light.png"}, stage_config("base", windows=replace(EXTEND, overlap=3))
+    with pytest.raises(ConfigError, match="seconds is not set, which is 7 frames of base, and 7 are given") as error:
+        asked(cfg, **ends)
+    assert known(asked(cfg, seconds=float(error.value.fix.removeprefix("seconds=")), **ends)) == [*range(6), 7]
 
 
 def test_a_long_video_needs_windows(here: Path, stage_config: Make) -> None:

@@ -476,6 +476,12 @@ def test_a_hostile_manifest_is_refused(artefact: Path, change: dict[str, Any]) -
     assert store.problems(artefact)
 
 
+def test_what_is_not_there_is_not_to_be_deleted(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file") as error:
+        store.read(tmp_path / "none")
+    assert "delete" not in str(error.value)
+
+
 def test_a_newer_format_says_update(artefact: Path) -> None:
     forge(artefact, format_version=2)
     with pytest.raises(InputError, match="has format 2, this Cascade reads 1: update it"):

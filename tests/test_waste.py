@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cascade.cond import Cond
 from cascade.diffusion import Diffusion
-from cascade.making import steps
+from cascade.making import predictor
 from cascade.nets.layers import TextAttention
 from cascade.nets.unet_config import LevelSpec, Mixer
 from cascade.noise import Noise, Shared, Stream, generator, sample_id
@@ -159,7 +159,7 @@ def test_guided_windows_of_the_network_read_no_value_and_are_sent_nothing(
     cond = Cond(blank, blank[:, :1], one, one, encode([PROMPT]).to("meta"))
     settings = replace(GUIDED, steps=2, joint=joint)
     dropped = cond.with_text(Text(cond.text.tokens, cond.text.mask))
-    assert copies_of(monkeypatch, settings, steps(stage, cond, dropped, settings)) == [SHAPE]
+    assert copies_of(monkeypatch, settings, predictor(stage, cond, dropped, settings)) == [SHAPE]
 
 
 def test_what_is_not_finite_is_found_when_it_is_read() -> None:

@@ -35,7 +35,7 @@ from cascade.evaluation.exam import (
     measure,
 )
 from cascade.evaluation.marks import REPORT, Report, clips_of, described, rows_of, sheet_of, strips_of, table, write
-from cascade.loading import load_stage
+from cascade.loading import check, load_stage
 from cascade.pipeline import Progress, Runner, precision, stage_clip
 from cascade.request import Out, bars, jobs_of, take
 from cascade.settings import Rule, StageConfig
@@ -209,8 +209,7 @@ def chain_verb(tree: dict[str, Any]) -> Callable[[], None]:
         measure(name)
     chain.rules[0].output(None, chain.stages[0])
     chain.runs_on(on)  # before anything loads
-    for stage in chain.stages:
-        read_weights(stage)  # of all stages, before any of them is used
+    check(chain)  # the weights of all stages, before any of them is used
     parts = [plain(part) for part in (*chain.stages, cfg, on, data, chain.text)]
     out = where.out or Path("runs") / f"evaluate-{fingerprint(parts)[:12]}"
     last = chain.stages[-1]

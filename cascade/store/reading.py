@@ -138,7 +138,9 @@ def manifest_bytes(kind: str, files: Mapping[str, Any], meta: Mapping[str, Any])
 def _parsed(path: Path, kind: str | None) -> tuple[dict[str, Any], bytes]:
     file = manifest_path(path)
     if not path.exists():
-        raise _bad(path, f"there is no such file or directory ({holds(path.parent)})")
+        raise _bad(
+            path, f"there is no such file or directory ({holds(path.parent)})", fix="name another one, or make it"
+        )
     if not file.exists():
         raise _bad(path, f"{file.name} is missing ({holds(file.parent)})")
     data = contents(file.parent, file.name)
@@ -223,8 +225,8 @@ def contents(folder: Path, name: str, size: int | None = None) -> bytes:
         raise _bad(path, f"cannot be read: {error}") from error
 
 
-def _bad(path: Path, reason: str) -> InputError:
-    return InputError(f"{path}: {reason}", fix="name another one, or delete it and make it again")
+def _bad(path: Path, reason: str, fix: str = "name another one, or delete it and make it again") -> InputError:
+    return InputError(f"{path}: {reason}", fix)
 
 
 def holds(folder: Path) -> str:
