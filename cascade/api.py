@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cascade import checkpoint, export
-from cascade.arguments import by_stage, clips_for, jobs_for, negative_of, seed_of
+from cascade.arguments import Known, by_stage, clips_for, jobs_for, negative_of, seed_of
 from cascade.chain import Chain, Device, chain_settings
 from cascade.config import package_root
 from cascade.errors import ConfigError
@@ -183,6 +183,7 @@ class Cascade:
         negative_prompt: str | None = None,
         *,
         image: Any = None,
+        last_image: Any = None,
         video: Any = None,
         num_inference_steps: int | Mapping[str, int] | None = None,
         guidance_scale: float | Mapping[str, float] | None = None,
@@ -195,9 +196,11 @@ class Cascade:
     ) -> Output | tuple[Frames]:
         """Videos of one prompt or several, `num_videos_per_prompt` of each in turn.
 
-        - `image` becomes the first frame: a picture of any size, or its file.
-        - `video` is what the first stage takes: a `Video` (such as `out.video`, without loss), what `out.frames` is, or
-          a file; one for all, or one for each prompt.
+        - `image` becomes the first frame of the first stage, `last_image` its last one: a picture of any size or a
+          file, one for all or one for each prompt.
+        - `video` is the clip that goes on, or, for a stage that is given a video, that video: a `Video` (such as
+          `out.video`, without loss), what `out.frames` is (at the rate that the stage has, or takes), or a file; one
+          for all, or one for each prompt.
         - `num_inference_steps`: for every stage, or {stage: steps}; `guidance_scale`, which is 1 + w: for every stage
           that is guided, or {stage: scale}. Without them the settings count.
         - `callback_on_step_end(pipe, step, t, kwargs)` runs after each step of each stage: kwargs holds "latents"
@@ -213,7 +216,7 @@ class Cascade:
                 f"callback_on_step_end_tensor_inputs is {[*callback_on_step_end_tensor_inputs]}, expected {[*TENSORS]}"
             )
         chain, jobs = self._set(num_inference_steps, guidance_scale), jobs_for(prompt, num_videos_per_prompt)
-        clips = clips_for(chain, len(jobs), num_videos_per_prompt, image, video)
+        clips = clips_for(chain, len(jobs), num_videos_per_prompt, Known(image, last_image, video))
         seed, negative = seed_of(generator), negative_of(negative_prompt)
         runner = Runner(chain, self.parts.source, self.on, seed, negative, load=self.parts.stage, disk=False)
         if callback_on_step_end is not None:

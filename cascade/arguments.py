@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from cascade import media
 from cascade.chain import Chain
 from cascade.errors import ConfigError
 from cascade.frames import of_clips, of_images
-from cascade.given import known_first, read_input
+from cascade.given import at_rate, clip, heard, picture, read_input, with_ends
 from cascade.request import Job, jobs_of
+from cascade.settings import Rule, StageConfig, from_text
 from cascade.text import check_negative, check_prompt
 from cascade.video import Video
 
 Number = TypeVar("Number", int, float)
+Part = TypeVar("Part", Tensor, Video)
 
 
 def by_stage(
@@ -57,30 +61,78 @@ def negative_of(negative_prompt: str | None) -> str | None:
     return None if negative_prompt is None else check_negative(negative_prompt)
 
 
-def clips_for(chain: Chain, jobs: int, copies: int, image: Any, video: Any) -> list[Video | None]:
+@dataclass(frozen=True)
+class Known:
+    """What a call gives of its videos, in diffusers' forms; see `Cascade.__call__`."""
+
+    image: Any = None
+    last_image: Any = None
+    video: Any = None
+
+    @property
+    def beside_video(self) -> list[str]:
+        return [name for name, value in vars(self).items() if value is not None and name != "video"]
+
+
+def clips_for(chain: Chain, jobs: int, copies: int, known: Known) -> list[Video | None]:
     """The clip that the first stage gets, for each of `jobs` videos, `copies` of them to a prompt."""
     cfg, rule = chain.stages[0], chain.rules[0]
+    parts = isinstance(known.video, Video) and known.video.known is not None  # and says itself which
+    if parts or not from_text(cfg, rule):
+        if known.beside_video:
+            why = "video says what is known" if parts else f"{cfg.name} takes a video"
+            raise ValueError(f"{known.beside_video[0]} is given, but {why}")
+        return each("video", whole(known.video, cfg, rule), jobs, copies)
+    if known.image is not None and known.video is not None:
+        raise ValueError("image is given, but video too: each says how the video begins")
+    heads = each("image", pictures(known.image, "image", cfg), jobs, copies)
+    if known.video is not None:
+        heads = each("video", clips(known.video, cfg), jobs, copies)
+    tails = each("last_image", pictures(known.last_image, "last_image", cfg), jobs, copies)
+    ends = zip(heads, tails, strict=True)
+    return [heard(with_ends(head, tail, None, cfg, str), cfg, rule) for head, tail in ends]
+
+
+def each(what: str, parts: Sequence[Part | None], jobs: int, copies: int) -> list[Part | None]:
+    """The part of each of `jobs` videos: the same for all, or one for each prompt."""
+    prompts = jobs // copies
+    if len(parts) not in (1, prompts):
+        raise ValueError(f"{what} holds {len(parts)} for {prompts} prompts, expected one, or as many")
+    return [parts[number // copies % len(parts)] for number in range(jobs)]
+
+
+def pictures(value: Any, what: str, cfg: StageConfig) -> Sequence[Tensor | None]:
+    """Pictures, or their files, as single frames (3, 1, H, W)."""
+    size = cfg.shape.height, cfg.shape.width
+    if value is None:
+        return [None]
+    if isinstance(value, str | Path):
+        return [picture(Path(value), what, size)]
+    if isinstance(value, list | tuple):
+        return [one for item in value for one in pictures(item, what, cfg)]
+    return [media.fit(one[None], *size).transpose(0, 1) for one in of_images(value, what)]
+
+
+def clips(value: Any, cfg: StageConfig) -> list[Tensor]:
+    """Clips, or the file of one, as frames (3, F, H, W) at the stage's rate, which frames without one have."""
+    size = cfg.shape.height, cfg.shape.width
+    if isinstance(value, str | Path):
+        return [clip(Path(value), "video", cfg.fps, size)]
+    return [*at_rate(value if isinstance(value, Video) else Video(of_clips(value), cfg.fps), cfg.fps, size)]
+
+
+def whole(value: Any, cfg: StageConfig, rule: Rule) -> Sequence[Video | None]:
+    """Clips that the stage takes as they are. ConfigError for those that it does not."""
     takes = rule.takes(cfg)
-    if image is not None and (video is not None or takes != cfg.shape):
-        raise ValueError(f"image is given, but {'video too' if video is not None else f'{cfg.name} takes a video'}")
-    if image is not None:
-        picture = media.read_image(Path(image)) if isinstance(image, str | Path) else of_images(image, "image")[0]
-        return [known_first(picture, cfg)] * jobs
-    if isinstance(video, str | Path):
-        video = read_input(Path(video), (takes.height, takes.width), cfg.colours)
-    elif video is not None and not isinstance(video, Video):
-        video = Video(of_clips(video), cfg.fps / rule.rate(cfg))
+    if isinstance(value, str | Path):
+        value = read_input(Path(value), (takes.height, takes.width), cfg.colours)
+    elif value is not None and not isinstance(value, Video):
+        value = Video(of_clips(value), cfg.fps / rule.rate(cfg))
     try:
-        rule.output(None if video is None else video.shape, cfg)
+        rule.output(None if value is None else value.shape, cfg)
     except ConfigError as error:
         raise ConfigError(error.message, fix=f"video={takes} (frames x height x width)") from error
-    if video is None:
-        return [None] * jobs
-    count = len(video.frames)
-    if count not in (1, jobs // copies):
-        raise ValueError(f"video holds {count} clips for {jobs // copies} prompts, expected one clip or as many")
-    parts = [
-        Video(video.frames[i : i + 1], video.fps, None if video.known is None else video.known[i : i + 1])
-        for i in range(count)
-    ]
-    return [parts[number // copies % count] for number in range(jobs)]
+    if value is None:
+        return [None]
+    told = [None] * len(value.frames) if value.known is None else value.known.split(1)
+    return [Video(frames, value.fps, part) for frames, part in zip(value.frames.split(1), told, strict=True)]

@@ -1,4 +1,4 @@
-"""What a command gives its first stage: a whole video, parts of one that are known, or nothing.
+"""What a command, or a call in Python, gives its first stage: a whole video, parts of one that are known, or nothing.
 
 A picture at either end, a clip that goes on, a clip with a hole: each is a `Video` at the stage's size and rate whose
 `known` says what of it counts, and nothing but that. The stage, its sampler and the stages after it make no difference.
@@ -70,15 +70,6 @@ def read_input(path: Path, size: tuple[int, int], colours: int) -> Video:
         if path.suffix == CLIP:
             return read_clip(path.read_bytes(), f"input {path}", colours).resize(*size)
         return media.read_video(path, size=size)
-
-
-def known_first(image: Tensor, cfg: StageConfig) -> Video:
-    """An image (C, H, W) in [-1, 1] of any size as the known first frame of a clip."""
-    video = Video.unknown(1, len(image), cfg.shape, cfg.fps)
-    assert video.known is not None
-    video.frames[0, :, :1] = media.fit(image[None], cfg.shape.height, cfg.shape.width).transpose(0, 1)
-    video.known[:, 0] = True
-    return video
 
 
 def with_ends(

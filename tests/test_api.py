@@ -21,7 +21,7 @@ from cascade.errors import CascadeError, ConfigError, HostError
 from cascade.frames import of_clips, of_images, to_frames
 from cascade.noise import generator
 from cascade.stage import Stage
-from cascade.video import Video
+from cascade.video import Shape, Video
 
 PROMPT = "a large red circle moves left on a black background"
 OTHER = "a small blue square moves up and a large white ring stands still on a gray background"
@@ -146,6 +146,58 @@ def test_an_image_of_any_kind_and_size_becomes_the_first_frame(base: Any, mini: 
     assert torch.allclose(base(PROMPT, image=tensor / 255).video.frames, wanted, atol=1e-5)
 
 
+@pytest.fixture
+def files(pipe: Cascade) -> None:
+    """What may be given, as files: two pictures, a clip at another rate and size, a mask."""
+    rng = generator("files")
+    for name in ("first", "last"):
+        Path(f"{name}.png").write_bytes(media.png(torch.rand(3, 20, 12, generator=rng) * 2 - 1))
+    clip = torch.rand(3, 9, 20, 30, generator=rng) * 2 - 1  # 5 frames at the base's rate
+    Path("clip.mp4").write_bytes(media.encoded(clip, 4.0, ".mp4"))
+    Path("clip.safetensors").write_bytes(pipeline.video_bytes(Video(clip[None], 4.0)))
+
+
+def long(mini: Path) -> tuple[Any, list[str]]:
+    """The chain, and the command's words for it, with a base that makes window after window."""
+    words = ["base.windows.frames=4", "base.windows.overlap=2", "base.windows.rule=extend"]
+    made = Cascade.from_pretrained("mini", *words, config_dir=mini)
+    made.set_progress_bar_config(disable=True)
+    return made, [f"prompt={PROMPT}", *words]
+
+
+def test_a_last_frame_is_that_of_the_command(pipe: Any, mini: Path, files: None) -> None:
+    words = [f"prompt={PROMPT}", "last=last.png"]
+    assert torch.equal(pipe(PROMPT, last_image=Image.open("last.png")).video.frames, generated(mini, *words))
+    both = pipe(PROMPT, image="first.png", last_image="last.png").video.frames
+    assert torch.equal(both, generated(mini, *words, "image=first.png"))
+
+
+def test_pictures_are_for_all_prompts_or_one_for_each(base: Any, files: None) -> None:
+    both = base([PROMPT, OTHER], image=["first.png", Image.open("last.png")], num_videos_per_prompt=2).video.frames
+    for number, (prompt, name) in enumerate(((PROMPT, "first.png"), (OTHER, "last.png"))):
+        alone = base(prompt, image=name, num_videos_per_prompt=2).video.frames
+        assert torch.equal(both[2 * number : 2 * number + 2], alone)
+
+
+def test_a_clip_goes_on_as_it_does_for_the_command(mini: Path, files: None) -> None:
+    pipe, words = long(mini)
+    saved = pipeline.read_clip(Path("clip.safetensors").read_bytes(), "clip")
+    for name, clip in (
+        ("clip.mp4", "clip.mp4"),
+        ("clip.safetensors", saved),
+        ("clip.safetensors", Path("clip.safetensors")),
+    ):
+        made = pipe(PROMPT, video=clip).video.frames
+        assert torch.equal(made, generated(mini, *words, f"extend={name}")) and made.shape[2] == 4 * 7 - 1
+    made = pipe(PROMPT, video="clip.mp4", last_image="last.png").video.frames
+    assert torch.equal(made, generated(mini, *words, "extend=clip.mp4", "last=last.png"))
+    base = pipe.stages["base"]
+    before = base([PROMPT, OTHER])
+    for clip in (before.video, before.frames, to_frames(before.video.frames, "pt")):  # frames without a rate
+        after = base([PROMPT, OTHER], video=clip).video.frames
+        assert torch.allclose(after[:, :, :4], before.video.frames, atol=1e-6) and after.shape[2] == 6
+
+
 # callbacks -----------------------------------------------------------------------------------------------------------
 
 
@@ -237,7 +289,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"image": 3}, "image is a int"),
     ({"image": "none.png"}, "none.png"),
     ({"image": np.zeros((8, 8, 3)), "video": np.zeros((4, 8, 8, 3))}, "video too"),
-    ({"video": np.zeros((4, 6, 8, 3))}, "known frames come as 4x6x8, expected 4x8x8"),
+    ({"image": []}, "image holds 0 for 1 prompts"),
+    ({"last_image": [np.zeros((8, 8, 3))] * 2}, "last_image holds 2 for 1 prompts, expected one, or as many"),
+    ({"last_image": "none.png"}, "last_image none.png: no such file"),
+    ({"video": "none.mp4"}, "video none.mp4: no such file"),
+    (
+        {"video": np.zeros((4, 6, 8, 3))},
+        r"6 frames, expected the 4 that it makes at once\. Fix: base\.windows\.frames=4",
+    ),
+    ({"video": Video.unknown(1, 3, Shape(frames=4, height=6, width=8), 2.0)}, "known frames come as 4x6x8"),
+    ({"video": Video.unknown(1, 3, Shape(frames=4, height=8, width=8), 2.0), "image": "x"}, "video says what is known"),
 ]
 
 
@@ -256,7 +317,7 @@ def test_a_stage_without_its_video_says_what_it_takes(pipe: Any) -> None:
         ssr(PROMPT, video=np.zeros((8, 6, 8, 3)))
     with pytest.raises(ValueError, match="image is given, but ssr takes a video"):
         ssr(PROMPT, image=np.zeros((8, 8, 3)))
-    with pytest.raises(ValueError, match="video holds 3 clips for 2 prompts"):
+    with pytest.raises(ValueError, match="video holds 3 for 2 prompts"):
         ssr([PROMPT, OTHER], video=np.zeros((3, 8, 8, 8, 3)))
     with pytest.raises(ValueError, match="several sizes"):
         ssr(PROMPT, video=[np.zeros((8, 8, 8, 3)), np.zeros((6, 8, 8, 3))])
