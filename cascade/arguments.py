@@ -14,7 +14,7 @@ from cascade import media
 from cascade.chain import Chain
 from cascade.errors import ConfigError
 from cascade.frames import of_clips, of_images
-from cascade.given import at_rate, clip, heard, picture, read_input, with_ends
+from cascade.given import at_rate, clip, heard, picture, read_input, white_of, with_ends, with_hole
 from cascade.request import Job, jobs_of
 from cascade.settings import Rule, StageConfig, from_text
 from cascade.text import check_negative, check_prompt
@@ -68,6 +68,7 @@ class Known:
     image: Any = None
     last_image: Any = None
     video: Any = None
+    mask: Any = None
 
     @property
     def beside_video(self) -> list[str]:
@@ -83,6 +84,13 @@ def clips_for(chain: Chain, jobs: int, copies: int, known: Known) -> list[Video 
             why = "video says what is known" if parts else f"{cfg.name} takes a video"
             raise ValueError(f"{known.beside_video[0]} is given, but {why}")
         return each("video", whole(known.video, cfg, rule), jobs, copies)
+    if known.mask is not None:
+        if known.video is None or known.beside_video != ["mask"]:
+            also = "no video, which it is for" if known.video is None else f"{known.beside_video[0]} too"
+            raise ValueError(f"mask is given, but {also}")
+        white, name = white_in(known.mask, cfg)
+        holed = [heard(with_hole(frames, white, name, cfg), cfg, rule) for frames in clips(known.video, cfg)]
+        return each("video", holed, jobs, copies)
     if known.image is not None and known.video is not None:
         raise ValueError("image is given, but video too: each says how the video begins")
     heads = each("image", pictures(known.image, "image", cfg), jobs, copies)
@@ -119,6 +127,13 @@ def clips(value: Any, cfg: StageConfig) -> list[Tensor]:
     if isinstance(value, str | Path):
         return [clip(Path(value), "video", cfg.fps, size)]
     return [*at_rate(value if isinstance(value, Video) else Video(of_clips(value), cfg.fps), cfg.fps, size)]
+
+
+def white_in(value: Any, cfg: StageConfig) -> tuple[Tensor, str]:
+    """Where a mask is white, (F, H, W), and its name."""
+    if isinstance(value, str | Path):
+        return white_of(Path(value), cfg.fps), f"mask {value}"
+    return of_images(value, "mask", grey=True).mean(1) > 0, "mask"
 
 
 def whole(value: Any, cfg: StageConfig, rule: Rule) -> Sequence[Video | None]:

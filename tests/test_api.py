@@ -154,6 +154,10 @@ def files(pipe: Cascade) -> None:
         Path(f"{name}.png").write_bytes(media.png(torch.rand(3, 20, 12, generator=rng) * 2 - 1))
     clip = torch.rand(3, 9, 20, 30, generator=rng) * 2 - 1  # 5 frames at the base's rate
     Path("clip.mp4").write_bytes(media.encoded(clip, 4.0, ".mp4"))
+    hole = torch.full((3, 5, 20, 30), -1.0)
+    hole[:, 1:, 4:9, 10:21] = 1
+    Path("hole.png").write_bytes(media.png(hole[:, 1]))
+    Path("hole.mp4").write_bytes(media.encoded(hole, 2.0, ".mp4"))
     Path("clip.safetensors").write_bytes(pipeline.video_bytes(Video(clip[None], 4.0)))
 
 
@@ -196,6 +200,26 @@ def test_a_clip_goes_on_as_it_does_for_the_command(mini: Path, files: None) -> N
     for clip in (before.video, before.frames, to_frames(before.video.frames, "pt")):  # frames without a rate
         after = base([PROMPT, OTHER], video=clip).video.frames
         assert torch.allclose(after[:, :, :4], before.video.frames, atol=1e-6) and after.shape[2] == 6
+
+
+@pytest.mark.parametrize("name", ["hole.png", "hole.mp4"])
+def test_a_hole_is_made_anew_as_it_is_for_the_command(mini: Path, files: None, name: str) -> None:
+    pipe, words = long(mini)
+    wanted = generated(mini, *words, "input=clip.safetensors", f"mask={name}")
+    clip = pipeline.read_clip(Path("clip.safetensors").read_bytes(), "clip")
+    decoded = media.decode(Path(name), fps=2.0).frames
+    for mask in (name, decoded.numpy(), [Image.fromarray(one.numpy()).convert("L") for one in decoded]):
+        assert torch.equal(pipe(PROMPT, video=clip, mask=mask).video.frames, wanted)
+
+
+def test_masks_come_in_every_form() -> None:
+    white = torch.rand(3, 6, 5, generator=generator("mask")) > 0.5
+    pictures = [Image.fromarray(one.numpy()) for one in white]
+    for form in (white[:, None], white[:, None].byte() * 255, white[..., None].numpy(), [*white.float()], pictures):
+        assert torch.equal(of_images(form, "mask", grey=True).mean(1) > 0, white)
+    for wrong in (white[0, 0], white[:2], "x"):
+        with pytest.raises(ValueError, match="expected pictures of one or three colours"):
+            of_images(wrong, "mask", grey=True)
 
 
 # callbacks -----------------------------------------------------------------------------------------------------------
@@ -293,6 +317,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"last_image": [np.zeros((8, 8, 3))] * 2}, "last_image holds 2 for 1 prompts, expected one, or as many"),
     ({"last_image": "none.png"}, "last_image none.png: no such file"),
     ({"video": "none.mp4"}, "video none.mp4: no such file"),
+    ({"mask": np.zeros((8, 8))}, "mask is given, but no video"),
+    ({"mask": np.ones((8, 8)), "video": np.zeros((4, 8, 8, 3)), "last_image": "x"}, "mask is given, but last_image"),
+    ({"mask": np.zeros((8, 8)), "video": np.zeros((4, 8, 8, 3))}, "mask: nothing of it is white"),
+    ({"mask": [np.ones((8, 8))] * 3, "video": np.zeros((4, 8, 8, 3))}, "mask: 3 frames at 2 a second, .* has 4"),
+    ({"mask": "none.png", "video": np.zeros((4, 8, 8, 3))}, "mask none.png: no such file"),
     (
         {"video": np.zeros((4, 6, 8, 3))},
         r"6 frames, expected the 4 that it makes at once\. Fix: base\.windows\.frames=4",
