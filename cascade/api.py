@@ -186,6 +186,7 @@ class Cascade:
         last_image: Any = None,
         video: Any = None,
         mask: Any = None,
+        num_frames: int | None = None,
         num_inference_steps: int | Mapping[str, int] | None = None,
         guidance_scale: float | Mapping[str, float] | None = None,
         num_videos_per_prompt: int = 1,
@@ -202,6 +203,7 @@ class Cascade:
         - `video` is the clip that goes on, or, for a stage that is given a video, that video: a `Video` (such as
           `out.video`, without loss), what `out.frames` is (at the rate that the stage has, or takes), or a file; one
           for all, or one for each prompt. Where `mask` (a picture, a clip as long, or a file) is white it is made anew.
+        - `num_frames` of the video: more than the chain's need a first stage with windows (`windows.rule=extend`).
         - `num_inference_steps`: for every stage, or {stage: steps}; `guidance_scale`, which is 1 + w: for every stage
           that is guided, or {stage: scale}. Without them the settings count.
         - `callback_on_step_end(pipe, step, t, kwargs)` runs after each step of each stage: kwargs holds "latents"
@@ -217,7 +219,8 @@ class Cascade:
                 f"callback_on_step_end_tensor_inputs is {[*callback_on_step_end_tensor_inputs]}, expected {[*TENSORS]}"
             )
         chain, jobs = self._set(num_inference_steps, guidance_scale), jobs_for(prompt, num_videos_per_prompt)
-        clips = clips_for(chain, len(jobs), num_videos_per_prompt, Known(image, last_image, video, mask))
+        given = Known(image, last_image, video, mask, num_frames)
+        clips = clips_for(chain, len(jobs), num_videos_per_prompt, given)
         seed, negative = seed_of(generator), negative_of(negative_prompt)
         runner = Runner(chain, self.parts.source, self.on, seed, negative, load=self.parts.stage, disk=False)
         if callback_on_step_end is not None:

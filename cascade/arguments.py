@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -69,6 +70,7 @@ class Known:
     last_image: Any = None
     video: Any = None
     mask: Any = None
+    num_frames: int | None = None
 
     @property
     def beside_video(self) -> list[str]:
@@ -85,9 +87,10 @@ def clips_for(chain: Chain, jobs: int, copies: int, known: Known) -> list[Video 
             raise ValueError(f"{known.beside_video[0]} is given, but {why}")
         return each("video", whole(known.video, cfg, rule), jobs, copies)
     if known.mask is not None:
-        if known.video is None or known.beside_video != ["mask"]:
-            also = "no video, which it is for" if known.video is None else f"{known.beside_video[0]} too"
-            raise ValueError(f"mask is given, but {also}")
+        if known.video is None:
+            raise ValueError("mask is given, but no video, which it is for")
+        if also := [name for name in known.beside_video if name != "mask"]:
+            raise ValueError(f"mask is given, but {also[0]} too")
         white, name = white_in(known.mask, cfg)
         holed = [heard(with_hole(frames, white, name, cfg), cfg, rule) for frames in clips(known.video, cfg)]
         return each("video", holed, jobs, copies)
@@ -97,8 +100,32 @@ def clips_for(chain: Chain, jobs: int, copies: int, known: Known) -> list[Video 
     if known.video is not None:
         heads = each("video", clips(known.video, cfg), jobs, copies)
     tails = each("last_image", pictures(known.last_image, "last_image", cfg), jobs, copies)
+    total = None if known.num_frames is None else first_frames(chain, known.num_frames)
+
+    def asked(frames: int) -> str:
+        return f"num_frames={last_frames(chain, frames)}"
+
     ends = zip(heads, tails, strict=True)
-    return [heard(with_ends(head, tail, None, cfg, str), cfg, rule) for head, tail in ends]
+    return [heard(with_ends(head, tail, total, cfg, asked), cfg, rule) for head, tail in ends]
+
+
+def last_frames(chain: Chain, first: int) -> int:
+    """Frames that the last stage makes where the first one makes `first`."""
+    shape = replace(chain.stages[0].shape, frames=first)
+    for cfg, rule in zip(chain.stages[1:], chain.rules[1:], strict=True):
+        shape = rule.output(shape, cfg)
+    return shape.frames
+
+
+def first_frames(chain: Chain, num_frames: int) -> int:
+    """The inverse of `last_frames`. ValueError for frames that the chain does not make."""
+    if type(num_frames) is not int or num_frames < 1:
+        raise ValueError(f"num_frames is {num_frames!r}, expected a whole number of at least 1")
+    rate = math.prod(rule.rate(cfg) for cfg, rule in zip(chain.stages[1:], chain.rules[1:], strict=True))
+    first = -(-num_frames // rate)
+    if (made := last_frames(chain, first)) != num_frames:
+        raise ValueError(f"num_frames is {num_frames}, expected {made}, made of {first} of {chain.stages[0].name}")
+    return first
 
 
 def each(what: str, parts: Sequence[Part | None], jobs: int, copies: int) -> list[Part | None]:

@@ -212,6 +212,17 @@ def test_a_hole_is_made_anew_as_it_is_for_the_command(mini: Path, files: None, n
         assert torch.equal(pipe(PROMPT, video=clip, mask=mask).video.frames, wanted)
 
 
+def test_a_longer_video_is_that_of_the_command(mini: Path, files: None) -> None:
+    pipe, words = long(mini)
+    made = pipe(PROMPT, num_frames=31, last_image="last.png")
+    assert made.frames.shape[1] == 31
+    assert torch.equal(made.video.frames, generated(mini, *words, "seconds=4", "last=last.png"))
+    base = pipe.stages["base"]
+    assert torch.equal(base(PROMPT, num_frames=4).video.frames, base(PROMPT).video.frames)
+    with pytest.raises(ConfigError, match=r"base: 5 frames at 2 a second, and 5 are given\. Fix: num_frames=27"):
+        pipe(PROMPT, num_frames=19, video="clip.mp4")
+
+
 def test_masks_come_in_every_form() -> None:
     white = torch.rand(3, 6, 5, generator=generator("mask")) > 0.5
     pictures = [Image.fromarray(one.numpy()) for one in white]
@@ -322,6 +333,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"mask": np.zeros((8, 8)), "video": np.zeros((4, 8, 8, 3))}, "mask: nothing of it is white"),
     ({"mask": [np.ones((8, 8))] * 3, "video": np.zeros((4, 8, 8, 3))}, "mask: 3 frames at 2 a second, .* has 4"),
     ({"mask": "none.png", "video": np.zeros((4, 8, 8, 3))}, "mask none.png: no such file"),
+    ({"num_frames": 30}, "num_frames is 30, expected 31, made of 8 of base"),
+    ({"num_frames": 2.5}, "num_frames is 2.5"),
+    ({"num_frames": 31}, r"8 frames, expected the 4 that it makes at once\. Fix: base\.windows\.frames=4"),
+    ({"num_frames": 7}, "2 frames at 2 a second, expected the 4 it makes at once"),
+    ({"num_frames": 15, "video": np.ones((4, 8, 8, 3)), "mask": np.ones((8, 8))}, "mask is given, but num_frames too"),
     (
         {"video": np.zeros((4, 6, 8, 3))},
         r"6 frames, expected the 4 that it makes at once\. Fix: base\.windows\.frames=4",
@@ -346,6 +362,8 @@ def test_a_stage_without_its_video_says_what_it_takes(pipe: Any) -> None:
         ssr(PROMPT, video=np.zeros((8, 6, 8, 3)))
     with pytest.raises(ValueError, match="image is given, but ssr takes a video"):
         ssr(PROMPT, image=np.zeros((8, 8, 3)))
+    with pytest.raises(ValueError, match="num_frames is given, but ssr takes a video"):
+        ssr(PROMPT, num_frames=9)
     with pytest.raises(ValueError, match="video holds 3 for 2 prompts"):
         ssr([PROMPT, OTHER], video=np.zeros((3, 8, 8, 8, 3)))
     with pytest.raises(ValueError, match="several sizes"):
