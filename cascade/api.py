@@ -204,8 +204,8 @@ class Cascade:
           `out.video`, without loss), what `out.frames` is (at the rate that the stage has, or takes), or a file; one
           for all, or one for each prompt. Where `mask` (a picture, a clip as long, or a file) is white it is made anew.
         - `num_frames` of the video: more than the chain's need a first stage with windows (`windows.rule=extend`).
-        - `num_inference_steps`: for every stage, or {stage: steps}; `guidance_scale`, which is 1 + w: for every stage
-          that is guided, or {stage: scale}. Without them the settings count.
+        - `num_inference_steps`: for every stage, or {stage: steps}; `guidance_scale`, which is 1 + w (none at 1
+          and below): for every stage that is guided, or {stage: scale}. Without them the settings count.
         - `callback_on_step_end(pipe, step, t, kwargs)` runs after each step of each stage: kwargs holds "latents"
           (b, C, F, H, W), "stage" and "videos", where those b stand in the result; its "latents" go on.
         - `output_type`: "np", "pt" or "pil", see `frames.to_frames`. With `return_dict=False` the result is (frames,).
@@ -235,12 +235,13 @@ class Cascade:
         """The chain with the steps and guidance of one call."""
         stages = {cfg.name: cfg for cfg in self.chain.stages}
         guided = [name for name, cfg in stages.items() if cfg.sampler.guidance > 0]
-        if not guided and scale not in (None, 1) and not isinstance(scale, Mapping):
+        off = scale is None or (isinstance(scale, int | float) and scale <= 1)
+        if not guided and not off and not isinstance(scale, Mapping):
             raise ValueError(f"guidance_scale is {scale}, but no stage is guided: expected {{stage: scale}}")
-        for name, count in by_stage("num_inference_steps", steps, int, [*stages], [*stages]).items():
+        for name, count in by_stage("num_inference_steps", steps, int, 1, [*stages], [*stages]).items():
             stages[name] = replace(stages[name], sampler=replace(stages[name].sampler, steps=count))
-        for name, value in by_stage("guidance_scale", scale, float, guided, [*stages]).items():
-            stages[name] = replace(stages[name], sampler=replace(stages[name].sampler, guidance=value - 1))
+        for name, value in by_stage("guidance_scale", scale, float, 0, guided, [*stages]).items():
+            stages[name] = replace(stages[name], sampler=replace(stages[name].sampler, guidance=max(value - 1, 0)))
         return Chain([*stages.values()], self.chain.rules, self.chain.text)
 
     def _after(

@@ -26,7 +26,12 @@ Part = TypeVar("Part", Tensor, Video)
 
 
 def by_stage(
-    what: str, value: Number | Mapping[str, Number] | None, kind: type[Number], every: list[str], legal: list[str]
+    what: str,
+    value: Number | Mapping[str, Number] | None,
+    kind: type[Number],
+    least: int,
+    every: list[str],
+    legal: list[str],
 ) -> dict[str, Number]:
     """The value of each stage that is named, or of `every` stage where one value is given."""
     if value is None:
@@ -35,8 +40,8 @@ def by_stage(
     for name, number in values.items():
         if name not in legal:
             raise ValueError(f"{what} names {name!r}, expected {', '.join(legal)}")
-        if type(number) not in (int, kind) or not number >= 1:
-            raise ValueError(f"{what} of {name} is {number!r}, expected a number of at least 1")
+        if type(number) not in (int, kind) or not least <= number < math.inf:
+            raise ValueError(f"{what} of {name} is {number!r}, expected a number of at least {least}")
     return values
 
 

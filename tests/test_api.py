@@ -96,7 +96,9 @@ def test_one_guidance_scale_is_for_the_stages_that_are_guided(mini: Path) -> Non
     guided = Cascade.from_pretrained("mini", "tsr.sampler.guidance=1", config_dir=mini)
     chain = guided._set(None, 4.0)
     assert [cfg.sampler.guidance for cfg in chain.stages] == [0, 3, 0, 0]
-    assert [cfg.sampler.guidance for cfg in guided._set(None, 1).stages] == [0, 0, 0, 0]
+    for none in (1, 1.0, 0.5, 0):  # as in diffusers
+        for scale in (none, {"tsr": none}):
+            assert [cfg.sampler.guidance for cfg in guided._set(None, scale).stages] == [0, 0, 0, 0]
 
 
 def test_precision_is_that_of_the_command(pipe: Any, mini: Path) -> None:
@@ -314,7 +316,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"num_inference_steps": 0}, "num_inference_steps of base is 0"),
     ({"num_inference_steps": 2.5}, "num_inference_steps of base is 2.5"),
     ({"guidance_scale": 7.5}, "no stage is guided"),
-    ({"guidance_scale": {"base": 0.5}}, "guidance_scale of base is 0.5"),
+    ({"guidance_scale": "high"}, "guidance_scale is high"),
+    ({"guidance_scale": {"base": -0.5}}, "guidance_scale of base is -0.5, expected a number of at least 0"),
+    ({"guidance_scale": {"base": float("inf")}}, "guidance_scale of base is inf"),
     ({"guidance_scale": {"base": float("nan")}}, "guidance_scale of base is nan"),
     ({"generator": 7}, "generator is a int"),
     ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "prompt_embeds"),
