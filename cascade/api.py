@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cascade import checkpoint, export
-from cascade.arguments import Known, by_stage, clips_for, jobs_for, negative_of, seed_of
+from cascade.arguments import Known, by_stage, clips_for, jobs_for, negative_of, seeded
 from cascade.chain import Chain, Device, chain_settings
 from cascade.config import package_root
 from cascade.errors import ConfigError
@@ -190,7 +190,7 @@ class Cascade:
         num_inference_steps: int | Mapping[str, int] | None = None,
         guidance_scale: float | Mapping[str, float] | None = None,
         num_videos_per_prompt: int = 1,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "np",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
@@ -206,6 +206,7 @@ class Cascade:
         - `num_frames` of the video: more than the chain's need a first stage with windows (`windows.rule=extend`).
         - `num_inference_steps`: for every stage, or {stage: steps}; `guidance_scale`, which is 1 + w (none at 1
           and below): for every stage that is guided, or {stage: scale}. Without them the settings count.
+        - `generator`: one for all, or a list of one for each video, which then is what it makes alone.
         - `callback_on_step_end(pipe, step, t, kwargs)` runs after each step of each stage: kwargs holds "latents"
           (b, C, F, H, W), "stage" and "videos", where those b stand in the result; its "latents" go on.
         - `output_type`: "np", "pt" or "pil", see `frames.to_frames`. With `return_dict=False` the result is (frames,).
@@ -218,11 +219,12 @@ class Cascade:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs is {[*callback_on_step_end_tensor_inputs]}, expected {[*TENSORS]}"
             )
-        chain, jobs = self._set(num_inference_steps, guidance_scale), jobs_for(prompt, num_videos_per_prompt)
+        chain = self._set(num_inference_steps, guidance_scale)
+        jobs = seeded(jobs_for(prompt, num_videos_per_prompt), generator)
         given = Known(image, last_image, video, mask, num_frames)
         clips = clips_for(chain, len(jobs), num_videos_per_prompt, given)
-        seed, negative = seed_of(generator), negative_of(negative_prompt)
-        runner = Runner(chain, self.parts.source, self.on, seed, negative, load=self.parts.stage, disk=False)
+        negative, load = negative_of(negative_prompt), self.parts.stage
+        runner = Runner(chain, self.parts.source, self.on, negative=negative, load=load, disk=False)
         if callback_on_step_end is not None:
             runner.after = self._after(callback_on_step_end, jobs, callback_on_step_end_tensor_inputs)
         with nullcontext() if self._quiet else bars() as runner.progress:

@@ -55,10 +55,22 @@ def jobs_for(prompt: str | Sequence[str], copies: int) -> list[Job]:
     return jobs_of([check_prompt(text) for text in prompts], copies, Path())
 
 
-def seed_of(generator: torch.Generator | None) -> int:
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator is a {type(generator).__name__}, expected one torch.Generator")
-    return 0 if generator is None else generator.initial_seed()
+def seeded(jobs: Sequence[Job], generator: torch.Generator | Sequence[torch.Generator] | None) -> list[Job]:
+    """The jobs with the seed of the generator that all share, 0 without one; or each with that of its own.
+
+    Of several each makes what it makes alone, so that every video is the first one of its prompt.
+    """
+    if generator is None:
+        return [replace(job, seed=0) for job in jobs]
+    given = [generator] if isinstance(generator, torch.Generator) else generator
+    if not isinstance(given, list | tuple) or not all(isinstance(one, torch.Generator) for one in given):
+        raise ValueError(f"generator is a {type(generator).__name__}, expected a torch.Generator or a list of them")
+    seeds = [one.initial_seed() for one in given]
+    if given is not generator:
+        return [replace(job, seed=seeds[0]) for job in jobs]
+    if len(seeds) != len(jobs):
+        raise ValueError(f"generator holds {len(seeds)} for {len(jobs)} videos, expected one, or as many")
+    return [replace(job, copy=0, seed=seed) for job, seed in zip(jobs, seeds, strict=True)]
 
 
 def negative_of(negative_prompt: str | None) -> str | None:

@@ -71,6 +71,20 @@ def test_a_video_is_the_same_whatever_is_asked_for_beside_it(base: Any) -> None:
     assert torch.equal(base(OTHER).video.frames, both[:1])
 
 
+def test_of_several_generators_each_makes_what_it_makes_alone(mini: Path) -> None:
+    pair: Any = Cascade.from_pretrained("mini", "stages=[base]", micro_batch=2, config_dir=mini)
+    pair.set_progress_bar_config(disable=True)
+    seeded = [torch.Generator().manual_seed(seed) for seed in (7, 3, 7)]
+    made = pair([PROMPT, OTHER, PROMPT], generator=seeded).video.frames
+    copies = pair(PROMPT, num_videos_per_prompt=3, generator=seeded).video.frames
+    for number, one in enumerate(seeded):
+        assert torch.allclose(
+            made[number], pair([PROMPT, OTHER, PROMPT][number], generator=one).video.frames[0], atol=1e-6
+        )
+        assert torch.allclose(copies[number], pair(PROMPT, generator=one).video.frames[0], atol=1e-6)
+    assert not torch.allclose(copies[0], copies[1], atol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
@@ -321,6 +335,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"guidance_scale": {"base": float("inf")}}, "guidance_scale of base is inf"),
     ({"guidance_scale": {"base": float("nan")}}, "guidance_scale of base is nan"),
     ({"generator": 7}, "generator is a int"),
+    ({"generator": [7]}, "generator is a list, expected a torch.Generator or a list of them"),
+    ({"generator": [torch.Generator()] * 2}, "generator holds 2 for 1 videos"),
     ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "prompt_embeds"),
     ({"image": torch.zeros(4, 8, 8)}, r"image is of size \(4, 8, 8\)"),
     ({"image": np.zeros((8, 8))}, r"image is of size \(8, 8\)"),
