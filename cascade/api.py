@@ -117,8 +117,9 @@ class Cascade:
         chain.check_weights()
         return cls(chain, on=Device(device="cpu", micro_batch=micro_batch)).to(torch_dtype)
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True) -> None:
         """Writes the chain as a folder that `from_pretrained` and diffusers load, whole or not at all."""
+        export.check_safe(safe_serialization)
 
         def here(cfg: StageConfig, rule: Rule, device: torch.device) -> tuple[Stage, str]:
             return self.parts.stage(cfg, rule, self.device)
@@ -151,8 +152,18 @@ class Cascade:
         found: torch.dtype = getattr(torch, self.on.dtype)
         return found
 
-    def enable_model_cpu_offload(self) -> None:
-        """Only the stage at work is on the device, the others wait on the CPU."""
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device | None = None) -> None:
+        """Only the stage at work is on the device, the others wait on the CPU.
+
+        `device` or GPU `gpu_id` if one is said; else the one that it was moved to, or the GPU, if there is one.
+        """
+        place = torch.device("cuda" if device is None else device)
+        if gpu_id is not None and (place.type != "cuda" or place.index not in (None, gpu_id)):
+            raise ValueError(f"gpu_id is {gpu_id} and device {device}, expected one of them")
+        if gpu_id is not None:
+            place = torch.device("cuda", gpu_id)
+        if device is not None or gpu_id is not None or (self.device.type == "cpu" and torch.cuda.is_available()):
+            self.to(place)
         self.parts.offload = True
 
     def set_progress_bar_config(self, disable: bool = False) -> None:

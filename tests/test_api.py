@@ -440,6 +440,34 @@ def test_offloaded_stages_are_on_the_device_one_at_a_time(pipe: Any, monkeypatch
     assert moved == [("tsr", "cpu"), ("base", "meta")]
 
 
+@pytest.mark.parametrize(
+    ("asked", "gpu", "place"),
+    [
+        ({}, False, None),
+        ({}, True, "cuda"),
+        ({"gpu_id": 1}, True, "cuda:1"),
+        ({"device": "cuda", "gpu_id": 1}, True, "cuda:1"),
+        ({"device": torch.device("cuda:2")}, True, "cuda:2"),
+        ({"device": "cpu"}, True, "cpu"),
+        ({"device": "cuda:2", "gpu_id": 1}, True, "ValueError"),
+        ({"device": "cpu", "gpu_id": 1}, True, "ValueError"),
+    ],
+)
+def test_what_is_offloaded_works_where_diffusers_would(
+    mini: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], gpu: bool, place: str | None
+) -> None:
+    pipe: Any = Cascade.from_pretrained("mini", config_dir=mini)
+    moved: list[str | None] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(pipe, "to", lambda device: moved.append(str(device)))
+    if place == "ValueError":
+        with pytest.raises(ValueError, match="gpu_id is 1 and device"):
+            pipe.enable_model_cpu_offload(**asked)
+    else:
+        pipe.enable_model_cpu_offload(**asked)
+        assert (moved or [None]) == [place] and pipe.parts.offload
+
+
 def test_cascade_is_imported_when_it_is_asked_for() -> None:
     code = (
         "import sys, cascade; assert 'torch' not in sys.modules; from cascade import Cascade;"
