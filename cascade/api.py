@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from cascade import checkpoint, export
-from cascade.arguments import by_stage, clips_for, jobs_for, negative_of, seed_of
+from cascade.arguments import Known, by_stage, clips_for, jobs_for, negative_of, seeded
 from cascade.chain import Chain, Device, chain_settings
 from cascade.config import package_root
 from cascade.errors import ConfigError
@@ -119,8 +119,9 @@ class Cascade:
         chain.check_weights()
         return cls(chain, on=Device(device="cpu", micro_batch=micro_batch)).to(torch_dtype)
 
-    def save_pretrained(self, save_directory: str | Path) -> None:
+    def save_pretrained(self, save_directory: str | Path, safe_serialization: bool = True) -> None:
         """Writes the chain as a folder that `from_pretrained` and diffusers load, whole or not at all."""
+        export.check_safe(safe_serialization)
 
         def here(cfg: StageConfig, rule: Rule, device: torch.device, dtype: torch.dtype = torch.float32) -> Loaded:
             return self.parts.stage(cfg, rule, self.device, dtype)
@@ -153,8 +154,18 @@ class Cascade:
         found: torch.dtype = getattr(torch, self.on.dtype)
         return found
 
-    def enable_model_cpu_offload(self) -> None:
-        """Only the stage at work is on the device, the others wait on the CPU."""
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: str | torch.device | None = None) -> None:
+        """Only the stage at work is on the device, the others wait on the CPU.
+
+        `device` or GPU `gpu_id` if one is said; else the one that it was moved to, or the GPU, if there is one.
+        """
+        place = torch.device("cuda" if device is None else device)
+        if gpu_id is not None and (place.type != "cuda" or place.index not in (None, gpu_id)):
+            raise ValueError(f"gpu_id is {gpu_id} and device {device}, expected one of them")
+        if gpu_id is not None:
+            place = torch.device("cuda", gpu_id)
+        if device is not None or gpu_id is not None or (self.device.type == "cpu" and torch.cuda.is_available()):
+            self.to(place)
         self.parts.offload = True
 
     def set_progress_bar_config(self, disable: bool = False) -> None:
@@ -185,11 +196,14 @@ class Cascade:
         negative_prompt: str | None = None,
         *,
         image: Any = None,
+        last_image: Any = None,
         video: Any = None,
+        mask: Any = None,
+        num_frames: int | None = None,
         num_inference_steps: int | Mapping[str, int] | None = None,
         guidance_scale: float | Mapping[str, float] | None = None,
         num_videos_per_prompt: int = 1,
-        generator: torch.Generator | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         output_type: str = "np",
         return_dict: bool = True,
         callback_on_step_end: Callback | None = None,
@@ -197,11 +211,15 @@ class Cascade:
     ) -> Output | tuple[Frames]:
         """Videos of one prompt or several, `num_videos_per_prompt` of each in turn.
 
-        - `image` becomes the first frame: a picture of any size, or its file.
-        - `video` is what the first stage takes: a `Video` (such as `out.video`, without loss), what `out.frames` is, or
-          a file; one for all, or one for each prompt.
-        - `num_inference_steps`: for every stage, or {stage: steps}; `guidance_scale`, which is 1 + w: for every stage
-          that is guided, or {stage: scale}. Without them the settings count.
+        - `image` becomes the first frame of the first stage, `last_image` its last one: a picture of any size or a
+          file, one for all or one for each prompt.
+        - `video` is the clip that goes on, or, for a stage that is given a video, that video: a `Video` (such as
+          `out.video`, without loss), what `out.frames` is (at the rate that the stage has, or takes), or a file; one
+          for all, or one for each prompt. Where `mask` (a picture, a clip as long, or a file) is white it is made anew.
+        - `num_frames` of the video: more than the chain's need a first stage with windows (`windows.rule=extend`).
+        - `num_inference_steps`: for every stage, or {stage: steps}; `guidance_scale`, which is 1 + w (none at 1
+          and below): for every stage that is guided, or {stage: scale}. Without them the settings count.
+        - `generator`: one for all, or a list of one for each video, which then is what it makes alone.
         - `callback_on_step_end(pipe, step, t, kwargs)` runs after each step of each stage: kwargs holds "latents"
           (b, C, F, H, W), "stage" and "videos", where those b stand in the result; its "latents" go on.
         - `output_type`: "np", "pt" or "pil", see `frames.to_frames`. With `return_dict=False` the result is (frames,).
@@ -214,10 +232,12 @@ class Cascade:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs is {[*callback_on_step_end_tensor_inputs]}, expected {[*TENSORS]}"
             )
-        chain, jobs = self._set(num_inference_steps, guidance_scale), jobs_for(prompt, num_videos_per_prompt)
-        clips = clips_for(chain, len(jobs), num_videos_per_prompt, image, video)
-        seed, negative = seed_of(generator), negative_of(negative_prompt)
-        runner = Runner(chain, self.parts.source, self.on, seed, negative, load=self.parts.stage, disk=False)
+        chain = self._set(num_inference_steps, guidance_scale)
+        jobs = seeded(jobs_for(prompt, num_videos_per_prompt), generator)
+        given = Known(image, last_image, video, mask, num_frames)
+        clips = clips_for(chain, len(jobs), num_videos_per_prompt, given)
+        negative, load = negative_of(negative_prompt), self.parts.stage
+        runner = Runner(chain, self.parts.source, self.on, negative=negative, load=load, disk=False)
         if callback_on_step_end is not None:
             runner.after = self._after(callback_on_step_end, jobs, callback_on_step_end_tensor_inputs)
         with nullcontext() if self._quiet else bars() as runner.progress:
@@ -230,12 +250,13 @@ class Cascade:
         """The chain with the steps and guidance of one call."""
         stages = {cfg.name: cfg for cfg in self.chain.stages}
         guided = [name for name, cfg in stages.items() if cfg.sampler.guidance > 0]
-        if not guided and scale not in (None, 1) and not isinstance(scale, Mapping):
+        off = scale is None or (isinstance(scale, int | float) and scale <= 1)
+        if not guided and not off and not isinstance(scale, Mapping):
             raise ValueError(f"guidance_scale is {scale}, but no stage is guided: expected {{stage: scale}}")
-        for name, count in by_stage("num_inference_steps", steps, int, [*stages], [*stages]).items():
+        for name, count in by_stage("num_inference_steps", steps, int, 1, [*stages], [*stages]).items():
             stages[name] = replace(stages[name], sampler=replace(stages[name].sampler, steps=count))
-        for name, value in by_stage("guidance_scale", scale, float, guided, [*stages]).items():
-            stages[name] = replace(stages[name], sampler=replace(stages[name].sampler, guidance=value - 1))
+        for name, value in by_stage("guidance_scale", scale, float, 0, guided, [*stages]).items():
+            stages[name] = replace(stages[name], sampler=replace(stages[name].sampler, guidance=max(value - 1, 0)))
         return Chain([*stages.values()], self.chain.rules, self.chain.text)
 
     def _after(

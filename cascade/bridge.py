@@ -121,8 +121,9 @@ class CascadePipeline(DiffusionPipeline):  # type: ignore[misc]
             kwargs["callback_on_step_end"] = lambda _, *rest: callback_on_step_end(self, *rest)
         return cascade(*args, **kwargs)
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str, safe_serialization: bool = True, **kwargs: Any) -> None:
         """The folder as `cascade export` writes it, with its pipeline file and manifest."""
+        export.check_safe(safe_serialization)
         if kwargs:
             raise ValueError(f"{', '.join(kwargs)}: not known here; the folder is always written as safetensors")
         export.write(self.cascade.chain, Path(save_directory), self._stage, self._others)

@@ -79,6 +79,12 @@ def check(chain: Chain, out: Path) -> None:
             )
 
 
+def check_safe(safe_serialization: bool) -> None:
+    """Raises ValueError where weights are asked for as anything but safetensors."""
+    if safe_serialization is not True:
+        raise ValueError(f"safe_serialization is {safe_serialization}, expected True: nothing is ever pickled")
+
+
 def autoencoders(chain: Chain) -> dict[str, str]:
     """The folder of each autoencoder, by where the chain has it: named for the first stage with its latents."""
     found: dict[str, str] = {}

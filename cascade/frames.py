@@ -21,10 +21,13 @@ Frames: TypeAlias = "NDArray[np.float32] | Tensor | list[list[Image]]"
 OUTPUTS = ("np", "pt", "pil")
 
 
-def of_images(value: Any, what: str) -> Tensor:
-    """One picture or several -> (N, 3, H, W) in [-1, 1]. ValueError, with `what` it is, for anything else."""
+def of_images(value: Any, what: str, grey: bool = False) -> Tensor:
+    """One picture or several -> (N, 3, H, W) in [-1, 1]. ValueError, with `what` it is, for anything else.
+
+    With `grey` they may be of one colour, (H, W) too, and bool.
+    """
     if isinstance(value, list | tuple) and value:
-        parts = [of_images(item, what) for item in value]
+        parts = [of_images(item, what, grey) for item in value]
         if len({part.shape[1:] for part in parts}) > 1:
             raise ValueError(f"{what} holds pictures of several sizes, expected one size")
         return torch.cat(parts)
@@ -33,9 +36,14 @@ def of_images(value: Any, what: str) -> Tensor:
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(value.copy())
         value = value.movedim(-1, -3) if value.ndim in (3, 4) else value
+    if grey and isinstance(value, Tensor) and value.ndim in (2, 3, 4):
+        value = value[None] if value.ndim == 2 else value
+        value = value.float() if value.dtype == torch.bool else value
+        value = value.expand(*value.shape[:-3], 3, -1, -1) if value.shape[-3] == 1 else value
     if not isinstance(value, Tensor) or value.ndim not in (3, 4) or value.shape[-3] != 3 or not value.numel():
         found = f"of size {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-        raise ValueError(f"{what} is {found}, expected pictures of three colours: PIL, (H, W, 3) or a tensor (3, H, W)")
+        colours = "one or three colours" if grey else "three colours"
+        raise ValueError(f"{what} is {found}, expected pictures of {colours}: PIL, (H, W, 3) or a tensor (3, H, W)")
     value = (value[None] if value.ndim == 3 else value).cpu()
     if value.dtype == torch.uint8:
         return media.to_float(value.movedim(1, -1)).transpose(0, 1)

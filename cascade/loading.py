@@ -80,9 +80,11 @@ def told_weight(cfg: StageConfig, w_range: list[float] | None) -> StageConfig:
         low, high = cfg.w_range
         for step in range(cfg.sampler.steps):
             if not low <= (w := cfg.sampler.weight(step)) <= high:
+                near = max(low, min(w, high))
+                here = f"guidance_scale={{{cfg.name!r}: {1 + near:g}}}"
                 raise ConfigError(
                     f"{cfg.name}: sampler.guidance is {w:g}, its weights were distilled for {low:g} to {high:g}",
-                    fix=f"{cfg.name}.sampler.guidance={max(low, min(w, high)):g}",
+                    fix=f"{cfg.name}.sampler.guidance={near:g}, in Python {here}",
                 )
     return cfg
 

@@ -79,11 +79,11 @@ class Stream:
 class Noise:
     """Standard normal noise for one stage: call it with a shape, the step and what the noise is for.
 
-    `samples` names the batch entries (see `sample_id`); `start` is the index of the first frame within the whole
-    video, so that overlapping windows see the same noise.
+    `samples` names the batch entries (see `sample_id`), `seed` is that of all, or one for each; `start` is the index of
+    the first frame within the whole video, so that overlapping windows see the same noise.
     """
 
-    seed: int
+    seed: int | tuple[int, ...]
     stage: str
     samples: tuple[str, ...]
     start: int = 0
@@ -92,11 +92,12 @@ class Noise:
         """N(0, 1) of `shape` (B, C, F, H, W), B = len(samples)."""
         batch, channels, frames, height, width = shape
         assert batch == len(self.samples), f"{batch} samples, {len(self.samples)} names"
+        seeds = self.seed if isinstance(self.seed, tuple) else (self.seed,) * batch
         out = torch.empty(batch, frames, channels, height, width)
 
         def draw(place: tuple[int, int]) -> None:
             b, f = place
-            rng = generator(self.seed, self.stage, self.samples[b], self.start + f, step, purpose)
+            rng = generator(seeds[b], self.stage, self.samples[b], self.start + f, step, purpose)
             torch.randn((channels, height, width), generator=rng, out=out[b, f])
 
         places = list(product(range(batch), range(frames)))

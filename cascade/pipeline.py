@@ -217,7 +217,10 @@ class Runner:
         text, negative = self.source_of(cfg).fingerprint, self.negative
         if negative is None:
             negative = self.chain.text_of(cfg).negative
-        return stage_key(cfg, weights, text, negative, job, self.seed, source, self.on)
+        return stage_key(cfg, weights, text, negative, job, self.seed_of(job), source, self.on)
+
+    def seed_of(self, job: Job) -> int:
+        return self.seed if job.seed is None else job.seed
 
     def source_of(self, stage: StageConfig) -> TextSource:
         """What reads the prompts for `stage`; an encoder of its own loads when it is first asked for."""
@@ -250,7 +253,8 @@ class Runner:
         negative = None if self.negative is None else self.text([self.negative] * len(jobs), stage.cfg)
         if self.negative and stage.cfg.w_range is not None:
             say_once(f"{stage.cfg.name}: distilled guidance leads away from no prompt: negative_prompt is not heard")
-        noise = Noise(self.seed, stage.cfg.name, tuple(job.sample for job in jobs))
+        seeds = tuple(self.seed_of(job) for job in jobs)
+        noise = Noise(seeds, stage.cfg.name, tuple(job.sample for job in jobs))
         after = None if self.after is None else partial(self.after, stage.cfg.name, jobs)
         start = time.perf_counter()
         try:

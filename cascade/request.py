@@ -121,11 +121,12 @@ def take(tree: dict[str, Any], cls: type[Any]) -> Any:
 
 @dataclass(frozen=True)
 class Job:
-    """One video to make: the `copy`-th of `prompt`, in `directory`."""
+    """One video to make: the `copy`-th of `prompt`, in `directory`; with a `seed` of its own, if not the run's."""
 
     prompt: str
     copy: int
     directory: Path
+    seed: int | None = None
 
     @property
     def sample(self) -> str:

@@ -21,7 +21,7 @@ from cascade.errors import CascadeError, ConfigError, HostError
 from cascade.frames import of_clips, of_images, to_frames
 from cascade.noise import generator
 from cascade.stage import Stage
-from cascade.video import Video
+from cascade.video import Shape, Video
 
 PROMPT = "a large red circle moves left on a black background"
 OTHER = "a small blue square moves up and a large white ring stands still on a gray background"
@@ -71,6 +71,20 @@ def test_a_video_is_the_same_whatever_is_asked_for_beside_it(base: Any) -> None:
     assert torch.equal(base(OTHER).video.frames, both[:1])
 
 
+def test_of_several_generators_each_makes_what_it_makes_alone(mini: Path) -> None:
+    pair: Any = Cascade.from_pretrained("mini", "stages=[base]", micro_batch=2, config_dir=mini)
+    pair.set_progress_bar_config(disable=True)
+    seeded = [torch.Generator().manual_seed(seed) for seed in (7, 3, 7)]
+    made = pair([PROMPT, OTHER, PROMPT], generator=seeded).video.frames
+    copies = pair(PROMPT, num_videos_per_prompt=3, generator=seeded).video.frames
+    for number, one in enumerate(seeded):
+        assert torch.allclose(
+            made[number], pair([PROMPT, OTHER, PROMPT][number], generator=one).video.frames[0], atol=1e-6
+        )
+        assert torch.allclose(copies[number], pair(PROMPT, generator=one).video.frames[0], atol=1e-6)
+    assert not torch.allclose(copies[0], copies[1], atol=1e-2)
+
+
 @pytest.mark.parametrize(
     ("asked", "words"),
     [
@@ -96,7 +110,9 @@ def test_one_guidance_scale_is_for_the_stages_that_are_guided(mini: Path) -> Non
     guided = Cascade.from_pretrained("mini", "tsr.sampler.guidance=1", config_dir=mini)
     chain = guided._set(None, 4.0)
     assert [cfg.sampler.guidance for cfg in chain.stages] == [0, 3, 0, 0]
-    assert [cfg.sampler.guidance for cfg in guided._set(None, 1).stages] == [0, 0, 0, 0]
+    for none in (1, 1.0, 0.5, 0):  # as in diffusers
+        for scale in (none, {"tsr": none}):
+            assert [cfg.sampler.guidance for cfg in guided._set(None, scale).stages] == [0, 0, 0, 0]
 
 
 def test_precision_is_that_of_the_command(pipe: Any, mini: Path) -> None:
@@ -144,6 +160,93 @@ def test_an_image_of_any_kind_and_size_becomes_the_first_frame(base: Any, mini: 
     for image in ("first.png", Image.open("first.png"), picture, tensor):
         assert torch.equal(base(PROMPT, image=image).video.frames, wanted)
     assert torch.allclose(base(PROMPT, image=tensor / 255).video.frames, wanted, atol=1e-5)
+
+
+@pytest.fixture
+def files(pipe: Cascade) -> None:
+    """What may be given, as files: two pictures, a clip at another rate and size, a mask."""
+    rng = generator("files")
+    for name in ("first", "last"):
+        Path(f"{name}.png").write_bytes(media.png(torch.rand(3, 20, 12, generator=rng) * 2 - 1))
+    clip = torch.rand(3, 9, 20, 30, generator=rng) * 2 - 1  # 5 frames at the base's rate
+    Path("clip.mp4").write_bytes(media.encoded(clip, 4.0, ".mp4"))
+    hole = torch.full((3, 5, 20, 30), -1.0)
+    hole[:, 1:, 4:9, 10:21] = 1
+    Path("hole.png").write_bytes(media.png(hole[:, 1]))
+    Path("hole.mp4").write_bytes(media.encoded(hole, 2.0, ".mp4"))
+    Path("clip.safetensors").write_bytes(pipeline.video_bytes(Video(clip[None], 4.0)))
+
+
+def long(mini: Path) -> tuple[Any, list[str]]:
+    """The chain, and the command's words for it, with a base that makes window after window."""
+    words = ["base.windows.frames=4", "base.windows.overlap=2", "base.windows.rule=extend"]
+    made = Cascade.from_pretrained("mini", *words, config_dir=mini)
+    made.set_progress_bar_config(disable=True)
+    return made, [f"prompt={PROMPT}", *words]
+
+
+def test_a_last_frame_is_that_of_the_command(pipe: Any, mini: Path, files: None) -> None:
+    words = [f"prompt={PROMPT}", "last=last.png"]
+    assert torch.equal(pipe(PROMPT, last_image=Image.open("last.png")).video.frames, generated(mini, *words))
+    both = pipe(PROMPT, image="first.png", last_image="last.png").video.frames
+    assert torch.equal(both, generated(mini, *words, "image=first.png"))
+
+
+def test_pictures_are_for_all_prompts_or_one_for_each(base: Any, files: None) -> None:
+    both = base([PROMPT, OTHER], image=["first.png", Image.open("last.png")], num_videos_per_prompt=2).video.frames
+    for number, (prompt, name) in enumerate(((PROMPT, "first.png"), (OTHER, "last.png"))):
+        alone = base(prompt, image=name, num_videos_per_prompt=2).video.frames
+        assert torch.equal(both[2 * number : 2 * number + 2], alone)
+
+
+def test_a_clip_goes_on_as_it_does_for_the_command(mini: Path, files: None) -> None:
+    pipe, words = long(mini)
+    saved = pipeline.read_clip(Path("clip.safetensors").read_bytes(), "clip")
+    for name, clip in (
+        ("clip.mp4", "clip.mp4"),
+        ("clip.safetensors", saved),
+        ("clip.safetensors", Path("clip.safetensors")),
+    ):
+        made = pipe(PROMPT, video=clip).video.frames
+        assert torch.equal(made, generated(mini, *words, f"extend={name}")) and made.shape[2] == 4 * 7 - 1
+    made = pipe(PROMPT, video="clip.mp4", last_image="last.png").video.frames
+    assert torch.equal(made, generated(mini, *words, "extend=clip.mp4", "last=last.png"))
+    base = pipe.stages["base"]
+    before = base([PROMPT, OTHER])
+    for clip in (before.video, before.frames, to_frames(before.video.frames, "pt")):  # frames without a rate
+        after = base([PROMPT, OTHER], video=clip).video.frames
+        assert torch.allclose(after[:, :, :4], before.video.frames, atol=1e-6) and after.shape[2] == 6
+
+
+@pytest.mark.parametrize("name", ["hole.png", "hole.mp4"])
+def test_a_hole_is_made_anew_as_it_is_for_the_command(mini: Path, files: None, name: str) -> None:
+    pipe, words = long(mini)
+    wanted = generated(mini, *words, "input=clip.safetensors", f"mask={name}")
+    clip = pipeline.read_clip(Path("clip.safetensors").read_bytes(), "clip")
+    decoded = media.decode(Path(name), fps=2.0).frames
+    for mask in (name, decoded.numpy(), [Image.fromarray(one.numpy()).convert("L") for one in decoded]):
+        assert torch.equal(pipe(PROMPT, video=clip, mask=mask).video.frames, wanted)
+
+
+def test_a_longer_video_is_that_of_the_command(mini: Path, files: None) -> None:
+    pipe, words = long(mini)
+    made = pipe(PROMPT, num_frames=31, last_image="last.png")
+    assert made.frames.shape[1] == 31
+    assert torch.equal(made.video.frames, generated(mini, *words, "seconds=4", "last=last.png"))
+    base = pipe.stages["base"]
+    assert torch.equal(base(PROMPT, num_frames=4).video.frames, base(PROMPT).video.frames)
+    with pytest.raises(ConfigError, match=r"base: 5 frames at 2 a second, and 5 are given\. Fix: num_frames=27"):
+        pipe(PROMPT, num_frames=19, video="clip.mp4")
+
+
+def test_masks_come_in_every_form() -> None:
+    white = torch.rand(3, 6, 5, generator=generator("mask")) > 0.5
+    pictures = [Image.fromarray(one.numpy()) for one in white]
+    for form in (white[:, None], white[:, None].byte() * 255, white[..., None].numpy(), [*white.float()], pictures):
+        assert torch.equal(of_images(form, "mask", grey=True).mean(1) > 0, white)
+    for wrong in (white[0, 0], white[:2], "x"):
+        with pytest.raises(ValueError, match="expected pictures of one or three colours"):
+            of_images(wrong, "mask", grey=True)
 
 
 # callbacks -----------------------------------------------------------------------------------------------------------
@@ -227,9 +330,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"num_inference_steps": 0}, "num_inference_steps of base is 0"),
     ({"num_inference_steps": 2.5}, "num_inference_steps of base is 2.5"),
     ({"guidance_scale": 7.5}, "no stage is guided"),
-    ({"guidance_scale": {"base": 0.5}}, "guidance_scale of base is 0.5"),
+    ({"guidance_scale": "high"}, "guidance_scale is high"),
+    ({"guidance_scale": {"base": -0.5}}, "guidance_scale of base is -0.5, expected a number of at least 0"),
+    ({"guidance_scale": {"base": float("inf")}}, "guidance_scale of base is inf"),
     ({"guidance_scale": {"base": float("nan")}}, "guidance_scale of base is nan"),
     ({"generator": 7}, "generator is a int"),
+    ({"generator": [7]}, "generator is a list, expected a torch.Generator or a list of them"),
+    ({"generator": [torch.Generator()] * 2}, "generator holds 2 for 1 videos"),
     ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "prompt_embeds"),
     ({"image": torch.zeros(4, 8, 8)}, r"image is of size \(4, 8, 8\)"),
     ({"image": np.zeros((8, 8))}, r"image is of size \(8, 8\)"),
@@ -237,7 +344,26 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"image": 3}, "image is a int"),
     ({"image": "none.png"}, "none.png"),
     ({"image": np.zeros((8, 8, 3)), "video": np.zeros((4, 8, 8, 3))}, "video too"),
-    ({"video": np.zeros((4, 6, 8, 3))}, "known frames come as 4x6x8, expected 4x8x8"),
+    ({"image": []}, "image holds 0 for 1 prompts"),
+    ({"last_image": [np.zeros((8, 8, 3))] * 2}, "last_image holds 2 for 1 prompts, expected one, or as many"),
+    ({"last_image": "none.png"}, "last_image none.png: no such file"),
+    ({"video": "none.mp4"}, "video none.mp4: no such file"),
+    ({"mask": np.zeros((8, 8))}, "mask is given, but no video"),
+    ({"mask": np.ones((8, 8)), "video": np.zeros((4, 8, 8, 3)), "last_image": "x"}, "mask is given, but last_image"),
+    ({"mask": np.zeros((8, 8)), "video": np.zeros((4, 8, 8, 3))}, "mask: nothing of it is white"),
+    ({"mask": [np.ones((8, 8))] * 3, "video": np.zeros((4, 8, 8, 3))}, "mask: 3 frames at 2 a second, .* has 4"),
+    ({"mask": "none.png", "video": np.zeros((4, 8, 8, 3))}, "mask none.png: no such file"),
+    ({"num_frames": 30}, "num_frames is 30, expected 31, made of 8 of base"),
+    ({"num_frames": 2.5}, "num_frames is 2.5"),
+    ({"num_frames": 31}, r"8 frames, expected the 4 that it makes at once\. Fix: base\.windows\.frames=4"),
+    ({"num_frames": 7}, "2 frames at 2 a second, expected the 4 it makes at once"),
+    ({"num_frames": 15, "video": np.ones((4, 8, 8, 3)), "mask": np.ones((8, 8))}, "mask is given, but num_frames too"),
+    (
+        {"video": np.zeros((4, 6, 8, 3))},
+        r"6 frames, expected the 4 that it makes at once\. Fix: base\.windows\.frames=4",
+    ),
+    ({"video": Video.unknown(1, 3, Shape(frames=4, height=6, width=8), 2.0)}, "known frames come as 4x6x8"),
+    ({"video": Video.unknown(1, 3, Shape(frames=4, height=8, width=8), 2.0), "image": "x"}, "video says what is known"),
 ]
 
 
@@ -256,7 +382,9 @@ def test_a_stage_without_its_video_says_what_it_takes(pipe: Any) -> None:
         ssr(PROMPT, video=np.zeros((8, 6, 8, 3)))
     with pytest.raises(ValueError, match="image is given, but ssr takes a video"):
         ssr(PROMPT, image=np.zeros((8, 8, 3)))
-    with pytest.raises(ValueError, match="video holds 3 clips for 2 prompts"):
+    with pytest.raises(ValueError, match="num_frames is given, but ssr takes a video"):
+        ssr(PROMPT, num_frames=9)
+    with pytest.raises(ValueError, match="video holds 3 for 2 prompts"):
         ssr([PROMPT, OTHER], video=np.zeros((3, 8, 8, 8, 3)))
     with pytest.raises(ValueError, match="several sizes"):
         ssr(PROMPT, video=[np.zeros((8, 8, 8, 3)), np.zeros((6, 8, 8, 3))])
@@ -310,6 +438,34 @@ def test_offloaded_stages_are_on_the_device_one_at_a_time(pipe: Any, monkeypatch
     moved.clear()
     pipe.parts.stage(pipe.chain.stages[0], pipe.chain.rules[0], torch.device("meta"))
     assert moved == [("tsr", "cpu"), ("base", "meta")]
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpu", "place"),
+    [
+        ({}, False, None),
+        ({}, True, "cuda"),
+        ({"gpu_id": 1}, True, "cuda:1"),
+        ({"device": "cuda", "gpu_id": 1}, True, "cuda:1"),
+        ({"device": torch.device("cuda:2")}, True, "cuda:2"),
+        ({"device": "cpu"}, True, "cpu"),
+        ({"device": "cuda:2", "gpu_id": 1}, True, "ValueError"),
+        ({"device": "cpu", "gpu_id": 1}, True, "ValueError"),
+    ],
+)
+def test_what_is_offloaded_works_where_diffusers_would(
+    mini: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], gpu: bool, place: str | None
+) -> None:
+    pipe: Any = Cascade.from_pretrained("mini", config_dir=mini)
+    moved: list[str | None] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(pipe, "to", lambda device: moved.append(str(device)))
+    if place == "ValueError":
+        with pytest.raises(ValueError, match="gpu_id is 1 and device"):
+            pipe.enable_model_cpu_offload(**asked)
+    else:
+        pipe.enable_model_cpu_offload(**asked)
+        assert (moved or [None]) == [place] and pipe.parts.offload
 
 
 def test_cascade_is_imported_when_it_is_asked_for() -> None:

@@ -41,20 +41,24 @@ def callback(of, step, t, kwargs):
     return kwargs
 
 out = pipe({PROMPT!r}, generator=torch.Generator().manual_seed(7), callback_on_step_end=callback)
-pipe.save_pretrained(again)
+told = {{"last_image": torch.full((3, 9, 9), 0.25), "num_frames": 15, "generator": [torch.Generator().manual_seed(7)]}}
+told = pipe({PROMPT!r}, **told).video.frames
+pipe.save_pretrained(again, safe_serialization=True)
 named = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, torch_dtype=torch.bfloat16)
 named.set_progress_bar_config(disable=True)
 half = named({PROMPT!r}, generator=torch.Generator().manual_seed(7))
 latents = DiffusionPipeline.from_pretrained(latent, custom_pipeline=latent, trust_remote_code=True)
 latents.save_pretrained(again + "-latent")
 decoded = latents({PROMPT!r}, generator=torch.Generator().manual_seed(7))
-torch.save({{"frames": out.video.frames, "half": half.video.frames, "latent": decoded.video.frames}}, frames)
+made = {{"frames": out.video.frames, "told": told, "half": half.video.frames, "latent": decoded.video.frames}}
+torch.save(made, frames)
 ids = pipe.tokenizer([{PROMPT!r}, {ODD!r}]).input_ids
 learned = DiffusionPipeline.from_pretrained(student, custom_pipeline=student, trust_remote_code=True)
 learned.set_progress_bar_config(disable=True)
 refused = []
 for call in (
     pipe.enable_model_cpu_offload,
+    lambda: pipe.save_pretrained(again, safe_serialization=False),
     lambda: pipe.save_pretrained(again, variant="fp16"),
     lambda: learned("a ring", guidance_scale={{"base": 50}}),
 ):
@@ -149,6 +153,8 @@ def frames(pipe: Cascade) -> torch.Tensor:
 def test_diffusers_makes_the_same_frames(stranger: dict[str, Any], mini: Path) -> None:
     ours = Cascade.from_pretrained("mini", config_dir=mini)
     assert torch.equal(stranger["made"]["frames"], frames(ours))
+    told: Any = ours(PROMPT, last_image=torch.full((3, 9, 9), 0.25), generator=torch.Generator().manual_seed(7))
+    assert torch.equal(stranger["made"]["told"], told.video.frames)
     assert stranger["shape"] == [1, 15, 16, 16, 3] and stranger["fps"] == 8
     assert stranger["seen"] == [[True, name, step, t] for name in STAGES for step, t in enumerate((1.0, 0.5))]
     assert stranger["components"][0] == sorted([*STAGES, "text_encoder", "tokenizer"])
@@ -190,6 +196,7 @@ def test_what_diffusers_saves_is_exported_again(stranger: dict[str, Any], folder
 def test_what_diffusers_cannot_do_here_is_said(stranger: dict[str, Any]) -> None:
     said = iter(stranger["refused"])
     assert "ValueError" in next(said)
+    assert "ValueError: safe_serialization is False" in next(said)
     assert "ValueError: variant" in next(said)
     assert "ConfigError: base: sampler.guidance is 49, its weights were distilled for 0 to 3" in next(said)
 
@@ -200,7 +207,7 @@ def test_the_guidance_that_a_student_knows_is_asked_for_at_every_call(mini: Path
         if scale["base"] == 4:
             pipe(PROMPT, guidance_scale=scale)
         else:
-            with pytest.raises(ConfigError, match="its weights were distilled for 0 to 3"):
+            with pytest.raises(ConfigError, match=r"for 0 to 3\. Fix: .* in Python guidance_scale={'base': 4}"):
                 pipe(PROMPT, guidance_scale=scale)
 
 
@@ -213,7 +220,9 @@ def test_the_folder_comes_back_as_the_chain_it_was(folder: Path, mini: Path, tmp
             left.pop("train") is not None and right.pop("train") is None and left.pop("weights") != right.pop("weights")
         )
         assert left == right
-    back.save_pretrained(tmp_path / "again")
+    with pytest.raises(ValueError, match="safe_serialization is False, expected True"):
+        back.save_pretrained(tmp_path / "again", safe_serialization=False)
+    back.save_pretrained(tmp_path / "again", safe_serialization=True)
     assert store.manifest(tmp_path / "again") == store.manifest(folder)
     ours.save_pretrained(tmp_path / "again")  # replaces it, by the same
     assert store.manifest(tmp_path / "again") == store.manifest(folder)
