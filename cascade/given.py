@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cascade import media
+from cascade.clipfiles import read_clip
 from cascade.codec import COLOURS
 from cascade.errors import ConfigError, InputError
-from cascade.pipeline import read_clip
 from cascade.request import Given
 from cascade.settings import Rule, StageConfig, from_text
 from cascade.video import Video

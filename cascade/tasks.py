@@ -14,12 +14,13 @@ import torch
 from cascade import attention, checkpoint, media, store
 from cascade.ask import Request, request
 from cascade.chain import Chain
+from cascade.clipfiles import digest, video_bytes
 from cascade.config import locate, parse, plain, suggest
 from cascade.data.source import contents, open_source
 from cascade.errors import CascadeError, ConfigError
 from cascade.given import given
 from cascade.loading import check_trained, known, launched, load_stage, save_stage
-from cascade.pipeline import Runner, digest, video_bytes
+from cascade.pipeline import Runner
 from cascade.planning.memory import Memory, within
 from cascade.request import Given, Job, bars, jobs_of
 from cascade.settings import Rule, StageConfig, TrainConfig

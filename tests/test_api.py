@@ -15,7 +15,7 @@ import torch
 from conftest import STAGES
 from PIL import Image
 
-from cascade import Cascade, api, cli, loading, media, pipeline
+from cascade import Cascade, api, cli, clipfiles, loading, media
 from cascade.config import package_root
 from cascade.errors import CascadeError, ConfigError, HostError
 from cascade.frames import of_clips, of_images, to_frames
@@ -44,7 +44,7 @@ def base(pipe: Cascade) -> Cascade:
 def generated(mini: Path, *words: str, stage: str = "interp") -> torch.Tensor:
     """What `cascade generate` makes: the frames of one stage."""
     cli.command(["generate", *words, "out=run", "chain=mini", "--config-dir", str(mini)])
-    return pipeline.read_clip(Path(f"run/stages/{stage}/video.safetensors").read_bytes(), "run").frames
+    return clipfiles.read_clip(Path(f"run/stages/{stage}/video.safetensors").read_bytes(), "run").frames
 
 
 # what comes out is what the commands make ----------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def files(pipe: Cascade) -> None:
     hole[:, 1:, 4:9, 10:21] = 1
     Path("hole.png").write_bytes(media.png(hole[:, 1]))
     Path("hole.mp4").write_bytes(media.encoded(hole, 2.0, ".mp4"))
-    Path("clip.safetensors").write_bytes(pipeline.video_bytes(Video(clip[None], 4.0)))
+    Path("clip.safetensors").write_bytes(clipfiles.video_bytes(Video(clip[None], 4.0)))
 
 
 def long(mini: Path) -> tuple[Any, list[str]]:
@@ -201,7 +201,7 @@ def test_pictures_are_for_all_prompts_or_one_for_each(base: Any, files: None) ->
 
 def test_a_clip_goes_on_as_it_does_for_the_command(mini: Path, files: None) -> None:
     pipe, words = long(mini)
-    saved = pipeline.read_clip(Path("clip.safetensors").read_bytes(), "clip")
+    saved = clipfiles.read_clip(Path("clip.safetensors").read_bytes(), "clip")
     for name, clip in (
         ("clip.mp4", "clip.mp4"),
         ("clip.safetensors", saved),
@@ -222,7 +222,7 @@ def test_a_clip_goes_on_as_it_does_for_the_command(mini: Path, files: None) -> N
 def test_a_hole_is_made_anew_as_it_is_for_the_command(mini: Path, files: None, name: str) -> None:
     pipe, words = long(mini)
     wanted = generated(mini, *words, "input=clip.safetensors", f"mask={name}")
-    clip = pipeline.read_clip(Path("clip.safetensors").read_bytes(), "clip")
+    clip = clipfiles.read_clip(Path("clip.safetensors").read_bytes(), "clip")
     decoded = media.decode(Path(name), fps=2.0).frames
     for mask in (name, decoded.numpy(), [Image.fromarray(one.numpy()).convert("L") for one in decoded]):
         assert torch.equal(pipe(PROMPT, video=clip, mask=mask).video.frames, wanted)
@@ -491,5 +491,5 @@ def test_the_example_of_the_readme_runs_on_the_shipped_base(tmp_path: Path, monk
     assert names["out"].frames.shape == (1, 8, 32, 32, 3)
     monkeypatch.chdir(tmp_path)
     cli.command(["generate", f"prompt={names['prompt']}", "seed=0", "stages=[base]", "out=run"])
-    saved = pipeline.read_clip(Path("run/stages/base/video.safetensors").read_bytes(), "run").frames
+    saved = clipfiles.read_clip(Path("run/stages/base/video.safetensors").read_bytes(), "run").frames
     assert torch.equal(names["out"].video.frames, saved)

@@ -19,7 +19,7 @@ KINDS = [path for path in FILES if path.parent == ROOT / "stages" and path.stem 
 # Imports go to the left or stay within a group.
 ORDER = """
 errors config compose store noise video diffusion | kernels |
-foreign sampling attention text media frames codec pickled | request | cond nets windows |
+foreign sampling attention text media frames clipfiles codec pickled | request | cond nets windows |
 settings making stage temporal checkpoint | assets |
 chain loading pipeline given data metrics planning textfit judge | ask training |
 distillation evaluation importers | export arguments api bridge tasks results recipe merge generate embed about |

@@ -23,7 +23,7 @@ import torch
 import yaml
 from conftest import STAGES
 
-from cascade import cli, loading, pipeline, store, tasks
+from cascade import cli, clipfiles, loading, pipeline, store, tasks
 from cascade.chain import Chain, chain_settings
 from cascade.config import kinds, package_root, parse, plugin
 from cascade.errors import CascadeError, ConfigError, HostError, InputError
@@ -153,7 +153,7 @@ def test_prompts_equal_single_runs_in_any_order(cascade: Any) -> None:
 
 
 def test_a_clip_too_fast_for_the_format_is_refused_at_once(cascade: Any) -> None:
-    Path("clip.safetensors").write_bytes(pipeline.video_bytes(Video(torch.zeros(1, 3, 8, 8, 8), 30.0)))
+    Path("clip.safetensors").write_bytes(clipfiles.video_bytes(Video(torch.zeros(1, 3, 8, 8, 8), 30.0)))
     with pytest.raises(ConfigError, match="gif cannot show 60"):
         cascade("generate", "prompt=x", "start=ssr", "input=clip.safetensors", "out=run", "format=[gif]")
     assert not Path("run").exists()
@@ -177,7 +177,7 @@ def test_an_image_becomes_the_first_frame(cascade: Any) -> None:
 
     Path("first.png").write_bytes(media.png(torch.full((3, 8, 8), 0.25)))
     cascade("generate", f"prompt={PROMPT}", "image=first.png", "out=run")
-    frames = pipeline.read_clip(video(Path("run"), "base"), "").frames
+    frames = clipfiles.read_clip(video(Path("run"), "base"), "").frames
     assert torch.allclose(frames[0, :, 0], torch.tensor(2 * round(0.625 * 255) / 255 - 1), atol=1e-6)
     assert frames[0, :, 1:].std() > 0
 
@@ -193,7 +193,7 @@ def files(tmp_path: Path) -> None:
     hole[:, 2:6, 2:6] = 1
     (tmp_path / "hole.png").write_bytes(media.png(hole))
     clip = torch.rand(1, 3, 12, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    (tmp_path / "clip.safetensors").write_bytes(pipeline.video_bytes(pipeline.Video(clip, 4.0)))
+    (tmp_path / "clip.safetensors").write_bytes(clipfiles.video_bytes(Video(clip, 4.0)))
 
 
 GIVEN = {
@@ -211,8 +211,8 @@ def test_what_is_given_is_exact_in_the_base_and_passes_through_the_chain(
     extend = ["windows.frames=4", "windows.overlap=2", "windows.rule=extend"]
     words = [f"prompt={PROMPT}", *GIVEN[name]]
     cascade("generate", *words, "out=run", *(f"base.{word}" for word in extend))
-    base = pipeline.read_clip(video(Path("run"), "base"), "").frames[0]
-    clip = pipeline.read_clip(Path("clip.safetensors").read_bytes(), "").frames[0, :, ::2]
+    base = clipfiles.read_clip(video(Path("run"), "base"), "").frames[0]
+    clip = clipfiles.read_clip(Path("clip.safetensors").read_bytes(), "").frames[0, :, ::2]
     grey = {"first": round(1.25 * 127.5) / 127.5 - 1, "last": round(0.5 * 127.5) / 127.5 - 1}
     if name in ("ends", "long"):
         assert torch.allclose(base[:, 0], torch.tensor(grey["first"]), atol=1e-6)
@@ -226,7 +226,7 @@ def test_what_is_given_is_exact_in_the_base_and_passes_through_the_chain(
         assert torch.equal(base[..., around], clip[..., around])
         assert (base[..., ~around] != clip[..., ~around]).all()
     frames = {"ends": 4, "extend": 10, "long": 8, "hole": 6}[name]
-    last = pipeline.read_clip(video(Path("run"), "interp"), "").frames
+    last = clipfiles.read_clip(video(Path("run"), "interp"), "").frames
     assert base.shape[1] == frames and last.shape == (1, 3, 4 * frames - 1, 16, 16)
     stage("base", *words, "out=alone.safetensors", *extend)
     assert Path("alone.safetensors").read_bytes() == video(Path("run"), "base")
@@ -250,10 +250,10 @@ def test_a_clip_of_any_length_enters_in_the_middle(cascade: Any, frames: int) ->
     Path("clip.mp4").write_bytes(media.encoded(torch.rand(3, frames, 20, 30, generator=rng) * 2 - 1, 6.0, ".mp4"))
     windows = ["ssr.windows.frames=8", "ssr.windows.overlap=2", "interp.windows.frames=15", "interp.windows.overlap=4"]
     cascade("generate", f"prompt={PROMPT}", "start=ssr", "input=clip.mp4", "out=run", "format=[mp4,gif]", *windows)
-    made = pipeline.read_clip(video(Path("run"), "interp"), "")
+    made = clipfiles.read_clip(video(Path("run"), "interp"), "")
     assert made.frames.shape == (1, 3, 2 * frames - 1, 16, 16) and made.fps == 12
     assert Path("run/video.gif").is_file() and not Path("run/stages/base").exists()
-    between = pipeline.read_clip(video(Path("run"), "ssr"), "").frames
+    between = clipfiles.read_clip(video(Path("run"), "ssr"), "").frames
     assert torch.equal(made.frames[:, :, ::2], between)
 
 
@@ -273,7 +273,7 @@ def test_every_stage_trains_distils_evaluates_and_samples_alone(stage: Any, name
     if name != "base":
         shape = {"tsr": (4, 8, 8), "ssr": (8, 8, 8), "interp": (8, 16, 16)}[name]
         clip = torch.linspace(-1, 1, 3 * shape[0] * shape[1] * shape[2]).view(1, 3, *shape)
-        Path("in.safetensors").write_bytes(pipeline.video_bytes(pipeline.Video(clip, 2.0)))
+        Path("in.safetensors").write_bytes(clipfiles.video_bytes(Video(clip, 2.0)))
         given = ["input=in.safetensors"]
     stage(name, f"prompt={PROMPT}", "weights=student/01/weights", "sampler.steps=1", "out=out.mp4", *given, *own)
     assert Path("out.mp4").stat().st_size > 0 and Path("out.manifest.json").is_file()

@@ -16,9 +16,9 @@ from conftest import LEVEL, STAGES
 
 from cascade import Cascade, checkpoint, cli, export, store
 from cascade.chain import Chain
+from cascade.clipfiles import read_clip
 from cascade.config import package_root, plain
 from cascade.errors import CascadeError, ConfigError, InputError, NumericError
-from cascade.pipeline import read_clip
 from cascade.text import T5Text, TextConfig
 
 PROMPT = "a large red circle moves left on a black background"

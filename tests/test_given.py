@@ -16,12 +16,12 @@ from torch import Tensor
 
 from cascade import media, store
 from cascade.chain import Chain
+from cascade.clipfiles import read_clip, video_bytes
 from cascade.cond import Cond
 from cascade.config import parse, plugin
 from cascade.errors import CascadeError, ConfigError, InputError
 from cascade.given import covered, given
 from cascade.noise import Noise, generator, sample_id
-from cascade.pipeline import read_clip, video_bytes
 from cascade.request import Given
 from cascade.sampling.sampler import Sampler
 from cascade.stage import Stage

@@ -10,10 +10,10 @@ import torch
 
 from cascade.chain import Chain, chain_settings
 from cascade.cli import command, stage_command
+from cascade.clipfiles import VIDEO, read_clip
 from cascade.errors import ConfigError
 from cascade.media import png, read_image, read_video
 from cascade.nets.unet_config import LevelSpec
-from cascade.pipeline import VIDEO, read_clip
 from cascade.settings import StageConfig
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from cascade import checkpoint, cli
 from cascade.chain import Chain, chain_settings
+from cascade.clipfiles import read_clip, video_bytes
 from cascade.config import parse, plain
 from cascade.noise import Noise, generator, sample_id
-from cascade.pipeline import read_clip, video_bytes
 from cascade.text import TextConfig, text_source
 from cascade.video import Video
 

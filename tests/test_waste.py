@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cascade.clipfiles import VIDEO, commit_stage, finished
 from cascade.cond import Cond
 from cascade.diffusion import Diffusion
 from cascade.making import predictor
 from cascade.nets.layers import TextAttention
 from cascade.nets.unet_config import LevelSpec, Mixer
 from cascade.noise import Noise, Shared, Stream, generator, sample_id
-from cascade.pipeline import VIDEO, commit_stage, finished
 from cascade.sampling.sampler import Rule, Sampler, Threshold, Watch, _moved, sample
 from cascade.store import reading
 from cascade.text import Text

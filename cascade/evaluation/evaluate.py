@@ -15,6 +15,7 @@ import torch
 from cascade import attention, checkpoint, store
 from cascade.ask import Request
 from cascade.chain import Chain, Device
+from cascade.clipfiles import stage_clip
 from cascade.config import fingerprint, parse, plain
 from cascade.data.source import DataConfig, Source, open_source
 from cascade.errors import ConfigError
@@ -36,7 +37,7 @@ from cascade.evaluation.exam import (
 )
 from cascade.evaluation.marks import REPORT, Report, clips_of, described, rows_of, sheet_of, strips_of, table, write
 from cascade.loading import check, load_stage
-from cascade.pipeline import Progress, Runner, precision, stage_clip
+from cascade.pipeline import Progress, Runner, precision
 from cascade.request import Out, bars, jobs_of, take
 from cascade.settings import Rule, StageConfig
 from cascade.stage import Stage
