@@ -306,6 +306,8 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "base: {8: eight, 4: four}\nssr: {any: teacher, 1: one}\n"
     (tmp_path / "conf" / "weights" / "small.yaml").write_text(text)
     monkeypatch.setattr(checkpoint.config, "package_root", lambda: tmp_path)
+    for name in ("eight", "four", "teacher", "one"):
+        (tmp_path / name).mkdir()
 
 
 def test_the_number_of_steps_picks_the_weights(table: None, tmp_path: Path) -> None:
@@ -313,7 +315,7 @@ def test_the_number_of_steps_picks_the_weights(table: None, tmp_path: Path) -> N
     assert checkpoint.locate("small", "base", 4) == tmp_path / "four"
     assert checkpoint.locate("small", "ssr", 4) == checkpoint.locate("small", "ssr", 64) == tmp_path / "teacher"
     assert checkpoint.locate("small", "ssr", 1) == tmp_path / "one"
-    assert checkpoint.locate("some/directory", "base", 5) == tmp_path / "some/directory"
+    assert checkpoint.locate("some/directory", "base", 5) == Path.cwd() / "some/directory"
 
 
 @pytest.mark.parametrize(("stage", "message"), [("base", "only for 8, 4"), ("tsr", "only for nothing")])

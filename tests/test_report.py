@@ -278,12 +278,17 @@ def test_what_is_measured_anew_replaces_what_was_kept_and_a_new_seed_joins_it(ma
     assert [v["value"] for v in made["values"]] == [1.0, 7.0, 9.0] and len(tree["series"]) == 3
 
 
-def test_a_picture_of_clips_that_are_gone_stays_as_it_was(make: Make, report: Any, tmp_path: Path) -> None:
+def test_a_picture_of_clips_that_are_gone_stays_as_it_was_until_several_methods_are_there(
+    make: Make, report: Any, tmp_path: Path
+) -> None:
     make("gone", 1.0)
     before = report()["results/base-clips.png"]
     shutil.rmtree(tmp_path / "runs")
     make("new", 9.0, steps=4, label={"method": "straight"})
     assert report("kept=out/results.json")["results/base-clips.png"] == before
+    make("newer", 8.0, steps=2, label={"method": "reward"})
+    assert report("kept=out/results.json")["results/base-clips.png"] != before
+    shutil.rmtree(tmp_path / "runs/newer")
     assert report()["results/base-clips.png"] != before
 
 

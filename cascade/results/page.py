@@ -59,7 +59,8 @@ def page(series: Sequence[Series], gates: Sequence[Outcome], layout: Layout, sho
 def pictures(series: Sequence[Series], layout: Layout, before: Mapping[str, bytes]) -> dict[str, bytes]:
     """Curves and clips of every stage and chain, by file name.
 
-    Clips of evaluations that no longer lie anywhere cannot be shown anew: their picture stays as it was `before`.
+    Clips of evaluations that no longer lie anywhere cannot be shown anew: their picture stays as it was `before`, unless
+    those of several methods are at hand.
     """
     groups = {stage: (alone(series, stage), stage) for stage in stage_names(series, layout)}
     groups |= {slug: (mine, mine[0].last) for slug, mine in chain_groups(series).items()}
@@ -67,8 +68,8 @@ def pictures(series: Sequence[Series], layout: Layout, before: Mapping[str, byte
     for slug, (mine, stage) in groups.items():
         usual = [s for s in mine if s.exam == PLAIN]
         title = f"{stage} alone" if slug == stage else "the whole chain"
-        gone = any(run.folder is None for s in usual for run in s.runs)
-        shown = before.get(f"{slug}-clips.png") if gone else None
+        gone, there = ({s.name for s in usual for run in s.runs if (run.folder is None) is no} for no in (True, False))
+        shown = before.get(f"{slug}-clips.png") if gone and len(there) < 2 else None
         for name, data in (("curves", curves(usual, layout.columns, title)), ("clips", shown or clips(usual, stage))):
             if data is not None:
                 out[f"{slug}-{name}.png"] = data
