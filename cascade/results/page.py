@@ -59,8 +59,8 @@ def page(series: Sequence[Series], gates: Sequence[Outcome], layout: Layout, sho
 def pictures(series: Sequence[Series], layout: Layout, before: Mapping[str, bytes]) -> dict[str, bytes]:
     """Curves and clips of every stage and chain, by file name.
 
-    Clips of evaluations that no longer lie anywhere cannot be shown anew: their picture stays as it was `before`, unless
-    those of several methods are at hand.
+    Clips of evaluations that no longer lie anywhere cannot be shown anew: their picture stays as it was `before`,
+    unless those of several methods are at hand.
     """
     groups = {stage: (alone(series, stage), stage) for stage in stage_names(series, layout)}
     groups |= {slug: (mine, mine[0].last) for slug, mine in chain_groups(series).items()}
