@@ -68,10 +68,12 @@ def measured(case: Case) -> int:
     """Bytes over what this process holds after a warm-up."""
     import torch
 
+    from cascade.windows import Windows
+
     cfg, rule = case.read()
     factor = 3 if rule.rate(cfg) == 2 else 2
     tiny = replace(cfg.shape, frames=factor - factor % rule.rate(cfg) + cfg.shape.frames % 2, height=16, width=16)
-    sample(replace(cfg, shape=tiny, train=None, windows=replace(cfg.windows, frames=0, overlap=0)), rule, case)
+    sample(replace(cfg, shape=tiny, train=None, windows=Windows()), rule, case)
     if case.device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
