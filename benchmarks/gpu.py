@@ -37,7 +37,6 @@ from cascade import attention
 from cascade.config import parse, plain
 from cascade.nets.compiled import Compile, compiled
 from cascade.planning import count
-from cascade.settings import Rule, StageConfig
 
 HERE = Path(__file__).resolve().parent
 SETTINGS = HERE / "gpu.yaml"
@@ -245,13 +244,11 @@ def samplings(run: Run, results: Results, names: Collection[str] | None = None) 
             continue
         on_gpu.free()
         tokens = results.prepared.tokens
-        row["sampled"] = attempt(lambda: sampled(run, cfg, rule, tokens))  # noqa: B023
+        row["sampled"] = attempt(
+            lambda: on_gpu.sampled(on_gpu.build(cfg, rule, run.device, torch.bfloat16), tokens, run.device)  # noqa: B023
+        )
         run.say(f"{name}, sampling", **row["sampled"])
         results.save()
-
-
-def sampled(run: Run, cfg: StageConfig, rule: Rule, tokens: int) -> dict[str, float]:
-    return on_gpu.sampled(on_gpu.build(cfg, rule, run.device, torch.bfloat16), tokens, run.device)
 
 
 def turns(prepared: Prepared, size: Size) -> int:

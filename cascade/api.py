@@ -123,7 +123,7 @@ class Cascade:
         """Writes the chain as a folder that `from_pretrained` and diffusers load, whole or not at all."""
         export.check_safe(safe_serialization)
 
-        def here(cfg: StageConfig, rule: Rule, device: torch.device, dtype: torch.dtype = torch.float32) -> Loaded:
+        def here(cfg: StageConfig, rule: Rule, device: torch.device, dtype: torch.dtype) -> Loaded:
             return self.parts.stage(cfg, rule, self.device, dtype)
 
         export.write(self.chain, Path(save_directory), here)
