@@ -151,12 +151,9 @@ class StageConfig:
             raise ValueError(f"name is {self.name!r}, expected letters, digits, _ - and . (it becomes a folder's name)")
         if not RATES[0] <= self.fps <= RATES[1]:
             raise ValueError(f"fps is {self.fps:g}, expected {RATES[0]:g} to {RATES[1]:g}")
-        if self.offload and self.sampler.reconstruction:  # backwards the weights would be where they stay
-            raise ConfigError(
-                f"offload is true, but the gradient of sampler.reconstruction, {self.sampler.reconstruction:g}, passes "
-                "the network",
-                fix=f"{self.name}.offload=false, or {self.name}.sampler.reconstruction=0",
-            )
+        if self.offload and self.bound:
+            why, fix = self.bound
+            raise ConfigError(f"offload is true, but {why}", fix=f"{self.name}.offload=false, or {self.name}.{fix}")
         if self.frames_at_once < 0:
             raise ValueError(f"frames_at_once is {self.frames_at_once}, expected at least 0")
         if self.dtype not in (None, *DTYPES):
@@ -202,6 +199,16 @@ class StageConfig:
                 raise ValueError(f"sampler.steps is {sampler.steps}, expected fewer than diffusion.timesteps")
         if sampler.learned and not getattr(self.net, "variance", False):
             raise ValueError("sampler.learned is true, expected false: the network says no variance")
+
+    @property
+    def bound(self) -> tuple[str, str] | None:
+        """Why the weights have to stay on the device (no `offload`), and a setting with which they need not."""
+        if self.sampler.reconstruction:  # backwards they would be where they stay
+            weight = f"{self.sampler.reconstruction:g}"
+            return f"the gradient of sampler.reconstruction, {weight}, passes the network", "sampler.reconstruction=0"
+        if self.compile is Compile.GRAPH:
+            return "a CUDA graph reads weights where they were when it was captured", "compile=none"
+        return None
 
     def _check_latent(self) -> None:
         if self.net.channels != self.codec.channels:

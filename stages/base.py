@@ -12,7 +12,7 @@ from cascade.settings import StageConfig
 from cascade.video import Shape, Video
 
 KEEPS_KNOWN = True
-METRICS = ("attributes", "fvd")
+METRICS = ("attributes", "outline", "fvd")
 KINDS = ("first", "ends", "half", "some", "pair")  # kinds of known frames
 HOLE = "hole"  # all is known but a box, the same in every frame
 SIDES = (0.25, 0.75)  # shortest and longest of its sides, of the picture's

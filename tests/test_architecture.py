@@ -23,7 +23,7 @@ foreign sampling attention text media frames clipfiles codec pickled | request |
 settings making stage temporal checkpoint | assets |
 chain loading pipeline given data metrics planning textfit judge | ask training |
 distillation evaluation importers | export arguments api bridge tasks results recipe merge generate embed about |
-cli fit
+cli fit __main__
 """
 RANK = {name: i for i, group in enumerate(ORDER.split("|")) for name in group.split()}
 HOMES = {  # the files that may import a package

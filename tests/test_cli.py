@@ -388,6 +388,7 @@ FAULTS: list[tuple[list[str], int, str]] = [
     (["generate", "prompts=."], 3, "not a file"),
     (["embed", "prompt=x", "out="], 2, "out"),
     (["embed", "prompt=x", "samples=2"], 2, "samples"),
+    (["embed", "prompt=x", "out=e", "device=cuda:300"], 4, "cuda:300"),
     (["plan", "device=toaster"], 4, "toaster"),
     *((["plan", f"device={name}"], 4, f"'{name}'") for name in ("meta", "mps", "privateuseone", "cuda:-1", "cuda:x")),
     (["generate", "prompt=x", "device=cuda:300"], 4, "cuda:300"),

@@ -73,7 +73,7 @@ def test_every_measure_that_a_kind_names_exists_and_asks_for_what_there_is(kind:
 
 
 def test_measures_are_the_files_that_judge() -> None:
-    assert {"attributes", "consistency", "fidelity", "fvd", "known", "motion"} <= set(measures())
+    assert {"attributes", "consistency", "fidelity", "fvd", "known", "motion", "outline"} <= set(measures())
     assert "features" not in measures()
     with pytest.raises(ConfigError, match="fidelty") as error:
         measure("fidelty")
@@ -181,7 +181,7 @@ def test_real_clips_in_place_of_made_ones_are_right(make_stage: Any, encode: Any
 
 def test_clips_without_ground_truth_are_judged_by_what_remains(make_stage: Any, encode: Any, clips: Any) -> None:
     report = judge_stage(make_stage("base"), clips, encode, EvaluateConfig(n=3))
-    assert set(report.skipped) == {"attributes"} and {row.metric for row in report.rows} == {"fvd"}
+    assert set(report.skipped) == {"attributes", "outline"} and {row.metric for row in report.rows} == {"fvd"}
     assert {row.group for row in report.rows} == {"clips"}
     assert "attributes is left out" in table(report)
     tsr = judge_stage(make_stage("tsr"), clips, encode, EvaluateConfig(n=3))

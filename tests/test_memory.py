@@ -19,6 +19,7 @@ from cascade.cli import command, run_main
 from cascade.config import plugin
 from cascade.errors import ConfigError, MemoryLimitError
 from cascade.loading import untrained
+from cascade.nets.compiled import Compile
 from cascade.nets.unet_config import LevelSpec, Mixer
 from cascade.noise import Noise, sample_id
 from cascade.pipeline import precision
@@ -268,18 +269,27 @@ def test_weights_in_half_precision_are_held_once(
     assert need(cfg) - need(replace(cfg, dtype=dtype)) > 1.9 * params
 
 
-def test_weights_stay_where_a_gradient_passes(wide: Make, net_config: Make) -> None:
-    """It would find them on the host: the pair is refused, and never chosen."""
-    sampler = Sampler(steps=2, reconstruction=2.0)
-    with pytest.raises(ConfigError, match=r"offload is true, but the gradient of sampler\.reconstruction, 2") as caught:
-        wide("base", sampler=sampler, offload=True)
-    assert caught.value.fix == "base.offload=false, or base.sampler.reconstruction=0"
+def test_weights_stay_where_a_gradient_passes_or_a_graph_reads_them(wide: Make, net_config: Make) -> None:
+    """They would be found on the host, or nowhere: such pairs are refused, and never chosen."""
+    for changes, why, fix in (
+        (
+            {"sampler": Sampler(steps=2, reconstruction=2.0)},
+            r"gradient of sampler\.reconstruction, 2",
+            "sampler.reconstruction=0",
+        ),
+        ({"compile": Compile.GRAPH}, "CUDA graph", "compile=none"),
+    ):
+        with pytest.raises(ConfigError, match=f"offload is true, but .*{why}") as caught:
+            wide("base", offload=True, **changes)
+        assert caught.value.fix == f"base.offload=false, or base.{fix}"
     cfg = wide("base", net=net_config(levels=[LevelSpec(channels=128, blocks=3)], frame_position=True))
     cfg = replace(cfg, shape=Shape(frames=2, height=8, width=8), train=None, dtype="bfloat16")
     limit = (32 << 20) + (need(cfg, CUDA) - (32 << 20)) * 6 // 10
     assert fitted(cfg, limit, CUDA)[0].offload
     with pytest.raises(MemoryLimitError, match="base holds"):
         fitted(replace(cfg, sampler=replace(cfg.sampler, reconstruction=2.0)), limit, CUDA)
+    with pytest.raises(MemoryLimitError, match="base holds"):
+        fitted(replace(cfg, compile=Compile.GRAPH), limit, CUDA)
 
 
 def test_the_shipped_base_plans_for_a_gpu_or_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ from cascade.metrics import features
 from cascade.nets.unet_config import LevelSpec, UNetConfig
 from cascade.noise import Key, generator
 from cascade.sampling.sampler import Sampler, Threshold
+from cascade.sampling.solvers import ddim
 from cascade.settings import StageConfig, TrainConfig
 from cascade.stage import Batch, Stage
 from cascade.video import Shape
@@ -207,6 +208,36 @@ def test_the_last_step_answers_for_real_clips() -> None:
     assert torch.allclose(got, 2 * error.abs().mean((1, 2, 3, 4)), atol=1e-12)
 
 
+def test_of_several_last_steps_the_later_go_on_from_what_the_earlier_made() -> None:
+    """The real clip is noised to where the first of them begins; nothing else need be made for it."""
+    net, batch = Curved(), examples(3, torch.float64)
+    diffusion = config().diffusion
+    t, s = (torch.full((3,), part / 3, dtype=torch.float64) for part in (2, 1))
+    z = diffusion.noised(batch.x, batch.eps, t)
+    z = ddim(diffusion, z, diffusion.split(z, net(z, t, batch.cond), t)[0], t, s)
+    error = diffusion.split(z, net(z, s, batch.cond), s)[0] - batch.x
+    task = Rewarded(task_stage(net), net, None, replace(PLAN, judge=None, stay=0.0, last=2.0, last_steps=2))
+    torch.testing.assert_close(task(batch), 2 * error.abs().mean((1, 2, 3, 4)))
+    beside = taught(net, net)
+    both = Rewarded(task_stage(net), net, Brightness(), replace(beside.reward, last=2.0, last_steps=2))
+    torch.testing.assert_close(both(batch), task(batch) + beside(batch))
+
+
+def test_the_first_steps_are_to_answer_as_before_on_the_way_that_was() -> None:
+    """Each of them, where the student as it was would be; nothing is lost while it is as it was."""
+    net, before, batch = Curved(), shifted(), examples(3, torch.float64)
+    plan = replace(PLAN, judge=None, stay=0.0, first=2.0)
+    assert not Rewarded(task_stage(net), net, None, plan)(batch).any()
+    diffusion = config().diffusion
+    t, s = (torch.full((3,), time, dtype=torch.float64) for time in (1, 2 / 3))
+    z, changes = batch.eps, []
+    for time, later in ((t, s), (s, None)):
+        x, own = (diffusion.split(z, one(z, time, batch.cond), time)[0] for one in (before, net))
+        changes.append((own - x).abs().mean((1, 2, 3, 4)))
+        z = z if later is None else ddim(diffusion, z, x, time, later)
+    torch.testing.assert_close(Rewarded(task_stage(net), before, None, plan)(batch), changes[0] + changes[1])
+
+
 def test_patches_of_all_clips_are_drawn_to_real_ones() -> None:
     net, batch = Curved(), examples(3, torch.float64)
     task = taught(net, net, drawn=2.0)
@@ -235,6 +266,37 @@ def test_without_a_judge_the_real_clip_is_what_a_student_should_make() -> None:
     torch.testing.assert_close(task(batch) - taught(net, net)(batch), 2 * off, rtol=0, atol=1e-12)
     alone = Rewarded(task_stage(net), net, None, replace(PLAN, stay=0.0, truth=2.0, blur=9.0))
     assert torch.equal(alone(batch), 2 * off)
+
+
+def test_the_gradient_may_be_that_of_the_last_steps_alone() -> None:
+    """All of them: the whole. One: as if what it begins with were given."""
+    net, batch = Curved(), examples(2, torch.float64)
+    plans = {k: replace(PLAN, judge=None, stay=0.0, truth=1.0, through=k) for k in (None, 3, 2, 1)}
+    found = {}
+    for k, plan in plans.items():
+        net.zero_grad()
+        made = Rewarded(task_stage(net), net, None, plan).made(batch, net)
+        made.square().sum().backward()
+        assert net.z.grad is not None
+        found[k] = (made.detach(), net.z.grad.clone())
+    assert all(torch.equal(made, found[None][0]) for made, _ in found.values())
+    assert torch.equal(found[3][1], found[None][1])
+    assert len({float(grad) for _, grad in found.values()}) == 3
+    seen: list[Tensor] = []
+
+    class Watched(Curved):
+        def forward(self, z: Tensor, t: Tensor, cond: Cond, w: Tensor | None = None) -> Tensor:
+            seen.append(z)
+            return super().forward(z, t, cond, w)
+
+    watched = Watched()
+    made = Rewarded(task_stage(watched), watched, None, plans[1]).made(batch, watched)
+    made.square().sum().backward()
+    t = torch.full((2,), 1 / 3, dtype=torch.float64)
+    given, net.z.grad = seen[-1].detach(), None
+    config().diffusion.split(given, net(given, t, batch.cond), t)[0].square().sum().backward()
+    assert net.z.grad is not None and watched.z.grad is not None
+    torch.testing.assert_close(watched.z.grad, net.z.grad)
 
 
 def test_known_frames_stay() -> None:
@@ -332,7 +394,14 @@ def test_a_finished_round_is_not_run_again_nor_continued_with_other_settings(who
     assert better(out, Cutting(0)) == whole
     state = {name: value + 1 for name, value in checkpoint.load(Path(JUDGE)).state.items()}
     checkpoint.save(tmp_path / "other", state, judge.CONFIG)
-    for changed in ({"stay": 0.5}, {"kept": 0.5}, {"judge": str(tmp_path / "other")}, {"lr": 2e-3}):
+    for changed in (
+        {"stay": 0.5},
+        {"kept": 0.5},
+        {"adversarial": 1.0},
+        {"through": 1},
+        {"judge": str(tmp_path / "other")},
+        {"lr": 2e-3},
+    ):
         with pytest.raises(ConfigError, match="other settings"):
             better(out, cfg=replace(PLAN, **changed))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="other settings"):
@@ -367,6 +436,11 @@ def test_clips_in_which_nothing_is_found_cost_nothing() -> None:
         ({"steps": [4], "blur": -1}, "blur"),
         ({"steps": [4], "patches": -1}, "patches is -1"),
         ({"steps": [4], "truth": -1}, "truth is -1"),
+        ({"steps": [4], "adversarial": -1}, "adversarial is -1"),
+        ({"steps": [4], "last_steps": 5}, "last_steps is 5, expected 1 to the number of steps, 4"),
+        ({"steps": [4], "last_steps": 4, "first": 1}, "first is 1.0, expected 0: no step comes before the last 4"),
+        ({"steps": [4], "through": 0}, "through is 0"),
+        ({"steps": [4], "through": 5}, "through is 5, expected 1 to the number of steps, 4"),
         ({"steps": [4], "temperature": 0}, "temperature is 0"),
         ({"steps": [4], "kept": 0}, "kept is 0"),
         ({"steps": [4], "kept": 1.5}, "kept is 1.5"),

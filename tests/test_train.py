@@ -255,6 +255,22 @@ def test_the_learning_rate_warms_up_and_decays_to_nothing() -> None:
     assert [learning_rate(replace(cfg, warmup=20), step) for step in (0, 9)] == [0.025, 0.25]
 
 
+def test_a_part_may_learn_faster(make_stage: Make) -> None:
+    """Its weights come after the rest, in the order in which a checkpoint names them."""
+
+    class Fast(nn.Linear):
+        pace = 3.0
+
+    slow, fast = make_stage("tsr", net=deep_net()).net, Fast(2, 2)
+    net = nn.ModuleList([slow, fast])
+    cfg = TrainConfig(steps=2, batch=1, lr=0.1)
+    both = State.new(net, cfg, None).optimizer.param_groups
+    assert [(group["pace"], len(group["params"])) for group in both] == [(1.0, len(list(slow.parameters()))), (3.0, 2)]
+    assert all(a is b for a, b in zip((p for g in both for p in g["params"]), net.parameters(), strict=True))
+    (alone,) = State.new(slow, cfg, None).optimizer.param_groups
+    assert alone["pace"] == 1.0
+
+
 def test_a_small_problem_is_learned(train: Make, make_stage: Make, encode: Make, clips: Any) -> None:
     stage = make_stage("tsr", net=deep_net())
     made = Examples(stage, clips, encode, TrainConfig(steps=1, batch=8, lr=1e-3))

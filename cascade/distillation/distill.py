@@ -159,10 +159,11 @@ def rewarded(student: Stage, key: str, course: Course) -> Path:
 
         def kept(average: dict[str, Tensor]) -> dict[str, Tensor]:
             """A part of the way: what was taught, and less of what was forgotten for it (Wortsman et al. 2022)."""
-            new = {name.removeprefix("student."): value for name, value in average.items()}
+            new = {name: average[f"student.{name}"] for name in old}
             return {name: old[name].to(value).lerp(value, cfg.kept) for name, value in new.items()}
 
         own = [cfg.temperature, cfg.stay, cfg.truth, cfg.last, cfg.patches, cfg.blur, cfg.kept]
+        own += [cfg.adversarial, cfg.through or 0, cfg.last_steps, cfg.first]
         judged = replace(course, inputs=[course.inputs, by, *own, together(step.train, everyone.num_processes, cfg)])
         return judged.run(step, better, task, lambda batch, net: net(batch), key, everyone, kept)
 
@@ -228,15 +229,16 @@ def settings_of(ask: Request) -> DistillConfig:
     """What is asked for. ConfigError for all that is wrong with it as far as it shows without the teacher's weights."""
     cfg = parse(ask.own.get("distill", {}), DistillConfig, "distill")
     rounds(cfg, ask.training, guided=True)
-    if cfg.method is Method.REWARD and cfg.judge is None and not cfg.truth:
+    if cfg.method is Method.REWARD and cfg.judge is None and not (cfg.truth or cfg.adversarial or cfg.last):
         raise ConfigError(
             f"{ask.cfg.name}: distill.judge is missing",
-            fix="distill.judge=checkpoints/tiny/judge, or distill.truth=1 for a stage that is given a video",
+            fix="distill.judge=checkpoints/tiny/judge, distill.adversarial=1, or distill.truth=1 for a stage that is "
+            "given a video",
         )
     if cfg.method is Method.REWARD and cfg.judge is not None and ask.data.clips is not None:
         raise ConfigError(
             f"{ask.cfg.name}: a judge knows the procedural world alone, not data.clips",
-            fix="distill.method=consistency, or distill.judge=null distill.truth=1 for a stage that is given a video",
+            fix="distill.judge=null distill.adversarial=1, or distill.truth=1 for a stage that is given a video",
         )
     if ask.cfg.weights is None and cfg.teacher is None:
         raise ConfigError(f"{ask.cfg.name} has no weights to learn from", fix="distill.teacher=DIRECTORY")

@@ -5,15 +5,20 @@ in its own few steps, and a network that knows what clips show says whether they
 captions do; the gradient runs back through every step (Clark et al. 2024, DRaFT; for few-step video Li et al. 2024,
 T2V-Turbo). A judge can be pleased by what nobody sees. So the student is held to what it made of the same noise before,
 the judge sees what it makes through a little noise, and what it is blind to is compared without it: the patches of all
-clips. Numbers in the judge's own features prove nothing afterwards.
+clips, and whatever a discriminator that learns beside the student tells them from real ones by. Numbers in the judge's
+own features prove nothing afterwards.
 
 A stage that is given a video needs no judge: what comes in says nearly all that is to be seen, so the real clip itself
-is what the student should make (`truth`, as in SinSR, Wang et al. 2024).
+is what the student should make (`truth`, as in SinSR, Wang et al. 2024). So it is for the last steps of a stage that
+starts from text, if they begin with that clip and so much noise as is left by then (`last`): outlines are theirs, while
+what a clip shows is decided before, by steps that are to answer as they did (`first`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,12 +26,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cascade.distillation import patches
+from cascade.distillation.discriminator import Discriminator, own_loss, student_loss
 from cascade.distillation.lesson import predict
 from cascade.distillation.rounds import DistillConfig
 from cascade.judge import Judge, Whole
 from cascade.metrics.features import prepare
 from cascade.sampling.guidance import keep_known
-from cascade.sampling.sampler import sample
+from cascade.sampling.sampler import Sampler, StepDenoise, sample
 from cascade.stage import Batch, Stage
 
 OWN = 0.5  # share of clips made at the sampler's own weight w; the others' are drawn from the student's range
@@ -43,27 +49,41 @@ class Rewarded(nn.Module):
         self.cfg, self.keeps, self.reward = stage.cfg, stage.keeps, cfg
         self.student = stage.net
         self.fixed = (before, judge)  # a tuple: no submodules
+        net = stage.cfg.net
+        self.discriminator = Discriminator(net.channels, net.text) if cfg.adversarial else None
 
     def forward(self, batch: Batch) -> Tensor:
         """How far the judge's answers for every thing are from those for the real clip of the same caption, `stay`
-        times the change, `truth` times the difference from the real clip, `last` times `finish` and `patches` times the
-        distance of all clips' patches, (B,).
+        times the change, `truth` times the difference from the real clip, `last` times `finish`, `first` times
+        `change`, `patches` times the distance of all clips' patches and `adversarial` times what a discriminator says,
+        (B,).
 
-        Change and difference are mean absolute ones: better much in few pixels than grain in all.
+        Changes and differences are mean absolute ones: better much in few pixels than grain in all. What the
+        discriminator itself has to learn stands in the same sum; neither side has a gradient for the other.
         """
-        before, _ = self.fixed
+        before, judge = self.fixed
+        cfg = self.reward
+        loss = batch.x.new_zeros(len(batch.x))
+        if cfg.last:
+            loss = loss + cfg.last * self.finish(batch)
+        if cfg.first:
+            loss = loss + cfg.first * self.change(batch)
+        if judge is None and not (cfg.stay or cfg.truth or cfg.patches or cfg.adversarial):
+            return loss  # nobody asks what it makes of noise
         made = self.made(batch, self.student)
-        loss = self.apart(batch, made)
-        if self.reward.stay:
+        loss = loss + self.apart(batch, made)
+        if cfg.stay:
             with torch.no_grad():
                 held = self.made(batch, before)
-            loss = loss + self.reward.stay * (made - held).abs().mean((1, 2, 3, 4))
-        if self.reward.truth:
-            loss = loss + self.reward.truth * (made - batch.x).abs().mean((1, 2, 3, 4))
-        if self.reward.last:
-            loss = loss + self.reward.last * self.finish(batch)
-        if self.reward.patches:
-            loss = loss + self.reward.patches * patches.distance(batch.x, made, batch.eps)
+            loss = loss + cfg.stay * (made - held).abs().mean((1, 2, 3, 4))
+        if cfg.truth:
+            loss = loss + cfg.truth * (made - batch.x).abs().mean((1, 2, 3, 4))
+        if cfg.patches:
+            loss = loss + cfg.patches * patches.distance(batch.x, made, batch.eps)
+        if self.discriminator is not None:
+            text = batch.cond.text
+            loss = loss + cfg.adversarial * student_loss(self.discriminator, made, text)
+            loss = loss + own_loss(self.discriminator, batch.x, made, text, batch.eps)
         return loss
 
     def apart(self, batch: Batch, made: Tensor) -> Tensor:
@@ -82,28 +102,60 @@ class Rewarded(nn.Module):
         return none.index_add(0, clip, parts.sum(0).to(made.dtype))
 
     def finish(self, batch: Batch) -> Tensor:
-        """The mean absolute error of the last step on real clips, (B,): what a judge overlooks, that step still sees.
+        """The mean absolute error of the last steps on real clips noised to where these begin, (B,).
 
-        As pretraining's loss beside a reward (Ouyang et al. 2022).
+        What a judge overlooks these steps still see; of several, the later mend what the earlier made. As
+        pretraining's loss beside a reward (Ouyang et al. 2022).
         """
-        diffusion = self.cfg.diffusion
-        t = torch.full_like(batch.t, 1 / self.cfg.sampler.steps)
-        z = diffusion.noised(batch.x, diffusion.far(batch.eps, batch.cond.concat), t)
-        x = predict(diffusion, self.student, z, t, batch.cond, self.weight(batch))
-        return (x - batch.x).abs().mean((1, 2, 3, 4))
+        steps = self.reward.last_steps
+        sampler = replace(self.cfg.sampler, steps=steps, strength=steps / self.cfg.sampler.steps)
+        return (self.sampled(batch, self.student, sampler, start=batch.x) - batch.x).abs().mean((1, 2, 3, 4))
+
+    def change(self, batch: Batch) -> Tensor:
+        """The mean absolute change of x_hat in all but the last steps, on the way of the student as it was, (B,)."""
+        before, _ = self.fixed
+        count = self.cfg.sampler.steps - self.reward.last_steps
+        x, changes = batch.x, []
+
+        def held(z: Tensor, t: Tensor, step: int) -> Tensor:
+            nonlocal x
+            if step < count:
+                with torch.no_grad():
+                    x = self.x_hat(batch, before, z, t)
+                changes.append((self.x_hat(batch, self.student, z, t) - x).abs().mean((1, 2, 3, 4)))
+            return x
+
+        self.run(batch, held, self.cfg.sampler)
+        return torch.stack(changes).mean(0)
 
     def made(self, batch: Batch, net: Callable[..., Any]) -> Tensor:
-        """What `net` makes of the examples' far ends (B, C, F, H, W), with a gradient through all steps."""
-        diffusion, w = self.cfg.diffusion, self.weight(batch)
+        """What `net` makes of the examples' far ends (B, C, F, H, W), with a gradient through its last steps."""
+        steps = self.cfg.sampler.steps
+        return self.sampled(batch, net, self.cfg.sampler, first=steps - (self.reward.through or steps))
+
+    def sampled(
+        self, batch: Batch, net: Callable[..., Any], sampler: Sampler, start: Tensor | None = None, first: int = 0
+    ) -> Tensor:
+        """What `net` makes of the examples' far ends or of `start` (B, C, F, H, W); a gradient from step `first` on."""
 
         def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
-            return predict(diffusion, net, z, t, batch.cond, w)
+            with nullcontext() if step >= first else torch.no_grad():
+                return self.x_hat(batch, net, z, t)
+
+        return self.run(batch, denoise, sampler, start)
+
+    def x_hat(self, batch: Batch, net: Callable[..., Any], z: Tensor, t: Tensor) -> Tensor:
+        return predict(self.cfg.diffusion, net, z, t, batch.cond, self.weight(batch))
+
+    def run(self, batch: Batch, denoise: StepDenoise, sampler: Sampler, start: Tensor | None = None) -> Tensor:
+        """A sampling run (B, C, F, H, W) whose noise is that of the examples."""
+        diffusion, shape, device = self.cfg.diffusion, batch.x.shape, batch.x.device
 
         def noise(shape: Sequence[int], step: int, purpose: str) -> Tensor:
             return diffusion.far(batch.eps, batch.cond.concat)
 
         hooks = [keep_known(batch.x, batch.cond.mask)] if self.keeps else []
-        return sample(diffusion, denoise, self.cfg.sampler, noise, batch.x.shape, hooks=hooks, device=batch.x.device)
+        return sample(diffusion, denoise, sampler, noise, shape, start=start, hooks=hooks, device=device)
 
     def weight(self, batch: Batch) -> Tensor | None:
         """w (B,) by batch.u: the sampler's own for a share OWN of the clips, else any that the student knows."""

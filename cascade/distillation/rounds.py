@@ -41,9 +41,13 @@ class DistillConfig:
     temperature: float = 3.0  # of its answers, see `reward.softly`
     stay: float = 1.0  # what the change of a clip counts beside that
     truth: float = 0.0  # and what its difference from the real clip does, for a stage that is given a video
-    last: float = 0.0  # and what the error of the last step on real clips does
+    last: float = 0.0  # and what the error of the last steps on real clips does
+    last_steps: int = 1  # how many these are
+    first: float = 0.0  # and what the change of x_hat in the steps before these does
     patches: float = 0.0  # and what the distance of the patches of all its clips from those of real clips does
+    adversarial: float = 0.0  # and what a discriminator that learns beside the student finds unreal in its clips does
     blur: float = 0.05  # standard deviation of the noise through which the judge looks, of values from -1 to 1
+    through: int | None = None  # last steps that the gradient runs through (DRaFT-K); None: all
     kept: float = 1.0  # of what the judge taught: 0.5 gives the mean of the weights before and after
 
     def __post_init__(self) -> None:
@@ -58,11 +62,17 @@ class DistillConfig:
         for name in ("lr", "temperature"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number above 0")
-        for name in ("stay", "truth", "last", "patches", "blur"):
+        for name in ("stay", "truth", "last", "first", "patches", "adversarial", "blur"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected a number of at least 0")
         if not 0 < self.kept <= 1:
             raise ValueError(f"kept is {self.kept}, expected a number above 0 and up to 1")
+        if not 1 <= self.last_steps <= self.steps[0]:
+            raise ValueError(f"last_steps is {self.last_steps}, expected 1 to the number of steps, {self.steps[0]}")
+        if self.first and self.last_steps == self.steps[0]:
+            raise ValueError(f"first is {self.first}, expected 0: no step comes before the last {self.last_steps}")
+        if self.through is not None and not 1 <= self.through <= self.steps[0]:
+            raise ValueError(f"through is {self.through}, expected 1 to the number of steps, {self.steps[0]}")
         if self.method is Method.CONSISTENCY and self.grid % self.steps[0]:
             raise ValueError(f"grid is {self.grid}, expected a multiple of the first of steps, {self.steps[0]}")
         if self.method is Method.REWARD and len(self.steps) > 1:

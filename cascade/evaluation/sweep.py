@@ -30,7 +30,7 @@ from cascade.stage import Stage
 from cascade.text import Text
 
 LEAST = 3  # clips; to leave one out of fewer leaves no Fréchet distance
-BESIDE = ("fvd", "attributes")  # measures beside those that the kind of stage names
+BESIDE = ("fvd", "attributes", "outline")  # measures beside those that the kind of stage names
 
 
 class Better(Enum):

@@ -188,7 +188,7 @@ class Room:
         if self.host.device == "cuda":  # most CPUs take four times as long in half precision
             if (self.cfg.dtype or self.host.dtype) == "float32" and not self.is_typed("dtype"):
                 dtypes.append("bfloat16")
-            if not (self.cfg.offload or self.cfg.sampler.reconstruction or self.is_typed("offload")):
+            if not (self.cfg.offload or self.cfg.bound or self.is_typed("offload")):
                 places.append(True)
         for dtype in dtypes:
             for place in places:

@@ -28,7 +28,7 @@ class State:
     @staticmethod
     def new(net: nn.Module, cfg: TrainConfig, scaler: Any) -> State:
         optimizer = torch.optim.AdamW(
-            net.parameters(), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True
+            groups(net), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True
         )
         return State(net, {name: value.detach().clone() for name, value in net.named_parameters()}, optimizer, scaler)
 
@@ -66,6 +66,18 @@ class State:
         with torch.no_grad():
             current = dict(self.net.named_parameters())
             torch._foreach_lerp_([self.average[name] for name in current], list(current.values()), 1 - decay)
+
+
+def groups(net: nn.Module) -> list[dict[str, Any]]:
+    """The parameters of a network for the optimizer, those of one `pace` (of the learning rate) after another.
+
+    A part that learns faster than the rest says so by its attribute `pace`; it comes after the rest in `net`.
+    """
+    faster = [module for module in net.modules() if hasattr(module, "pace")]
+    theirs = {id(parameter) for module in faster for parameter in module.parameters()}
+    rest = [parameter for parameter in net.parameters() if id(parameter) not in theirs]
+    parts = [{"params": rest, "pace": 1.0}]
+    return parts + [{"params": list(module.parameters()), "pace": module.pace} for module in faster]
 
 
 class Signals:

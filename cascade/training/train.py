@@ -118,7 +118,7 @@ def fit(
                 while state.step < cfg.steps and not stop:
                     rate = learning_rate(cfg, state.step)
                     for group in optimizer.param_groups:
-                        group["lr"] = rate
+                        group["lr"] = rate * group["pace"]
                     value, norm = one_step(accelerator, model, optimizer, objective, loader, cfg, state.step)
                     state.step += 1
                     state.update_average(cfg.ema)
