@@ -376,6 +376,16 @@ def test_a_round_leaves_a_student_of_the_same_steps_and_weights(whole: Path) -> 
     assert not torch.equal(weights.state["conv_out.weight"].float(), before["conv_out.weight"])
 
 
+def test_what_is_no_weight_of_the_student_is_not_learned(tmp_path: Path) -> None:
+    """Constants of its network, and a discriminator."""
+    stage = student()
+    names = {name for name, _ in stage.net.named_parameters()}
+    stage.net.register_buffer("constant", torch.ones(1))
+    plan = replace(PLAN, judge=None, stay=0.0, adversarial=1.0)
+    out = rewarded(stage, "student", Course(Dots(), encode, plan, training(), tmp_path, progress=False))
+    assert checkpoint.load(out).state.keys() == names
+
+
 def test_half_of_what_was_learned_is_the_mean(whole: Path, tmp_path: Path) -> None:
     half, after = checkpoint.load(better(tmp_path, cfg=replace(PLAN, kept=0.5))), checkpoint.load(whole)
     for name, value in student().net.state_dict().items():
@@ -399,6 +409,8 @@ def test_a_finished_round_is_not_run_again_nor_continued_with_other_settings(who
         {"kept": 0.5},
         {"adversarial": 1.0},
         {"through": 1},
+        {"last_steps": 2},
+        {"first": 1.0},
         {"judge": str(tmp_path / "other")},
         {"lr": 2e-3},
     ):

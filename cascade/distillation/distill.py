@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 
+OWN = "student."  # how `Rewarded` names the student's weights, beside those of its discriminator
 log = logging.getLogger("cascade")
 
 
@@ -159,7 +160,7 @@ def rewarded(student: Stage, key: str, course: Course) -> Path:
 
         def kept(average: dict[str, Tensor]) -> dict[str, Tensor]:
             """A part of the way: what was taught, and less of what was forgotten for it (Wortsman et al. 2022)."""
-            new = {name: average[f"student.{name}"] for name in old}
+            new = {name.removeprefix(OWN): value for name, value in average.items() if name.startswith(OWN)}
             return {name: old[name].to(value).lerp(value, cfg.kept) for name, value in new.items()}
 
         own = [cfg.temperature, cfg.stay, cfg.truth, cfg.last, cfg.patches, cfg.blur, cfg.kept]
@@ -238,7 +239,8 @@ def settings_of(ask: Request) -> DistillConfig:
     if cfg.method is Method.REWARD and cfg.judge is not None and ask.data.clips is not None:
         raise ConfigError(
             f"{ask.cfg.name}: a judge knows the procedural world alone, not data.clips",
-            fix="distill.judge=null distill.adversarial=1, or distill.truth=1 for a stage that is given a video",
+            fix="distill.judge=null distill.adversarial=1, or distill.judge=null distill.truth=1 for a stage that is "
+            "given a video",
         )
     if ask.cfg.weights is None and cfg.teacher is None:
         raise ConfigError(f"{ask.cfg.name} has no weights to learn from", fix="distill.teacher=DIRECTORY")

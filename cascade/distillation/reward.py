@@ -131,15 +131,15 @@ class Rewarded(nn.Module):
     def made(self, batch: Batch, net: Callable[..., Any]) -> Tensor:
         """What `net` makes of the examples' far ends (B, C, F, H, W), with a gradient through its last steps."""
         steps = self.cfg.sampler.steps
-        return self.sampled(batch, net, self.cfg.sampler, first=steps - (self.reward.through or steps))
+        return self.sampled(batch, net, self.cfg.sampler, since=steps - (self.reward.through or steps))
 
     def sampled(
-        self, batch: Batch, net: Callable[..., Any], sampler: Sampler, start: Tensor | None = None, first: int = 0
+        self, batch: Batch, net: Callable[..., Any], sampler: Sampler, start: Tensor | None = None, since: int = 0
     ) -> Tensor:
-        """What `net` makes of the examples' far ends or of `start` (B, C, F, H, W); a gradient from step `first` on."""
+        """What `net` makes of the examples' far ends or of `start` (B, C, F, H, W); a gradient from step `since` on."""
 
         def denoise(z: Tensor, t: Tensor, step: int) -> Tensor:
-            with nullcontext() if step >= first else torch.no_grad():
+            with nullcontext() if step >= since else torch.no_grad():
                 return self.x_hat(batch, net, z, t)
 
         return self.run(batch, denoise, sampler, start)

@@ -16,8 +16,11 @@ from cascade.metrics.attributes import measure
 
 
 def judge(frames: Tensor, specs: Sequence[Spec]) -> dict[str, Tensor]:
-    """`iou` (B,): intersection over union with the best template, the mean over the largest things of a clip, as many
-    as its caption names; NaN where none is seen. `frames` (B, 3, F, H, W) in [-1, 1]; real clips give about 0.97."""
+    """`iou` (B,) of clips `frames` (B, 3, F, H, W) in [-1, 1]: intersection over union with the best template.
+
+    The mean over the largest things of a clip, as many as its caption names; NaN where none is seen. Real clips give
+    about 0.99.
+    """
     found = [
         [thing.match for thing in seen.things[: len(spec.things)]]
         for seen, spec in zip(measure(frames), specs, strict=True)
