@@ -30,7 +30,8 @@ class State:
         optimizer = torch.optim.AdamW(
             groups(net), lr=cfg.lr, betas=(0.9, 0.99), weight_decay=cfg.weight_decay, fused=True
         )
-        return State(net, {name: value.detach().clone() for name, value in net.named_parameters()}, optimizer, scaler)
+        # constants of the network (buffers) stand in it as well, and stay: weights without them could not be loaded
+        return State(net, {name: value.detach().clone() for name, value in net.state_dict().items()}, optimizer, scaler)
 
     def meta(self) -> dict[str, Any]:
         return {"step": self.step} | ({} if self.scaler is None else {"scaler": self.scaler.state_dict()})
